@@ -1,0 +1,3 @@
+//! Block backend: one process domain per disk
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The toolstack: restartable dom0 and the bh command line
+
+fn main() {}

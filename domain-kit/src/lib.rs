@@ -1,0 +1,1 @@
+//! What every process domain links: hypercalls, grants, ports, rings, journal, store client

@@ -1,0 +1,1 @@
+//! blkfront and netfront in safe Rust for process guests, tests and benches

@@ -1,0 +1,3 @@
+//! The thin hypervisor: domains, event channels, grants, restarts
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Network backend: one process domain per NIC
+
+fn main() {}

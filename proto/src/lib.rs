@@ -1,0 +1,20 @@
+//! gRPC schemas of Bulkhead's control plane and the code generated from them.
+//!
+//! The schemas in `proto/bulkhead/*.proto` are the documentation: each call says whether it is idempotent
+//! and what its errors mean. Data never travels by gRPC.
+#![allow(missing_docs, reason = "generated code; the schemas carry the documentation")]
+
+/// hv-core's control API, for dom0 only.
+pub mod hvcore {
+    tonic::include_proto!("bulkhead.hvcore.v1");
+}
+/// What every service domain answers.
+pub mod service {
+    tonic::include_proto!("bulkhead.service.v1");
+}
+/// dom0-supervisor's API.
+pub mod toolstack {
+    tonic::include_proto!("bulkhead.toolstack.v1");
+}
+/// The encoded descriptors of all schemas, for gRPC reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bulkhead.bin"));

@@ -1,0 +1,3 @@
+//! Place-holder for device models and QEMU guests as restartable compartments
+
+fn main() {}

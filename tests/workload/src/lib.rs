@@ -1,0 +1,1 @@
+//! Verified disk and network load shared by guests, the demo and the tests
