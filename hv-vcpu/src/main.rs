@@ -1,0 +1,3 @@
+//! Runs one unmodified PVH guest on KVM with Xen's guest ABI
+
+fn main() {}

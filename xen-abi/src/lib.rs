@@ -1,0 +1,1 @@
+//! The Xen public ABI as Rust types

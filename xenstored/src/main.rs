@@ -1,0 +1,3 @@
+//! The xenstore daemon as a restartable service domain
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Project automation: demo, test, lab, bench, soak
+
+fn main() {}
