@@ -65,9 +65,7 @@ impl Cpio {
         // Sizes come from files that we made or fetched, far below the format's 4 GiB.
         let size = u32::try_from(data.len()).expect("initramfs member below 4 GiB");
         let name_size = u32::try_from(name.len() + 1).expect("short name");
-        let fields = [
-            self.ino, mode, 0, 0, nlink, 0, size, 0, 0, rdev.0, rdev.1, name_size, 0,
-        ];
+        let fields = [self.ino, mode, 0, 0, nlink, 0, size, 0, 0, rdev.0, rdev.1, name_size, 0];
         self.out.extend_from_slice(b"070701");
         for field in fields {
             self.out.extend_from_slice(format!("{field:08X}").as_bytes());

@@ -40,10 +40,8 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
-const KEYRINGS: &[&str] = &[
-    "/usr/share/keyrings/debian-archive-keyring.pgp",
-    "/usr/share/keyrings/debian-archive-keyring.gpg",
-];
+const KEYRINGS: &[&str] =
+    &["/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"];
 
 /// Fetches and unpacks the kernel behind a meta-package such as `linux-image-cloud-amd64`.
 /// The second call finds it in the cache.
@@ -62,16 +60,8 @@ pub fn kernel(release: Release, meta: &str) -> Result<Kernel> {
         })
         .ok_or_else(|| anyhow!("no kernel image in {}", boot.display()))?;
     let usr = tree.join("usr/lib/modules").join(&version);
-    let modules = if usr.exists() {
-        usr
-    } else {
-        tree.join("lib/modules").join(&version)
-    };
-    Ok(Kernel {
-        vmlinuz: boot.join(format!("vmlinuz-{version}")),
-        modules,
-        version,
-    })
+    let modules = if usr.exists() { usr } else { tree.join("lib/modules").join(&version) };
+    Ok(Kernel { vmlinuz: boot.join(format!("vmlinuz-{version}")), modules, version })
 }
 
 /// Path of a static busybox from Debian 12 or 13's package. It is unpacked, not installed: it would
@@ -91,9 +81,7 @@ pub fn busybox() -> Result<PathBuf> {
 /// The directory that holds the unpacked package, fetched first if need be. A kernel meta-package
 /// stands for the image that it depends on.
 fn unpacked(release: Release, package: &str) -> Result<PathBuf> {
-    let tree = paths::lab()
-        .join("pkg")
-        .join(format!("{}-{package}", release.suite()));
+    let tree = paths::lab().join("pkg").join(format!("{}-{package}", release.suite()));
     if tree.exists() {
         return Ok(tree);
     }
@@ -103,11 +91,8 @@ fn unpacked(release: Release, package: &str) -> Result<PathBuf> {
     }
     eprintln!("setup: fetching {package} of Debian {}", release.suite());
     let apt = Apt::new(release)?;
-    let name = if package.starts_with("linux-image-") {
-        apt.image_behind(package)?
-    } else {
-        package.to_owned()
-    };
+    let name =
+        if package.starts_with("linux-image-") { apt.image_behind(package)? } else { package.to_owned() };
     let deb = apt.download(&name)?;
     // Unpacked beside its place and renamed, so that a killed run leaves nothing half done.
     let part = tree.with_extension("part");
@@ -158,9 +143,7 @@ impl Apt {
 
     fn cmd(&self, program: &str) -> Command {
         let mut cmd = Command::new(program);
-        cmd.env("APT_CONFIG", &self.conf)
-            .env("LC_ALL", "C")
-            .current_dir(self.dir.join("debs"));
+        cmd.env("APT_CONFIG", &self.conf).env("LC_ALL", "C").current_dir(self.dir.join("debs"));
         cmd
     }
 
@@ -207,11 +190,8 @@ fn sources_for(release: Release) -> Result<String> {
             _ => Vec::new(),
         };
         for source in found {
-            let suites: Vec<String> = source
-                .suites
-                .iter()
-                .map(|s| s.replacen(&host, release.suite(), 1))
-                .collect();
+            let suites: Vec<String> =
+                source.suites.iter().map(|s| s.replacen(&host, release.suite(), 1)).collect();
             out.push_str(&format!(
                 "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nSigned-By: {keyring}\n\n",
                 source.uris,
@@ -249,16 +229,10 @@ fn accept(uris: &str, suites: &str, components: &str, signed_by: &str, host: &st
     }
     let suites: Vec<String> = suites
         .split_whitespace()
-        .filter(|s| {
-            s.strip_prefix(host)
-                .is_some_and(|rest| matches!(rest, "" | "-updates" | "-security"))
-        })
+        .filter(|s| s.strip_prefix(host).is_some_and(|rest| matches!(rest, "" | "-updates" | "-security")))
         .map(str::to_owned)
         .collect();
-    (!suites.is_empty()).then(|| Source {
-        uris: uris.to_owned(),
-        suites,
-    })
+    (!suites.is_empty()).then(|| Source { uris: uris.to_owned(), suites })
 }
 
 /// Reads the deb822 format of sources.list(5).
@@ -311,10 +285,7 @@ fn one_line(text: &str, host: &str) -> Vec<Source> {
             Some((options, rest)) => (options, rest.trim()),
             None => ("", rest),
         };
-        let signed_by = options
-            .split_whitespace()
-            .find_map(|o| o.strip_prefix("signed-by="))
-            .unwrap_or("");
+        let signed_by = options.split_whitespace().find_map(|o| o.strip_prefix("signed-by=")).unwrap_or("");
         let mut words = rest.split_whitespace();
         let (Some(uri), Some(suite)) = (words.next(), words.next()) else {
             continue;
@@ -339,10 +310,7 @@ mod tests {
                     Enabled: no\nTypes: deb\nURIs: mirror:/e\nSuites: bookworm\nComponents: main\n";
         assert_eq!(
             deb822(text, "bookworm"),
-            [Source {
-                uris: "mirror:/a".into(),
-                suites: vec!["bookworm".into(), "bookworm-updates".into()],
-            }]
+            [Source { uris: "mirror:/a".into(), suites: vec!["bookworm".into(), "bookworm-updates".into()] }]
         );
     }
 

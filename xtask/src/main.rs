@@ -1,3 +1,39 @@
 //! Project automation: demo, test, lab, bench, soak
 
-fn main() {}
+mod cpio;
+mod debian;
+mod lab;
+mod modules;
+mod paths;
+mod run;
+mod setup;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about, version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
+    Lab(lab::LabArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let (result, on_error) = match &cli.task {
+        Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
+    };
+    match result {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::from(u8::try_from(on_error).unwrap_or(1))
+        }
+    }
+}

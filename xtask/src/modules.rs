@@ -38,16 +38,9 @@ impl Modules {
             let path = dir.join(name);
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
         };
-        let files = read("modules.order")?
-            .lines()
-            .map(|l| (canonical(l), PathBuf::from(l)))
-            .collect();
+        let files = read("modules.order")?.lines().map(|l| (canonical(l), PathBuf::from(l))).collect();
         let builtin = read("modules.builtin")?.lines().map(canonical).collect();
-        Ok(Self {
-            dir: dir.to_owned(),
-            files,
-            builtin,
-        })
+        Ok(Self { dir: dir.to_owned(), files, builtin })
     }
 
     /// The named modules and all that they depend on, in the order in which to load them.
@@ -98,9 +91,5 @@ fn depends(elf: &[u8]) -> Vec<String> {
     };
     let rest = &elf[at + key.len()..];
     let end = rest.iter().position(|&b| b == 0).unwrap_or(0);
-    String::from_utf8_lossy(&rest[..end])
-        .split(',')
-        .filter(|s| !s.is_empty())
-        .map(str::to_owned)
-        .collect()
+    String::from_utf8_lossy(&rest[..end]).split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect()
 }

@@ -15,16 +15,10 @@ pub fn show(cmd: &Command) -> String {
 
 /// Runs a command quietly. On failure the error carries the tail of its output.
 pub fn quiet(cmd: &mut Command) -> Result<String> {
-    let out = cmd
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot start {}", show(cmd)))?;
+    let out = cmd.stdin(Stdio::null()).output().with_context(|| format!("cannot start {}", show(cmd)))?;
     if !out.status.success() {
-        let text = format!(
-            "{}{}",
-            String::from_utf8_lossy(&out.stdout),
-            String::from_utf8_lossy(&out.stderr)
-        );
+        let text =
+            format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
         bail!("{} failed ({}):\n{}", show(cmd), out.status, tail(&text, 20));
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
@@ -45,9 +39,7 @@ pub fn bytes(cmd: &mut Command) -> Result<Vec<u8>> {
 
 /// Runs a command with our own output streams; an error if it fails.
 pub fn loud(cmd: &mut Command) -> Result<()> {
-    let status = cmd
-        .status()
-        .with_context(|| format!("cannot start {}", show(cmd)))?;
+    let status = cmd.status().with_context(|| format!("cannot start {}", show(cmd)))?;
     if !status.success() {
         bail!("{} failed ({status})", show(cmd));
     }

@@ -9,10 +9,8 @@ use std::process::Command;
 
 /// Debian packages that the lab needs installed, each with a file that shows it is there.
 /// Kernels, modules and busybox are unpacked to the cache instead and are not installed.
-pub const LAB: &[(&str, &str)] = &[
-    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
-    ("xz-utils", "/usr/bin/xz"),
-];
+pub const LAB: &[(&str, &str)] =
+    &[("qemu-system-x86", "/usr/bin/qemu-system-x86_64"), ("xz-utils", "/usr/bin/xz")];
 
 /// Debian packages that native tests use: C headers for the layout checks, Debian's xenstore
 /// clients against our xenstored, `ip` for test networks, `mkfs` for disks.
@@ -29,20 +27,14 @@ pub const TESTS: &[(&str, &str)] = &[
 /// # Errors
 /// When apt fails, or when something is missing and we are not root.
 pub fn packages(packages: &[(&str, &str)]) -> Result<()> {
-    let missing: Vec<&str> = packages
-        .iter()
-        .filter(|(_, file)| !Path::new(file).exists())
-        .map(|(name, _)| *name)
-        .collect();
+    let missing: Vec<&str> =
+        packages.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
     if missing.is_empty() {
         return Ok(());
     }
     let _lock = lock("setup")?;
     if !is_root() {
-        bail!(
-            "missing packages: {}; install them, or run as root and it is done here",
-            missing.join(" ")
-        );
+        bail!("missing packages: {}; install them, or run as root and it is done here", missing.join(" "));
     }
     eprintln!("setup: installing {}", missing.join(" "));
     if install(&missing).is_err() {
@@ -55,27 +47,18 @@ pub fn packages(packages: &[(&str, &str)]) -> Result<()> {
 
 fn apt_get() -> Command {
     let mut cmd = Command::new("apt-get");
-    cmd.env("DEBIAN_FRONTEND", "noninteractive")
-        .args(["-q", "-o", "DPkg::Lock::Timeout=300"]);
+    cmd.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-o", "DPkg::Lock::Timeout=300"]);
     cmd
 }
 
 fn install(names: &[&str]) -> Result<()> {
-    run::quiet(
-        apt_get()
-            .args(["install", "-y", "--no-install-recommends"])
-            .args(names),
-    )
-    .map(|_| ())
+    run::quiet(apt_get().args(["install", "-y", "--no-install-recommends"]).args(names)).map(|_| ())
 }
 
 /// Whether we run as root.
 pub fn is_root() -> bool {
     fs::read_to_string("/proc/self/status").is_ok_and(|s| {
-        s.lines()
-            .find_map(|l| l.strip_prefix("Uid:"))
-            .and_then(|l| l.split_whitespace().nth(1))
-            == Some("0")
+        s.lines().find_map(|l| l.strip_prefix("Uid:")).and_then(|l| l.split_whitespace().nth(1)) == Some("0")
     })
 }
 
@@ -88,7 +71,6 @@ pub fn lock(name: &str) -> Result<File> {
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let path = dir.join(format!("{name}.lock"));
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    file.lock()
-        .with_context(|| format!("cannot lock {}", path.display()))?;
+    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
     Ok(file)
 }

@@ -1,0 +1,186 @@
+//! The lab: L1, a Debian 13 kernel under QEMU's emulation of AMD SVM, with this working tree.
+//! See docs/lab.md.
+
+mod image;
+mod qemu;
+
+use crate::{debian, paths, setup};
+use anyhow::{Context, Result};
+use clap::Args;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+pub use qemu::Outcome;
+
+/// Exit status when CMD was still running at the deadline.
+pub const EXIT_TIMEOUT: i32 = 124;
+/// Exit status when the lab could not be set up or started.
+pub const EXIT_LAB: i32 = 125;
+/// Exit status when the emulator or L1's kernel died before CMD ended.
+pub const EXIT_EMULATOR: i32 = 123;
+/// Exit status when CMD itself reported a fault of the emulator, in this and the repeated run.
+pub const EXIT_EMULATOR_FAULT: i32 = 122;
+
+/// Options of `cargo xtask lab`.
+#[derive(Args, Clone, Debug)]
+pub struct LabArgs {
+    /// Seconds after which CMD is given up (exit status 124).
+    #[arg(long, default_value_t = 600)]
+    pub timeout: u64,
+    /// Memory of L1 in MiB.
+    #[arg(short, long, default_value_t = 2560)]
+    pub memory: u32,
+    /// Adds a scratch virtio disk of so many MiB (/dev/vda, then /dev/vdb …); empty at each run.
+    #[arg(long = "disk", value_name = "MIB")]
+    pub disks: Vec<u32>,
+    /// Loads one more kernel module before CMD.
+    #[arg(long = "module", value_name = "NAME")]
+    pub modules: Vec<String>,
+    /// Sets an environment variable for CMD.
+    #[arg(long = "env", value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Adds to L1's kernel command line.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub append: String,
+    /// Uses another directory tree than the host's root as L1's userland.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub root: PathBuf,
+    /// Passes our standard input on to CMD.
+    #[arg(long)]
+    pub stdin: bool,
+    /// Gives CMD a terminal (for an interactive shell).
+    #[arg(long)]
+    pub tty: bool,
+    /// How often a run is repeated when CMD reports a fault of the emulator.
+    #[arg(long, default_value_t = 1)]
+    pub emulator_retries: u32,
+    /// Keeps the run's directory (console log, scratch disks) and says where it is.
+    #[arg(long)]
+    pub keep: bool,
+    /// Says what the lab does.
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// The command and its arguments, run as root in the same directory as here.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+impl LabArgs {
+    /// The defaults for a command; fields are then set as needed.
+    pub fn new<S: Into<String>>(command: impl IntoIterator<Item = S>) -> Self {
+        Self {
+            timeout: 600,
+            memory: 2560,
+            disks: Vec::new(),
+            modules: Vec::new(),
+            env: Vec::new(),
+            append: String::new(),
+            root: PathBuf::from("/"),
+            stdin: false,
+            tty: false,
+            emulator_retries: 1,
+            keep: false,
+            verbose: false,
+            command: command.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+/// Runs a command in a fresh L1 and returns the exit status to end with: CMD's own, or one of the
+/// `EXIT_` values, whose meaning is then printed on standard error.
+///
+/// # Errors
+/// When the lab cannot be set up or started.
+pub fn run(args: &LabArgs) -> Result<i32> {
+    let kernel = prepare()?;
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let start = Instant::now();
+        let outcome = qemu::run(args, &kernel)?;
+        let secs = start.elapsed().as_secs();
+        match outcome {
+            Outcome::Exited(code) => {
+                if args.verbose {
+                    eprintln!("lab: command ended with {code} after {secs} s");
+                }
+                return Ok(code);
+            }
+            Outcome::Fault(what) if attempt <= args.emulator_retries => {
+                eprintln!("lab: the emulator failed ({what}); the run does not count, once more");
+            }
+            Outcome::Fault(what) => {
+                eprintln!("lab: the emulator failed again ({what}); given up");
+                return Ok(EXIT_EMULATOR_FAULT);
+            }
+            Outcome::Died(what) => {
+                eprintln!("lab: L1 died before the command ended: {what}");
+                return Ok(EXIT_EMULATOR);
+            }
+            Outcome::Timeout(what) => {
+                eprintln!("lab: no end after {} s: {what}", args.timeout);
+                return Ok(EXIT_TIMEOUT);
+            }
+        }
+    }
+}
+
+/// Does all set-up that a run needs; quick when it was done before.
+///
+/// # Errors
+/// When packages cannot be installed or fetched.
+pub fn prepare() -> Result<debian::Kernel> {
+    setup::packages(setup::LAB).context("lab: set-up")?;
+    let kernel = debian::kernel(debian::Release::Trixie, "linux-image-amd64")?;
+    debian::busybox()?;
+    Ok(kernel)
+}
+
+/// A directory of one run on the host, removed when dropped. Under /tmp by a short name, because
+/// socket paths are limited to 107 bytes.
+pub(crate) struct RunDir {
+    /// Its path.
+    pub path: PathBuf,
+    /// Whether it stays.
+    pub keep: bool,
+}
+
+impl RunDir {
+    /// Makes a fresh directory.
+    ///
+    /// # Errors
+    /// When /tmp is not writable.
+    pub fn new(keep: bool) -> Result<Self> {
+        let id = std::process::id();
+        for n in 0..u32::MAX {
+            let path = PathBuf::from(format!("/tmp/bh-lab.{id}.{n}"));
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(Self { path, keep }),
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e).with_context(|| format!("cannot create {}", path.display())),
+            }
+        }
+        anyhow::bail!("no free name for a run directory in /tmp")
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if self.keep {
+            eprintln!("lab: files of this run are in {}", self.path.display());
+        } else {
+            fs::remove_dir_all(&self.path).ok();
+        }
+    }
+}
+
+/// The deadline of a run.
+pub(crate) fn deadline(args: &LabArgs) -> Instant {
+    Instant::now() + Duration::from_secs(args.timeout)
+}
+
+/// Whether cargo's target directory lies inside the working tree.
+pub(crate) fn target_inside_tree() -> bool {
+    paths::target().starts_with(paths::root())
+}
