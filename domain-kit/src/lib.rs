@@ -1,1 +1,26 @@
-//! What every process domain links: hypercalls, grants, ports, rings, journal, store client
+//! What every domain's process links.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`domain`] | joining: who am I, how did my predecessor die, logging, the panic rule |
+//! | [`hypercall`] | the typed client of the hypercall socket (fd 3) |
+//! | [`mem`] | memory shared with another domain, touched only by atomics and copies |
+//! | [`evtchn`] | event-channel ports |
+//! | [`grants`] | regions, grant maps, grant copies |
+//! | [`fdstore`] | memory that outlives an incarnation |
+//! | [`control`] | gRPC health, statistics and drain on fd 4 |
+//! | `xs` | the xenstore client |
+//!
+//! `unsafe` lives in [`mem`] (mapped memory) and [`os`] (inherited descriptors) alone.
+
+pub mod control;
+pub mod domain;
+pub mod evtchn;
+pub mod fdstore;
+pub mod grants;
+pub mod hypercall;
+pub mod mem;
+pub mod os;
+
+pub use domain::Domain;
+pub use hypercall::{HvError, Hypercall};

@@ -1,0 +1,256 @@
+//! Memory shared with another domain.
+//!
+//! The other side may change any byte at any time, so nothing here ever hands out a reference to shared
+//! bytes: single fields are read and written by atomics, longer ones are copied out once and judged on the
+//! copy. All offsets are bytes from the start; an access beyond the end is a bug of the caller and panics
+//! (offsets must be checked before they get here).
+#![expect(
+    unsafe_code,
+    reason = "mapped memory is only reachable by pointers; this module bounds every access"
+)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use hv_abi::PAGE_SIZE;
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// A shared mapping.
+#[derive(Debug)]
+pub struct SharedMem {
+    map: MmapRaw,
+    len: usize,
+}
+
+macro_rules! atomic_access {
+    ($($load:ident $store:ident $ty:ty, $atomic:ty;)*) => {$(
+        /// Loads one aligned field.
+        pub fn $load(&self, offset: usize, order: Ordering) -> $ty {
+            self.check(offset, size_of::<$ty>(), align_of::<$ty>());
+            // SAFETY: in bounds and aligned (checked), mapped as long as self lives, only touched as atomics.
+            unsafe { <$atomic>::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }.load(order)
+        }
+        /// Stores one aligned field.
+        pub fn $store(&self, offset: usize, value: $ty, order: Ordering) {
+            self.check(offset, size_of::<$ty>(), align_of::<$ty>());
+            // SAFETY: in bounds and aligned (checked), mapped as long as self lives, only touched as atomics.
+            unsafe { <$atomic>::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }.store(value, order)
+        }
+    )*};
+}
+
+impl SharedMem {
+    /// Maps the first `len` bytes of `fd` shared, for reading and writing.
+    ///
+    /// # Errors
+    /// That of mmap(2); `EINVAL` if `len` is 0.
+    pub fn map(fd: impl AsFd, len: usize) -> io::Result<Self> {
+        if len == 0 {
+            return Err(io::Error::from_raw_os_error(nix::libc::EINVAL));
+        }
+        let map = MmapOptions::new().len(len).map_raw(fd.as_fd().as_raw_fd())?;
+        Ok(SharedMem { map, len })
+    }
+
+    /// Makes a sealed memfd of `len` bytes (zeroed) and maps it.
+    ///
+    /// # Errors
+    /// Those of memfd_create(2), ftruncate(2), mmap(2).
+    pub fn create(name: &str, len: usize) -> io::Result<(Self, OwnedFd)> {
+        let fd = sealed_memfd(name, len)?;
+        Ok((Self::map(&fd, len)?, fd))
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: a mapping has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The mapping's address, for interfaces of the kernel that take one (io_uring's registered buffers). The memory
+    /// must be treated as changing at any time.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    #[inline]
+    fn check(&self, offset: usize, len: usize, align: usize) {
+        let end = offset.checked_add(len);
+        assert!(
+            end.is_some_and(|end| end <= self.len) && offset % align == 0,
+            "access of {len} bytes at {offset} outside a shared mapping of {} bytes",
+            self.len
+        );
+    }
+
+    atomic_access! {
+        load_u8 store_u8 u8, AtomicU8;
+        load_u16 store_u16 u16, AtomicU16;
+        load_u32 store_u32 u32, AtomicU32;
+        load_u64 store_u64 u64, AtomicU64;
+    }
+
+    /// Compare-and-swap of an aligned u32; gives what was there.
+    ///
+    /// # Errors
+    /// The value found, if it is not `current`.
+    pub fn cas_u32(&self, offset: usize, current: u32, new: u32) -> Result<u32, u32> {
+        self.check(offset, 4, 4);
+        // SAFETY: in bounds and aligned (checked), mapped as long as self lives, only touched as atomics.
+        unsafe { AtomicU32::from_ptr(self.map.as_mut_ptr().add(offset).cast()) }.compare_exchange(
+            current,
+            new,
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        )
+    }
+
+    /// Copies bytes out, each exactly once. Words are read whole where source and length allow.
+    pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        self.check(offset, into.len(), 1);
+        // SAFETY: in bounds (checked).
+        let base = unsafe { self.map.as_mut_ptr().add(offset) };
+        let head = base.align_offset(8).min(into.len());
+        let (head_out, rest) = into.split_at_mut(head);
+        for (i, byte) in head_out.iter_mut().enumerate() {
+            // SAFETY: in bounds, only touched as atomics.
+            *byte = unsafe { AtomicU8::from_ptr(base.add(i)) }.load(Ordering::Relaxed);
+        }
+        let mut at = head;
+        let mut words = rest.chunks_exact_mut(8);
+        for word in &mut words {
+            // SAFETY: in bounds and aligned to 8, only touched as atomics.
+            let value = unsafe { AtomicU64::from_ptr(base.add(at).cast()) }.load(Ordering::Relaxed);
+            word.copy_from_slice(&value.to_ne_bytes());
+            at += 8;
+        }
+        for (i, byte) in words.into_remainder().iter_mut().enumerate() {
+            // SAFETY: in bounds, only touched as atomics.
+            *byte = unsafe { AtomicU8::from_ptr(base.add(at + i)) }.load(Ordering::Relaxed);
+        }
+    }
+
+    /// Copies bytes in.
+    pub fn copy_in(&self, offset: usize, from: &[u8]) {
+        self.check(offset, from.len(), 1);
+        // SAFETY: in bounds (checked).
+        let base = unsafe { self.map.as_mut_ptr().add(offset) };
+        let head = base.align_offset(8).min(from.len());
+        let (head_in, rest) = from.split_at(head);
+        for (i, byte) in head_in.iter().enumerate() {
+            // SAFETY: in bounds, only touched as atomics.
+            unsafe { AtomicU8::from_ptr(base.add(i)) }.store(*byte, Ordering::Relaxed);
+        }
+        let mut at = head;
+        let words = rest.chunks_exact(8);
+        let tail = words.remainder();
+        for word in words {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(word);
+            // SAFETY: in bounds and aligned to 8, only touched as atomics.
+            unsafe { AtomicU64::from_ptr(base.add(at).cast()) }
+                .store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+            at += 8;
+        }
+        for (i, byte) in tail.iter().enumerate() {
+            // SAFETY: in bounds, only touched as atomics.
+            unsafe { AtomicU8::from_ptr(base.add(at + i)) }.store(*byte, Ordering::Relaxed);
+        }
+    }
+
+    /// Copies `len` bytes between two mappings (which may be the same if the ranges do not overlap).
+    pub fn copy_from(&self, offset: usize, source: &SharedMem, source_offset: usize, len: usize) {
+        let mut done = 0;
+        let mut chunk = [0; 512];
+        while done < len {
+            let n = (len - done).min(chunk.len());
+            source.copy_out(source_offset + done, &mut chunk[..n]);
+            self.copy_in(offset + done, &chunk[..n]);
+            done += n;
+        }
+    }
+
+    /// Sets bytes to zero.
+    pub fn zero(&self, offset: usize, len: usize) {
+        let zeros = [0; 512];
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(zeros.len());
+            self.copy_in(offset + done, &zeros[..n]);
+            done += n;
+        }
+    }
+}
+
+/// One page of a shared mapping.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The mapping.
+    pub mem: Arc<SharedMem>,
+    /// Byte offset of the page's start in it.
+    pub base: usize,
+}
+
+impl Page {
+    /// The page with this number of a mapping.
+    pub fn new(mem: Arc<SharedMem>, page: usize) -> Self {
+        Page { mem, base: page * PAGE_SIZE }
+    }
+}
+
+/// A memfd of `len` zero bytes that can neither shrink nor grow.
+///
+/// # Errors
+/// Those of memfd_create(2), ftruncate(2), fcntl(2).
+pub fn sealed_memfd(name: &str, len: usize) -> io::Result<OwnedFd> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    #[should_panic(expected = "outside a shared mapping")]
+    fn access_beyond_the_end() {
+        let (mem, _fd) = SharedMem::create("test", 4096).unwrap();
+        mem.load_u32(4096, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_sealed_memfd_keeps_its_size() {
+        let fd = sealed_memfd("test", 8192).unwrap();
+        assert!(nix::unistd::ftruncate(&fd, 4096).is_err());
+        assert!(nix::unistd::ftruncate(&fd, 16384).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn copies_are_exact(offset in 0usize..64, data in proptest::collection::vec(any::<u8>(), 0..256)) {
+            let (mem, _fd) = SharedMem::create("test", 4096).unwrap();
+            mem.copy_in(offset, &data);
+            let mut back = vec![0; data.len()];
+            mem.copy_out(offset, &mut back);
+            prop_assert_eq!(&back, &data);
+            let mut after = [0; 1];
+            mem.copy_out(offset + data.len(), &mut after);
+            prop_assert_eq!(after[0], 0);
+            mem.copy_from(2048, &mem, offset, data.len());
+            mem.copy_out(2048, &mut back);
+            prop_assert_eq!(&back, &data);
+        }
+    }
+}
