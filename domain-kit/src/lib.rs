@@ -9,7 +9,7 @@
 //! | [`grants`] | regions, grant maps, grant copies |
 //! | [`fdstore`] | memory that outlives an incarnation |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
-//! | `xs` | the xenstore client |
+//! | [`xs`] | the xenstore client |
 //!
 //! `unsafe` lives in [`mem`] (mapped memory) and [`os`] (inherited descriptors) alone.
 
@@ -21,6 +21,7 @@ pub mod grants;
 pub mod hypercall;
 pub mod mem;
 pub mod os;
+pub mod xs;
 
 pub use domain::Domain;
 pub use hypercall::{HvError, Hypercall};
