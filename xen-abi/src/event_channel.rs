@@ -83,7 +83,7 @@ abi! { "event_channel.h";
         /// Out: the vCPU that gets the upcalls.
         vcpu: u32 = 12,
         /// Out: the remote domid (unbound, interdomain), the pirq or the virq.
-        dom_or_irq("u"): u32 = 16,
+        dom_or_irq("u.virq"): u32 = 16,
         /// Out: the remote port (interdomain).
         remote_port("u.interdomain.port"): u32 = 20,
     }

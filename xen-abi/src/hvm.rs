@@ -1,6 +1,6 @@
 //! `hvm/hvm_op.h` and `hvm/params.h`: the operations of `__HYPERVISOR_hvm_op` and the HVM parameters.
 
-consts! { "hvm/params.h";
+consts! { "hvm/hvm_op.h" as HVMOP_C_CONSTS;
     u32 {
         HVMOP_SET_PARAM(HVMOP_set_param) = 0;
         HVMOP_GET_PARAM(HVMOP_get_param) = 1;
@@ -12,6 +12,11 @@ consts! { "hvm/params.h";
         HVMOP_SET_EVTCHN_UPCALL_VECTOR(HVMOP_set_evtchn_upcall_vector) = 23;
         HVMOP_GUEST_REQUEST_VM_EVENT(HVMOP_guest_request_vm_event) = 24;
         HVMOP_ALTP2M(HVMOP_altp2m) = 25;
+    }
+}
+
+consts! { "hvm/params.h";
+    u32 {
         /// How upcalls are delivered, see [`CallbackVia`].
         HVM_PARAM_CALLBACK_IRQ = 0;
         /// Frame of the xenstore ring.

@@ -39,16 +39,20 @@ macro_rules! abi {
     )* };
 }
 
-/// Defines constants by type, each with its C name where that differs, and lists them in `C_CONSTS`.
+/// Defines constants by type, each with its C name where that differs, and lists them in `C_CONSTS` (or the table
+/// named after `as`).
 macro_rules! consts {
-    ($header:literal; $( $ty:ty { $( $(#[$meta:meta])* $name:ident $(($cname:ident))? = $value:expr; )* } )*) => {
+    ($header:literal; $($rest:tt)*) => {
+        consts! { $header as C_CONSTS; $($rest)* }
+    };
+    ($header:literal as $table:ident; $( $ty:ty { $( $(#[$meta:meta])* $name:ident $(($cname:ident))? = $value:expr; )* } )*) => {
         $( $(
             $(#[$meta])*
             #[doc = concat!("\n\n`", c_name!($name $($cname)?), "` of `xen/", $header, "`.")]
             pub const $name: $ty = $value;
         )* )*
         /// Every constant above by its C name, for the comparison with the headers.
-        pub const C_CONSTS: &[(&str, i128)] = &[$( $( (c_name!($name $($cname)?), $name as i128), )* )*];
+        pub const $table: &[(&str, i128)] = &[$( $( (c_name!($name $($cname)?), $name as i128), )* )*];
     };
 }
 

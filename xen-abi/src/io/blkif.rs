@@ -199,27 +199,17 @@ use x86_32::{BlkifRequest32, BlkifRequestDiscard32, BlkifRequestIndirect32, Blki
 
 /// Converts between the two layouts field by field; padding becomes zero.
 macro_rules! convert {
-    ($a:ident, $b:ident { $($field:ident),* }, $seg:ident) => {
-        impl From<$a> for $b {
-            fn from(from: $a) -> Self {
-                Self { $($field: from.$field.into(),)* $seg: from.$seg.map(Into::into), ..Default::default() }
-            }
-        }
-        impl From<$b> for $a {
-            fn from(from: $b) -> Self {
-                Self { $($field: from.$field.into(),)* $seg: from.$seg.map(Into::into), ..Default::default() }
-            }
-        }
+    ($a:ident, $b:ident { $($field:ident),* } $(, $array:ident)?) => {
+        convert!(@one $a, $b, $($field),* $(, [$array])?);
+        convert!(@one $b, $a, $($field),* $(, [$array])?);
     };
-    ($a:ident, $b:ident { $($field:ident),* }) => {
+    (@one $a:ident, $b:ident, $($field:ident),* $(, [$array:ident])?) => {
         impl From<$a> for $b {
             fn from(from: $a) -> Self {
-                Self { $($field: from.$field.into(),)* ..Default::default() }
-            }
-        }
-        impl From<$b> for $a {
-            fn from(from: $b) -> Self {
-                Self { $($field: from.$field.into(),)* ..Default::default() }
+                let mut to = Self::default();
+                $( to.$field = from.$field.into(); )*
+                $( to.$array = from.$array.map(Into::into); )?
+                to
             }
         }
     };
@@ -350,7 +340,7 @@ impl Abi {
     /// Decodes the private copy of a slot; bytes beyond this ABI's [`Self::entry_size`] are not looked at.
     pub fn decode(self, slot: &[u8; MAX_ENTRY_SIZE]) -> Request {
         fn view<A: FromBytes, T: From<A> + Default>(slot: &[u8]) -> T {
-            // Every struct fits in its ABI's slot, which the tests below show for each.
+            const { assert!(size_of::<A>() <= MAX_ENTRY_SIZE) };
             A::read_from_prefix(slot).map_or_else(|_| T::default(), |(value, _)| value.into())
         }
         match (slot[0], self) {
