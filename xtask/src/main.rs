@@ -2,6 +2,7 @@
 
 mod cpio;
 mod debian;
+mod guest;
 mod lab;
 mod modules;
 mod paths;
@@ -22,12 +23,15 @@ struct Cli {
 enum Task {
     /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
     Lab(lab::LabArgs),
+    /// Makes the guest images (Debian kernels, our initramfs).
+    GuestImage(guest::GuestArgs),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (result, on_error) = match &cli.task {
         Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
+        Task::GuestImage(args) => (guest::run(args), 1),
     };
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),

@@ -1,0 +1,180 @@
+//! Guest images: a Debian cloud kernel as it is, and an initramfs of busybox, the guest agent and
+//! the few modules that a PV guest needs.
+
+use crate::cpio::Cpio;
+use crate::debian::{self, Kernel, Release};
+use crate::modules::Modules;
+use crate::{paths, run, setup};
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the guest loads, dependencies added; what its kernel has built in is skipped. The virtio
+/// ones are for the same image under QEMU, as the benches compare it.
+const MODULES: &[&str] =
+    &["xen_blkfront", "xen_netfront", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console"];
+
+/// Names under which the agent and busybox are called by kernel and users.
+const AGENT_LINKS: &[&str] = &["poweroff", "reboot", "halt"];
+const BUSYBOX_LINKS: &[&str] = &[
+    "sh", "ls", "cat", "echo", "ip", "ping", "ps", "top", "free", "mount", "umount", "dmesg", "lsmod", "dd",
+    "df", "vi", "grep", "wc", "kill", "sleep", "hexdump", "wget", "nc", "date", "uname", "uptime", "lsblk",
+    "blkid", "sync", "id", "env", "head", "tail", "setsid", "mkdir",
+];
+
+/// Which guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Guest {
+    /// Debian 12's cloud kernel, Linux 6.1.
+    Debian12,
+    /// Debian 13's cloud kernel, Linux 6.12.
+    Debian13,
+}
+
+impl Guest {
+    /// All of them.
+    pub const ALL: &'static [Self] = &[Self::Debian12, Self::Debian13];
+
+    /// Its name in paths and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debian12 => "debian12",
+            Self::Debian13 => "debian13",
+        }
+    }
+
+    fn release(self) -> Release {
+        match self {
+            Self::Debian12 => Release::Bookworm,
+            Self::Debian13 => Release::Trixie,
+        }
+    }
+}
+
+/// A guest's files, ready to boot.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Which guest this is.
+    pub guest: Guest,
+    /// `uname -r` in it.
+    pub version: String,
+    /// The bzImage, byte for byte Debian's.
+    pub vmlinuz: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Options of `cargo xtask guest-image`.
+#[derive(Args, Clone, Debug)]
+pub struct GuestArgs {
+    /// Which guests (default: all).
+    #[arg(value_enum)]
+    pub guests: Vec<Guest>,
+}
+
+/// Makes the images and prints where they are.
+///
+/// # Errors
+/// As [`image`].
+pub fn run(args: &GuestArgs) -> Result<i32> {
+    let guests = if args.guests.is_empty() { Guest::ALL } else { &args.guests };
+    for guest in guests {
+        let image = image(*guest)?;
+        println!(
+            "{} (Linux {}): {} {}",
+            guest.name(),
+            image.version,
+            image.vmlinuz.display(),
+            image.initrd.display()
+        );
+    }
+    Ok(0)
+}
+
+/// Makes one image, or finds it made. The agent is always built first; the initramfs is written
+/// again only when something in it changed.
+///
+/// # Errors
+/// When packages cannot be fetched or the agent does not build.
+pub fn image(guest: Guest) -> Result<Image> {
+    setup::packages(&[("xz-utils", "/usr/bin/xz")])?;
+    let agent = agent()?;
+    let kernel = debian::kernel(guest.release(), "linux-image-cloud-amd64")?;
+    let busybox = fs::read(debian::busybox()?)?;
+    let dir = paths::lab().join("guest").join(guest.name());
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let image = Image {
+        guest,
+        version: kernel.version.clone(),
+        vmlinuz: dir.join("vmlinuz"),
+        initrd: dir.join("initrd.img"),
+    };
+    let mut hash = DefaultHasher::new();
+    (&agent, &busybox, MODULES, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
+    let stamp = format!("{:016x}", hash.finish());
+    let stamp_file = dir.join("stamp");
+    let _lock = setup::lock(guest.name())?;
+    let fresh = fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp);
+    if !(fresh && image.vmlinuz.exists() && image.initrd.exists()) {
+        replace(&image.vmlinuz, &fs::read(&kernel.vmlinuz)?)?;
+        replace(&image.initrd, &initramfs(&kernel, &agent, &busybox)?)?;
+        replace(&stamp_file, stamp.as_bytes())?;
+    }
+    Ok(image)
+}
+
+/// Builds the guest agent and returns its bytes without symbols (a guest unpacks them at each
+/// boot, in emulated time).
+fn agent() -> Result<Vec<u8>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    run::loud(
+        Command::new(cargo).args(["build", "--quiet", "--package", "guest-agent"]).current_dir(paths::root()),
+    )?;
+    let path = paths::bin_dir().join("guest-agent");
+    let stripped = paths::lab().join(format!("guest-agent.{}", std::process::id()));
+    fs::create_dir_all(paths::lab())?;
+    let strip = Command::new("strip").arg("-o").arg(&stripped).arg(&path).status();
+    let bytes = match strip {
+        Ok(status) if status.success() => fs::read(&stripped),
+        // binutils came with the C linker; without it the symbols stay in.
+        _ => fs::read(&path),
+    };
+    fs::remove_file(&stripped).ok();
+    bytes.with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
+    let mut cpio = Cpio::new();
+    for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc", "sbin"] {
+        cpio.dir(dir);
+    }
+    cpio.chardev("dev/console", 0o600, 5, 1);
+    cpio.chardev("dev/null", 0o666, 1, 3);
+    cpio.file("init", 0o755, agent);
+    cpio.file("bin/busybox", 0o755, busybox);
+    for link in AGENT_LINKS {
+        cpio.symlink(&format!("sbin/{link}"), "/init");
+    }
+    for link in BUSYBOX_LINKS {
+        cpio.symlink(&format!("bin/{link}"), "busybox");
+    }
+    let mut order = String::new();
+    for module in Modules::open(&kernel.modules)?.closure(MODULES)? {
+        let name = module.name;
+        cpio.file(&format!("lib/bulkhead-modules/{name}.ko"), 0o644, &module.bytes);
+        order.push_str(&name);
+        order.push('\n');
+    }
+    cpio.file("lib/bulkhead-modules/order", 0o644, order.as_bytes());
+    Ok(cpio.finish())
+}
+
+/// Writes a file whole or not at all: a guest may be booting from the old one.
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let part = path.with_extension("part");
+    fs::write(&part, bytes).with_context(|| format!("cannot write {}", part.display()))?;
+    fs::rename(&part, path).with_context(|| format!("cannot rename to {}", path.display()))
+}
