@@ -1,1 +1,12 @@
-//! Whole-system tests with the real binaries
+//! Whole-system tests with the real binaries, and the harness that they share with the demo, the benches and the soak runs.
+//!
+//! - [`outside`]: a network namespace that plays the outside world (and in which hv-core is started, so that no interface of the
+//!   host is touched)
+//! - [`system`]: hv-core with everything under it in a directory of its own, driven through `bh` as a user would
+//! - [`progress`]: what a guest says of its load on its console
+//! - [`kills`]: who is killed when, and what pause the guest saw
+
+pub mod kills;
+pub mod outside;
+pub mod progress;
+pub mod system;

@@ -2,6 +2,7 @@
 
 mod cpio;
 mod debian;
+mod demo;
 mod guest;
 mod lab;
 mod modules;
@@ -21,6 +22,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// The main job: a guest under load while every part of the system is killed under it.
+    Demo(demo::DemoArgs),
     /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
     Lab(lab::LabArgs),
     /// Makes the guest images (Debian kernels, our initramfs).
@@ -30,6 +33,7 @@ enum Task {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (result, on_error) = match &cli.task {
+        Task::Demo(args) => (demo::run(args), 1),
         Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
         Task::GuestImage(args) => (guest::run(args), 1),
     };

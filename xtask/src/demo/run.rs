@@ -1,0 +1,300 @@
+//! One run: a system, a guest under load, and the kills.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bulkhead_tests::kills::{self, Kill, Pauses, Rng};
+use bulkhead_tests::outside::{ADDRESS, PREFIX};
+use bulkhead_tests::progress::{Progress, Seen};
+use bulkhead_tests::system::{Config, NETBACK, System};
+use serde_json::Value;
+use workload::stream::{self, StreamConfig, StreamStats};
+
+use super::draw::{self, Screen, Totals};
+use super::report::Outcome;
+use super::{DemoArgs, DemoGuest};
+use crate::paths;
+
+const GUEST: &str = "demo";
+const GUEST_IP: &str = "10.77.0.2";
+const PORT: u16 = 7007;
+const DISK_MIB: u64 = 128;
+/// A component that is not back by then has failed.
+const RESTART_LIMIT: Duration = Duration::from_secs(20);
+
+/// Runs it; exit status 0 if nothing was lost.
+///
+/// # Errors
+/// If the system or the guest does not come up.
+pub fn run(args: &DemoArgs, image: Option<(PathBuf, PathBuf)>) -> Result<i32> {
+    let screen = Screen::new();
+    let mut config = Config::of_this_build()?;
+    config.bin_dir = paths::bin_dir();
+    config.keep = args.keep;
+    screen.stage("starting hv-core, xenstored, netback, the console and dom0-supervisor");
+    let system = System::start(config)?;
+    let peer = Peer::start(&system)?;
+
+    let disk = system.dir().join("demo.img");
+    std::fs::File::create(&disk)?.set_len(DISK_MIB << 20)?;
+    let what = match args.guest {
+        DemoGuest::Process => "a process guest",
+        DemoGuest::Debian12 => "Debian 12, unmodified, as a PVH domain",
+        DemoGuest::Debian13 => "Debian 13, unmodified, as a PVH domain",
+    };
+    screen.stage(&format!("creating the guest: {what}, {DISK_MIB} MiB disk by blkback, NIC by netback"));
+    let created = Instant::now();
+    system.create(&domain_file(args, image.as_ref(), &disk))?;
+    let (progress, _console) = system.console(GUEST)?;
+    let booted = progress.wait(Duration::from_secs(90), |seen| seen.boots > 0);
+    let boot_ms = created.elapsed().as_millis() as u64;
+    if !booted || !progress.wait(Duration::from_secs(60), under_load) {
+        let seen = progress.lock();
+        let text: Vec<&str> = seen.text.iter().map(String::as_str).collect();
+        bail!(
+            "the guest is {}\n--- its console\n{}\n--- its last word\n{}\n{}",
+            if booted { "up but not under load" } else { "not up after 90 s" },
+            text.join("\n"),
+            seen.lines.last().map(|l| l.1.to_string()).unwrap_or_default(),
+            system.log_tail(25)
+        );
+    }
+    let boot =
+        progress.lock().lines.iter().find(|l| l.1["ev"] == "boot").map(|l| l.1.clone()).unwrap_or_default();
+    let word = |key: &str| boot[key].as_str().unwrap_or_default().to_owned();
+    screen.stage(&format!(
+        "guest up after {:.1} s: {} on {}",
+        boot_ms as f64 / 1000.0,
+        word("kernel"),
+        word("hypervisor")
+    ));
+
+    let mut outcome = Outcome {
+        hardware: !in_lab() && args.guest != DemoGuest::Process,
+        lab: in_lab(),
+        kernel: word("kernel"),
+        hypervisor: word("hypervisor"),
+        boot_ms,
+        ..Outcome::default()
+    };
+    if let Err(e) = kill_all(args, &system, &progress, &screen, &mut outcome) {
+        outcome.failures.push(format!("{e:#}"));
+    }
+    // A last look, when nothing has been killed for a while.
+    std::thread::sleep(Duration::from_secs(1));
+    peer.stop();
+    let seen = progress.lock();
+    outcome.totals = seen.last.clone();
+    outcome.restarts = seen.boots.saturating_sub(1);
+    outcome.longest_stall_ms = seen.lines.iter().map(|l| stall_ms(&l.1)).fold(0.0, f64::max);
+    if seen.ended && outcome.failures.is_empty() {
+        outcome.failures.push("the guest's console ended".into());
+    }
+    for (_, line) in seen.lines.iter().filter(|l| l.1["ev"] == "error") {
+        outcome.failures.push(format!("the guest says: {} {}", line["part"], line["what"]));
+    }
+    drop(seen);
+    outcome.peer_resets = peer.stats.resets.load(Ordering::Relaxed);
+    outcome.peer_corrupt = peer.stats.corrupt.load(Ordering::Relaxed);
+    let problems = outcome.problems();
+    if !problems.is_empty() {
+        eprintln!("{}", system.log_tail(40));
+    }
+    drop(system);
+    conclude(args, &screen, &outcome, &problems)
+}
+
+fn conclude(args: &DemoArgs, screen: &Screen, outcome: &Outcome, problems: &[String]) -> Result<i32> {
+    screen.table(&outcome.rows);
+    let totals = totals(&outcome.totals);
+    println!(
+        "  disk  {} verified, {} errors",
+        draw::bytes(totals.verified),
+        outcome.totals["disk"]["errors"]
+    );
+    println!(
+        "  TCP   {} both ways, every byte compared, {} connection(s)",
+        draw::bytes(totals.tcp),
+        outcome.totals["tcp"]["connects"]
+    );
+    println!(
+        "  ping  {} answered, {} lost ({} netback kills)",
+        totals.pings, totals.lost, outcome.netback_kills
+    );
+    println!("  guest {} restarts, longest stall {:.0} ms", outcome.restarts, outcome.longest_stall_ms);
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(&outcome.json())?;
+        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if problems.is_empty() {
+        println!("\n  passed: nothing was lost");
+        return Ok(0);
+    }
+    println!("\n  FAILED");
+    for problem in problems {
+        println!("  - {problem}");
+    }
+    Ok(1)
+}
+
+fn in_lab() -> bool {
+    std::env::var_os("BH_LAB").is_some()
+}
+
+/// The outside's end of the TCP stream.
+struct Peer {
+    stats: Arc<StreamStats>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Peer {
+    fn start(system: &System) -> Result<Peer> {
+        let stats = Arc::new(StreamStats::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (shared, config) = (stats.clone(), StreamConfig { rate: 1 << 20, stop: stop.clone() });
+        system.outside.run(move || -> Result<()> {
+            let listener = TcpListener::bind((ADDRESS, PORT)).context("listening outside")?;
+            std::thread::spawn(move || {
+                if let Err(e) = stream::serve(&listener, &config, &shared) {
+                    eprintln!("outside: {e}");
+                }
+            });
+            Ok(())
+        })??;
+        Ok(Peer { stats, stop })
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn domain_file(args: &DemoArgs, image: Option<&(PathBuf, PathBuf)>, disk: &Path) -> String {
+    let devices = format!(
+        "\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n\n[[vif]]\nbackend = \"{NETBACK}\"\nmac = \"00:16:3e:77:00:02\"\n",
+        disk.display()
+    );
+    let network = format!("{GUEST_IP}/{PREFIX}");
+    match image {
+        Some((kernel, initrd)) => format!(
+            "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = \"256 MiB\"\nvcpus = 1\n\
+             cmdline = \"console=hvc0 quiet panic=1 bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PORT} \
+             bh.work=disk,tcp,ping bh.seed={} bh.disk_pause_us=2000\"\n{devices}",
+            kernel.display(),
+            initrd.display(),
+            args.seed,
+        ),
+        None => format!(
+            "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"process-guest\"\n\
+             args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PORT}\", \"--seed\", \"{}\"]\n\
+             {devices}",
+            args.seed,
+        ),
+    }
+}
+
+fn under_load(seen: &Seen) -> bool {
+    let t = totals(&seen.last);
+    t.verified > 0 && t.tcp > 0 && t.pings > 0
+}
+
+fn totals(line: &Value) -> Totals {
+    let count = |part: &str, key: &str| line[part][key].as_u64().unwrap_or(0);
+    Totals {
+        verified: count("disk", "verified_bytes"),
+        tcp: count("tcp", "tx_bytes") + count("tcp", "rx_bytes"),
+        pings: count("ping", "received"),
+        lost: count("ping", "lost"),
+    }
+}
+
+fn disk_stall_ms(line: &Value) -> f64 {
+    let ms = |key: &str| line["disk"][key].as_f64().unwrap_or(0.0);
+    ms("max_read_ms").max(ms("max_write_ms"))
+}
+
+fn net_stall_ms(line: &Value) -> f64 {
+    let ms = |part: &str, key: &str| line[part][key].as_f64().unwrap_or(0.0);
+    ms("tcp", "max_gap_ms").max(ms("ping", "max_rtt_ms"))
+}
+
+fn stall_ms(line: &Value) -> f64 {
+    disk_stall_ms(line).max(net_stall_ms(line))
+}
+
+fn kill_all(
+    args: &DemoArgs,
+    system: &System,
+    progress: &Progress,
+    screen: &Screen,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let services = system.services()?;
+    let blkback = services.keys().find(|n| n.starts_with("blkback")).context("no blkback service")?.clone();
+    let components = ["dom0-supervisor".to_owned(), "xenstored".into(), NETBACK.into(), blkback];
+    let mut rng = Rng::new(args.seed);
+    let plan = kills::plan(&components, args.kills, &mut rng);
+    let mut pauses = Pauses::default();
+    let start = Instant::now();
+    let slot = Duration::from_secs(args.seconds()) / (args.kills.max(1) as u32);
+    let result = (|| {
+        for (i, kill) in plan.iter().enumerate() {
+            // A random moment of this kill's slot; at once if the one before took longer.
+            let at = slot * i as u32 + rng.between(Duration::ZERO, slot.mul_f64(0.7));
+            while let Some(left) = at.checked_sub(start.elapsed()).filter(|l| !l.is_zero()) {
+                screen.moving(&format!("{i}/{} kills", plan.len()), totals(&progress.lock().last));
+                std::thread::sleep(left.min(Duration::from_millis(100)));
+            }
+            let pause = one_kill(kill, system, progress)?;
+            pauses.add(&kill.row, pause);
+            outcome.netback_kills += kill.victims.iter().filter(|v| *v == NETBACK).count() as u64;
+            screen.kill(i + 1, plan.len(), &kill.victims.join(" + "), pause, totals(&progress.lock().last));
+        }
+        if plan.is_empty() {
+            std::thread::sleep(Duration::from_secs(args.seconds()));
+        }
+        Ok(())
+    })();
+    let rows = components.iter().map(String::as_str).chain([kills::SEVERAL]);
+    outcome.rows = rows.map(|row| (row.to_owned(), pauses.summary(row))).collect();
+    result
+}
+
+/// Kills, waits until all is back and the guest has gone on, and gives the longest pause that the guest saw since.
+fn one_kill(kill: &Kill, system: &System, progress: &Progress) -> Result<Duration> {
+    let (from, before) = {
+        let seen = progress.lock();
+        (seen.lines.len(), totals(&seen.last))
+    };
+    let victims = system.kill(&kill.victims)?;
+    system.wait_restarted(&victims, RESTART_LIMIT)?;
+    let after = totals(&progress.lock().last);
+    // The guest is past the pause when disk and TCP have moved since everything was back, and one line more: the pause that a
+    // request saw is told when it ends.
+    let moved = |seen: &Seen| {
+        let now = totals(&seen.last);
+        now.verified > before.verified.max(after.verified)
+            && now.tcp > before.tcp.max(after.tcp)
+            && now.pings > before.pings
+    };
+    if !progress.wait(RESTART_LIMIT, moved) {
+        bail!(
+            "the guest stood still for {} s after the kill of {}",
+            RESTART_LIMIT.as_secs(),
+            kill.victims.join(" and ")
+        );
+    }
+    let lines = progress.lock().lines.len();
+    progress.wait(Duration::from_secs(2), |seen| seen.lines.len() > lines);
+    let seen = progress.lock();
+    let stalls = seen.lines[from..].iter().map(|(_, line)| match kill.row.as_str() {
+        row if row.starts_with("blkback") => disk_stall_ms(line),
+        row if row == NETBACK => net_stall_ms(line),
+        _ => stall_ms(line),
+    });
+    Ok(Duration::from_secs_f64(stalls.fold(0.0, f64::max) / 1000.0))
+}
