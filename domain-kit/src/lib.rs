@@ -8,6 +8,8 @@
 //! | [`evtchn`] | event-channel ports |
 //! | [`grants`] | regions, grant maps, grant copies |
 //! | [`fdstore`] | memory that outlives an incarnation |
+//! | [`ring`] | Xen's shared rings, both ends |
+//! | [`journal`] | the ring journal: rings that survive SIGKILL |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
 //!
@@ -19,8 +21,10 @@ pub mod evtchn;
 pub mod fdstore;
 pub mod grants;
 pub mod hypercall;
+pub mod journal;
 pub mod mem;
 pub mod os;
+pub mod ring;
 pub mod xs;
 
 pub use domain::Domain;
