@@ -7,15 +7,16 @@ use crate::modules::Modules;
 use crate::{paths, run, setup};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use std::collections::BTreeSet;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What the guest loads, dependencies added; what its kernel has built in is skipped. The virtio
-/// ones are for the same image under QEMU, as the benches compare it.
-const MODULES: &[&str] =
-    &["xen_blkfront", "xen_netfront", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console"];
+/// What the guest loads under Xen, dependencies added; what its kernel has built in is skipped.
+const XEN: &[&str] = &["xen_blkfront", "xen_netfront"];
+/// What it loads elsewhere: the same image under QEMU, as tests and benches compare it.
+const VIRTIO: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net"];
 
 /// Names under which the agent and busybox are called by kernel and users.
 const AGENT_LINKS: &[&str] = &["poweroff", "reboot", "halt"];
@@ -113,7 +114,7 @@ pub fn image(guest: Guest) -> Result<Image> {
         initrd: dir.join("initrd.img"),
     };
     let mut hash = DefaultHasher::new();
-    (&agent, &busybox, MODULES, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
+    (&agent, &busybox, XEN, VIRTIO, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
     let stamp = format!("{:016x}", hash.finish());
     let stamp_file = dir.join("stamp");
     let _lock = setup::lock(guest.name())?;
@@ -161,14 +162,20 @@ fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
     for link in BUSYBOX_LINKS {
         cpio.symlink(&format!("bin/{link}"), "busybox");
     }
-    let mut order = String::new();
-    for module in Modules::open(&kernel.modules)?.closure(MODULES)? {
-        let name = module.name;
-        cpio.file(&format!("lib/bulkhead-modules/{name}.ko"), 0o644, &module.bytes);
-        order.push_str(&name);
-        order.push('\n');
+    let modules = Modules::open(&kernel.modules)?;
+    let mut packed = BTreeSet::new();
+    for (list, names) in [("xen", XEN), ("virtio", VIRTIO)] {
+        let mut order = String::new();
+        for module in modules.closure(names)? {
+            let name = module.name;
+            order.push_str(&name);
+            order.push('\n');
+            if packed.insert(name.clone()) {
+                cpio.file(&format!("lib/bulkhead-modules/{name}.ko"), 0o644, &module.bytes);
+            }
+        }
+        cpio.file(&format!("lib/bulkhead-modules/{list}"), 0o644, order.as_bytes());
     }
-    cpio.file("lib/bulkhead-modules/order", 0o644, order.as_bytes());
     Ok(cpio.finish())
 }
 

@@ -51,9 +51,6 @@ pub fn mounts() -> io::Result<()> {
         fs::create_dir_all(target)?;
         mount(Some(source), target, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
-    // Absent without Xen, where nothing needs it.
-    fs::create_dir_all("/proc/xen").ok();
-    mount(Some("xen"), "/proc/xen", Some("xenfs"), MsFlags::empty(), None::<&str>).ok();
     Ok(())
 }
 
@@ -62,10 +59,11 @@ pub fn cpus() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Loads the modules that the image carries, in the order of its list.
+/// Loads the modules that the image carries for this hypervisor, in the order of its list.
 pub fn load_modules(reporter: &Reporter) {
     let dir = Path::new("/lib/bulkhead-modules");
-    let Ok(order) = fs::read_to_string(dir.join("order")) else {
+    let xen = fs::read_to_string("/sys/hypervisor/type").is_ok_and(|t| t.trim() == "xen");
+    let Ok(order) = fs::read_to_string(dir.join(if xen { "xen" } else { "virtio" })) else {
         return;
     };
     for name in order.lines().filter(|l| !l.is_empty()) {
