@@ -5,8 +5,12 @@
 //! - [`system`]: hv-core with everything under it in a directory of its own, driven through `bh` as a user would
 //! - [`progress`]: what a guest says of its load on its console
 //! - [`kills`]: who is killed when, and what pause the guest saw
+//! - [`load_run`]: a guest under load while everything is killed
+//! - [`outcome`]: what that found, judged
 
 pub mod kills;
+pub mod load_run;
+pub mod outcome;
 pub mod outside;
 pub mod progress;
 pub mod system;

@@ -4,19 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::kills::Summary;
-
-/// Totals as the guest tells them, for display.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Totals {
-    /// Bytes read back and proved right.
-    pub verified: u64,
-    /// Bytes over TCP, both ways.
-    pub tcp: u64,
-    /// Echo requests answered.
-    pub pings: u64,
-    /// Echo requests lost.
-    pub lost: u64,
-}
+use bulkhead_tests::load_run::Observer;
+use bulkhead_tests::outcome::{Outcome, Totals, totals};
 
 /// The screen.
 pub struct Screen {
@@ -47,15 +36,64 @@ impl Screen {
         format!("{:6.1} s", self.start.elapsed().as_secs_f64())
     }
 
-    /// A stage is done or begins.
-    pub fn stage(&self, text: &str) {
+    fn flush(&self) {
+        // A closed pipe shows at the next println; nothing can be done about it here.
+        drop(std::io::stdout().flush());
+    }
+
+    /// The last table and the totals.
+    pub fn result(&self, outcome: &Outcome) {
+        self.clear();
+        println!();
+        println!("  {:<24} {:>6} {:>12} {:>12} {:>12}", "killed", "kills", "pause p50", "p99", "max");
+        println!("  {}", "─".repeat(70));
+        for (name, s) in &outcome.rows {
+            println!(
+                "  {} {:>6} {:>9.0} ms {:>9.0} ms {:>9.0} ms",
+                clip(name, 24),
+                s.count,
+                s.p50,
+                s.p99,
+                s.max
+            );
+        }
+        let t = totals(&outcome.totals);
+        let said = |part: &str, key: &str| outcome.totals[part][key].as_u64().unwrap_or(0);
+        println!();
+        println!(
+            "  disk   {} verified, {} errors, {} wrong blocks",
+            bytes(t.verified),
+            said("disk", "errors"),
+            said("disk", "corrupt")
+        );
+        println!(
+            "  TCP    {} both ways, every byte compared, {} resets",
+            bytes(t.tcp),
+            said("tcp", "resets")
+        );
+        println!("  ping   {} answered, {} lost in {} netback kills", t.pings, t.lost, outcome.netback_kills);
+        println!("  guest  {} restarts, longest stall {:.0} ms", outcome.restarts, outcome.longest_stall_ms);
+        println!();
+        let problems = outcome.problems();
+        if problems.is_empty() {
+            println!("  {}: nothing was lost", self.paint("1;32", "passed"));
+        } else {
+            println!("  {}", self.paint("1;31", "FAILED"));
+        }
+        for problem in problems {
+            println!("  - {problem}");
+        }
+    }
+}
+
+impl Observer for Screen {
+    fn stage(&self, text: &str) {
         self.clear();
         println!("{}  {text}", self.paint("2", &self.clock()));
         self.flush();
     }
 
-    /// One kill, with what it did.
-    pub fn kill(&self, number: usize, of: usize, victims: &str, pause: Duration, totals: Totals) {
+    fn kill(&self, number: usize, of: usize, victims: &str, pause: Duration, totals: Totals) {
         self.clear();
         let ms = pause.as_secs_f64() * 1000.0;
         // One block for each doubling from 1 ms, so that 10 ms and 3 s both fit.
@@ -71,36 +109,12 @@ impl Screen {
     }
 
     /// The moving line; nothing where there is no terminal.
-    pub fn moving(&self, text: &str, totals: Totals) {
+    fn waiting(&self, text: &str, totals: Totals) {
         if self.live {
             self.clear();
             print!("{}  {text}  {}", self.paint("2", &self.clock()), line(totals));
             self.flush();
         }
-    }
-
-    fn flush(&self) {
-        // A closed pipe shows at the next println; nothing can be done about it here.
-        drop(std::io::stdout().flush());
-    }
-
-    /// The last table.
-    pub fn table(&self, rows: &[(String, Summary)]) {
-        self.clear();
-        println!();
-        println!("  {:<24} {:>6} {:>12} {:>12} {:>12}", "killed", "kills", "pause p50", "p99", "max");
-        println!("  {}", "─".repeat(70));
-        for (name, s) in rows {
-            println!(
-                "  {:<24} {:>6} {:>9.0} ms {:>9.0} ms {:>9.0} ms",
-                clip(name, 24),
-                s.count,
-                s.p50,
-                s.p99,
-                s.max
-            );
-        }
-        println!();
     }
 }
 

@@ -1,14 +1,15 @@
 //! `cargo xtask demo`: a guest works on its disk and its network while every part of the system is killed under it.
 
 mod draw;
-mod report;
-mod run;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bulkhead_tests::load_run::{self, Run};
+use bulkhead_tests::system::Config;
 use clap::{Args, ValueEnum};
 
 use crate::guest::Guest;
@@ -23,6 +24,16 @@ pub enum DemoGuest {
     Debian12,
     /// A process guest: the same rings, journals and store without a virtual machine.
     Process,
+}
+
+impl DemoGuest {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Debian13 => "Debian 13's kernel, unmodified, as a PVH domain",
+            Self::Debian12 => "Debian 12's kernel, unmodified, as a PVH domain",
+            Self::Process => "a process guest",
+        }
+    }
 }
 
 /// Options of `cargo xtask demo`.
@@ -43,6 +54,9 @@ pub struct DemoArgs {
     /// Writes the result as JSON too.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+    /// Virtual CPUs of a Linux guest, 1 to 8.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: u32,
     /// Keep the system's directory with its logs.
     #[arg(long)]
     pub keep: bool,
@@ -79,12 +93,18 @@ pub fn run(args: &DemoArgs) -> Result<i32> {
             Some((image.vmlinuz, image.initrd))
         }
     };
-    let Some((kernel, initrd)) = image else { return run::run(args, None) };
+    let Some((kernel, initrd)) = image else { return here(args, load_run::Guest::Process) };
+    let linux = |kernel, initrd| load_run::Guest::Linux {
+        name: args.guest.title().into(),
+        kernel,
+        initrd,
+        vcpus: args.vcpus,
+    };
     if args.lab_kernel.is_some() {
-        return run::run(args, Some((kernel, initrd)));
+        return here(args, linux(kernel, initrd));
     }
     match hardware() {
-        Ok(()) => run::run(args, Some((kernel, initrd))),
+        Ok(()) => here(args, linux(kernel, initrd)),
         Err(why) => {
             println!(
                 "{why}: the same system runs inside the lab (an emulated machine with hardware virtualization)."
@@ -92,6 +112,22 @@ pub fn run(args: &DemoArgs) -> Result<i32> {
             in_lab(args, kernel, initrd)
         }
     }
+}
+
+/// Runs it on this machine (which may be the lab's).
+fn here(args: &DemoArgs, guest: load_run::Guest) -> Result<i32> {
+    let screen = draw::Screen::new();
+    let config = Config { bin_dir: paths::bin_dir(), keep: args.keep, ..Config::of_this_build()? };
+    let duration = Duration::from_secs(args.seconds());
+    let outcome =
+        load_run::run(&Run { guest, kills: args.kills, duration, seed: args.seed }, config, &screen)?;
+    eprint!("{}", outcome.evidence);
+    screen.result(&outcome);
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(&outcome.json())?;
+        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(i32::from(!outcome.problems().is_empty()))
 }
 
 /// Builds every program of the system.
@@ -133,6 +169,7 @@ fn in_lab(args: &DemoArgs, kernel: PathBuf, initrd: PathBuf) -> Result<i32> {
     push("--duration", args.seconds().to_string());
     push("--kills", args.kills.to_string());
     push("--seed", args.seed.to_string());
+    push("--vcpus", args.vcpus.to_string());
     push("--lab-kernel", kernel.display().to_string());
     push("--lab-initrd", initrd.display().to_string());
     // Only the working tree is writable from inside.

@@ -1,7 +1,31 @@
-//! The demo's result: judged, as JSON, and in words.
+//! The result of a run under kills: judged, as JSON, and in words.
 
-use bulkhead_tests::kills::Summary;
+use crate::kills::Summary;
 use serde_json::{Value, json};
+
+/// Totals as the guest tells them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Bytes read back and proved right.
+    pub verified: u64,
+    /// Bytes over TCP, both ways.
+    pub tcp: u64,
+    /// Echo requests answered.
+    pub pings: u64,
+    /// Echo requests lost.
+    pub lost: u64,
+}
+
+/// The totals of a progress line.
+pub fn totals(line: &Value) -> Totals {
+    let count = |part: &str, key: &str| line[part][key].as_u64().unwrap_or(0);
+    Totals {
+        verified: count("disk", "verified_bytes"),
+        tcp: count("tcp", "tx_bytes") + count("tcp", "rx_bytes"),
+        pings: count("ping", "received"),
+        lost: count("ping", "lost"),
+    }
+}
 
 /// What a run found.
 #[derive(Clone, Debug, Default)]
@@ -10,7 +34,7 @@ pub struct Outcome {
     pub hardware: bool,
     /// The run was inside the lab.
     pub lab: bool,
-    /// `uname -r` of the guest, or "process guest".
+    /// `uname -r` of the guest.
     pub kernel: String,
     /// What the guest calls its hypervisor.
     pub hypervisor: String,
@@ -32,6 +56,8 @@ pub struct Outcome {
     pub netback_kills: u64,
     /// Something of the run itself went wrong.
     pub failures: Vec<String>,
+    /// Last lines of the logs, if there are problems.
+    pub evidence: String,
 }
 
 /// No stall may be longer.

@@ -1,4 +1,4 @@
-//! One run: a system, a guest under load, and the kills.
+//! One run: a system, a guest under load, and the kills. The demo, the kill tests and the soak runs are all this.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -7,17 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use bulkhead_tests::kills::{self, Kill, Pauses, Rng};
-use bulkhead_tests::outside::{ADDRESS, PREFIX};
-use bulkhead_tests::progress::{Progress, Seen};
-use bulkhead_tests::system::{Config, NETBACK, System};
 use serde_json::Value;
 use workload::stream::{self, StreamConfig, StreamStats};
 
-use super::draw::{self, Screen, Totals};
-use super::report::Outcome;
-use super::{DemoArgs, DemoGuest};
-use crate::paths;
+use crate::kills::{self, Kill, Pauses, Rng};
+use crate::outcome::{Outcome, Totals, totals};
+use crate::outside::{ADDRESS, PREFIX};
+use crate::progress::{Progress, Seen};
+use crate::system::{Config, NETBACK, System};
 
 const GUEST: &str = "demo";
 const GUEST_IP: &str = "10.77.0.2";
@@ -26,29 +23,76 @@ const DISK_MIB: u64 = 128;
 /// A component that is not back by then has failed.
 const RESTART_LIMIT: Duration = Duration::from_secs(20);
 
-/// Runs it; exit status 0 if nothing was lost.
+/// The guest under load.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// `process-guest`.
+    Process,
+    /// A Linux guest as a PVH domain.
+    Linux {
+        /// For people.
+        name: String,
+        /// A bzImage or ELF kernel.
+        kernel: PathBuf,
+        /// An initramfs with the guest agent.
+        initrd: PathBuf,
+        /// 1 to 8.
+        vcpus: u32,
+    },
+}
+
+/// A run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The guest.
+    pub guest: Guest,
+    /// Kills over all components.
+    pub kills: usize,
+    /// Time over which they are spread; zero: each as soon as the one before is over.
+    pub duration: Duration,
+    /// Of all choices.
+    pub seed: u64,
+}
+
+/// Who is told what happens.
+pub trait Observer {
+    /// A stage begins or is done.
+    fn stage(&self, text: &str);
+    /// Between kills.
+    fn waiting(&self, text: &str, totals: Totals);
+    /// After a kill.
+    fn kill(&self, number: usize, of: usize, victims: &str, pause: Duration, totals: Totals);
+}
+
+/// Nobody looks.
+#[derive(Clone, Copy, Debug)]
+pub struct Quiet;
+
+impl Observer for Quiet {
+    fn stage(&self, _: &str) {}
+    fn waiting(&self, _: &str, _: Totals) {}
+    fn kill(&self, _: usize, _: usize, _: &str, _: Duration, _: Totals) {}
+}
+
+/// Runs it.
 ///
 /// # Errors
-/// If the system or the guest does not come up.
-pub fn run(args: &DemoArgs, image: Option<(PathBuf, PathBuf)>) -> Result<i32> {
-    let screen = Screen::new();
-    let mut config = Config::of_this_build()?;
-    config.bin_dir = paths::bin_dir();
-    config.keep = args.keep;
-    screen.stage("starting hv-core, xenstored, netback, the console and dom0-supervisor");
+/// If the system or the guest does not come up. What goes wrong later is in the [`Outcome`].
+pub fn run(run: &Run, config: Config, screen: &dyn Observer) -> Result<Outcome> {
+    screen
+        .stage("starting hv-core, which starts dom0-supervisor, xenstored, netback and the console backend");
     let system = System::start(config)?;
     let peer = Peer::start(&system)?;
 
     let disk = system.dir().join("demo.img");
     std::fs::File::create(&disk)?.set_len(DISK_MIB << 20)?;
-    let what = match args.guest {
-        DemoGuest::Process => "a process guest",
-        DemoGuest::Debian12 => "Debian 12, unmodified, as a PVH domain",
-        DemoGuest::Debian13 => "Debian 13, unmodified, as a PVH domain",
+    let what = match &run.guest {
+        Guest::Process => "a process guest",
+        Guest::Linux { name, .. } => name,
     };
     screen.stage(&format!("creating the guest: {what}, {DISK_MIB} MiB disk by blkback, NIC by netback"));
     let created = Instant::now();
-    system.create(&domain_file(args, image.as_ref(), &disk))?;
+    system.create(&domain_file(run, &disk))?;
     let (progress, _console) = system.console(GUEST)?;
     let booted = progress.wait(Duration::from_secs(90), |seen| seen.boots > 0);
     let boot_ms = created.elapsed().as_millis() as u64;
@@ -66,27 +110,25 @@ pub fn run(args: &DemoArgs, image: Option<(PathBuf, PathBuf)>) -> Result<i32> {
     let boot =
         progress.lock().lines.iter().find(|l| l.1["ev"] == "boot").map(|l| l.1.clone()).unwrap_or_default();
     let word = |key: &str| boot[key].as_str().unwrap_or_default().to_owned();
-    screen.stage(&format!(
-        "guest up after {:.1} s: {} on {}",
-        boot_ms as f64 / 1000.0,
-        word("kernel"),
-        word("hypervisor")
-    ));
-
     let mut outcome = Outcome {
-        hardware: !in_lab() && args.guest != DemoGuest::Process,
+        hardware: !in_lab() && matches!(run.guest, Guest::Linux { .. }),
         lab: in_lab(),
         kernel: word("kernel"),
         hypervisor: word("hypervisor"),
         boot_ms,
         ..Outcome::default()
     };
-    if let Err(e) = kill_all(args, &system, &progress, &screen, &mut outcome) {
+    screen.stage(&format!(
+        "guest up after {:.1} s: {} on {}",
+        boot_ms as f64 / 1000.0,
+        outcome.kernel,
+        outcome.hypervisor
+    ));
+    if let Err(e) = kill_all(run, &system, &progress, screen, &mut outcome) {
         outcome.failures.push(format!("{e:#}"));
     }
     // A last look, when nothing has been killed for a while.
     std::thread::sleep(Duration::from_secs(1));
-    peer.stop();
     let seen = progress.lock();
     outcome.totals = seen.last.clone();
     outcome.restarts = seen.boots.saturating_sub(1);
@@ -100,45 +142,11 @@ pub fn run(args: &DemoArgs, image: Option<(PathBuf, PathBuf)>) -> Result<i32> {
     drop(seen);
     outcome.peer_resets = peer.stats.resets.load(Ordering::Relaxed);
     outcome.peer_corrupt = peer.stats.corrupt.load(Ordering::Relaxed);
-    let problems = outcome.problems();
-    if !problems.is_empty() {
-        eprintln!("{}", system.log_tail(40));
+    peer.stop();
+    if !outcome.problems().is_empty() {
+        outcome.evidence = system.log_tail(40);
     }
-    drop(system);
-    conclude(args, &screen, &outcome, &problems)
-}
-
-fn conclude(args: &DemoArgs, screen: &Screen, outcome: &Outcome, problems: &[String]) -> Result<i32> {
-    screen.table(&outcome.rows);
-    let totals = totals(&outcome.totals);
-    println!(
-        "  disk  {} verified, {} errors",
-        draw::bytes(totals.verified),
-        outcome.totals["disk"]["errors"]
-    );
-    println!(
-        "  TCP   {} both ways, every byte compared, {} connection(s)",
-        draw::bytes(totals.tcp),
-        outcome.totals["tcp"]["connects"]
-    );
-    println!(
-        "  ping  {} answered, {} lost ({} netback kills)",
-        totals.pings, totals.lost, outcome.netback_kills
-    );
-    println!("  guest {} restarts, longest stall {:.0} ms", outcome.restarts, outcome.longest_stall_ms);
-    if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&outcome.json())?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    if problems.is_empty() {
-        println!("\n  passed: nothing was lost");
-        return Ok(0);
-    }
-    println!("\n  FAILED");
-    for problem in problems {
-        println!("  - {problem}");
-    }
-    Ok(1)
+    Ok(outcome)
 }
 
 fn in_lab() -> bool {
@@ -173,26 +181,26 @@ impl Peer {
     }
 }
 
-fn domain_file(args: &DemoArgs, image: Option<&(PathBuf, PathBuf)>, disk: &Path) -> String {
+fn domain_file(run: &Run, disk: &Path) -> String {
     let devices = format!(
         "\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n\n[[vif]]\nbackend = \"{NETBACK}\"\nmac = \"00:16:3e:77:00:02\"\n",
         disk.display()
     );
     let network = format!("{GUEST_IP}/{PREFIX}");
-    match image {
-        Some((kernel, initrd)) => format!(
-            "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = \"256 MiB\"\nvcpus = 1\n\
+    match &run.guest {
+        Guest::Linux { kernel, initrd, vcpus, .. } => format!(
+            "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = \"256 MiB\"\nvcpus = {vcpus}\n\
              cmdline = \"console=hvc0 quiet panic=1 bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PORT} \
              bh.work=disk,tcp,ping bh.seed={} bh.disk_pause_us=2000\"\n{devices}",
             kernel.display(),
             initrd.display(),
-            args.seed,
+            run.seed,
         ),
-        None => format!(
+        Guest::Process => format!(
             "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"process-guest\"\n\
              args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PORT}\", \"--seed\", \"{}\"]\n\
              {devices}",
-            args.seed,
+            run.seed,
         ),
     }
 }
@@ -200,16 +208,6 @@ fn domain_file(args: &DemoArgs, image: Option<&(PathBuf, PathBuf)>, disk: &Path)
 fn under_load(seen: &Seen) -> bool {
     let t = totals(&seen.last);
     t.verified > 0 && t.tcp > 0 && t.pings > 0
-}
-
-fn totals(line: &Value) -> Totals {
-    let count = |part: &str, key: &str| line[part][key].as_u64().unwrap_or(0);
-    Totals {
-        verified: count("disk", "verified_bytes"),
-        tcp: count("tcp", "tx_bytes") + count("tcp", "rx_bytes"),
-        pings: count("ping", "received"),
-        lost: count("ping", "lost"),
-    }
 }
 
 fn disk_stall_ms(line: &Value) -> f64 {
@@ -227,26 +225,26 @@ fn stall_ms(line: &Value) -> f64 {
 }
 
 fn kill_all(
-    args: &DemoArgs,
+    run: &Run,
     system: &System,
     progress: &Progress,
-    screen: &Screen,
+    screen: &dyn Observer,
     outcome: &mut Outcome,
 ) -> Result<()> {
     let services = system.services()?;
     let blkback = services.keys().find(|n| n.starts_with("blkback")).context("no blkback service")?.clone();
     let components = ["dom0-supervisor".to_owned(), "xenstored".into(), NETBACK.into(), blkback];
-    let mut rng = Rng::new(args.seed);
-    let plan = kills::plan(&components, args.kills, &mut rng);
+    let mut rng = Rng::new(run.seed);
+    let plan = kills::plan(&components, run.kills, &mut rng);
     let mut pauses = Pauses::default();
     let start = Instant::now();
-    let slot = Duration::from_secs(args.seconds()) / (args.kills.max(1) as u32);
+    let slot = run.duration / (run.kills.max(1) as u32);
     let result = (|| {
         for (i, kill) in plan.iter().enumerate() {
             // A random moment of this kill's slot; at once if the one before took longer.
             let at = slot * i as u32 + rng.between(Duration::ZERO, slot.mul_f64(0.7));
             while let Some(left) = at.checked_sub(start.elapsed()).filter(|l| !l.is_zero()) {
-                screen.moving(&format!("{i}/{} kills", plan.len()), totals(&progress.lock().last));
+                screen.waiting(&format!("{i}/{} kills", plan.len()), totals(&progress.lock().last));
                 std::thread::sleep(left.min(Duration::from_millis(100)));
             }
             let pause = one_kill(kill, system, progress)?;
@@ -255,7 +253,7 @@ fn kill_all(
             screen.kill(i + 1, plan.len(), &kill.victims.join(" + "), pause, totals(&progress.lock().last));
         }
         if plan.is_empty() {
-            std::thread::sleep(Duration::from_secs(args.seconds()));
+            std::thread::sleep(run.duration);
         }
         Ok(())
     })();
