@@ -58,8 +58,6 @@ impl Guest {
 /// A guest's files, ready to boot.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// Which guest this is.
-    pub guest: Guest,
     /// `uname -r` in it.
     pub version: String,
     /// The bzImage, byte for byte Debian's.
@@ -108,7 +106,6 @@ pub fn image(guest: Guest) -> Result<Image> {
     let dir = paths::lab().join("guest").join(guest.name());
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let image = Image {
-        guest,
         version: kernel.version.clone(),
         vmlinuz: dir.join("vmlinuz"),
         initrd: dir.join("initrd.img"),

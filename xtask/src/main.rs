@@ -1,14 +1,21 @@
 //! Project automation: demo, test, lab, bench, soak
+//!
+//! Each task is a module with its options (`…Args`) and a `run` that returns the exit status.
 
+mod checks;
 mod cpio;
 mod debian;
 mod demo;
 mod guest;
 mod lab;
+mod lab_tests;
+mod libtest;
+mod licences;
 mod modules;
 mod paths;
 mod run;
 mod setup;
+mod soak;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -24,6 +31,10 @@ struct Cli {
 enum Task {
     /// The main job: a guest under load while every part of the system is killed under it.
     Demo(demo::DemoArgs),
+    /// Runs all checks and tests.
+    Test(checks::TestArgs),
+    /// Runs the kill runs with their full counts.
+    Soak(soak::SoakArgs),
     /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
     Lab(lab::LabArgs),
     /// Makes the guest images (Debian kernels, our initramfs).
@@ -32,8 +43,11 @@ enum Task {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // The second part is the status on an error of ours.
     let (result, on_error) = match &cli.task {
         Task::Demo(args) => (demo::run(args), 1),
+        Task::Test(args) => (checks::run(args), 1),
+        Task::Soak(args) => (soak::run(args), 1),
         Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
         Task::GuestImage(args) => (guest::run(args), 1),
     };

@@ -27,11 +27,6 @@ pub fn bin_dir() -> PathBuf {
     target().join(TARGET).join("debug")
 }
 
-/// Directory of the release binaries of the workspace.
-pub fn release_dir() -> PathBuf {
-    target().join(TARGET).join("release")
-}
-
 /// The lab's cache: kernels, modules, images. Safe to delete at any time.
 pub fn lab() -> PathBuf {
     target().join("lab")
