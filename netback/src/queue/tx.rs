@@ -1,0 +1,334 @@
+//! From the frontend's tx ring to the TAP.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use domain_kit::grants::CopyBatch;
+use domain_kit::journal::{
+    IDENTITY_WORDS, JournalError, JournaledRing, MAX_ATTEMPTS, RingFormat, Shape, Slot,
+};
+use domain_kit::ring::{RingLayout, RingMem};
+use hv_abi::{CopyEntry, MAX_COPY_ENTRIES};
+use xen_abi::io::netif::*;
+
+use super::{HALF, HEADROOM, Progress, QueueError, World, before};
+use crate::offload::{self, MAX_HEADERS, VNET_HDR_LEN};
+use crate::slots::{self, Kind, KindScanner, MAX_DATA_SLOTS, TxPacket};
+use crate::stats::Stats;
+
+/// Packets for which one round of grant copies is made.
+const MAX_BATCH: usize = 64;
+/// Bytes of the arena that a packet takes at most.
+const MAX_TX: usize = HEADROOM + 65536;
+/// First byte of the arena's half for this direction.
+const ARENA_START: usize = HALF;
+const ARENA_END: usize = 2 * HALF;
+/// Journal's user area: every packet that begins before this request index was handed over (or refused).
+const U_HANDED: usize = 0;
+const USER_SIZE: u32 = 8;
+/// Kept beside each request: its [`Kind`].
+const EXTRA_SIZE: u32 = 8;
+
+/// Requests and responses of the tx ring.
+#[derive(Clone, Copy, Debug)]
+pub struct TxFormat;
+
+impl RingFormat for TxFormat {
+    fn req_size(&self) -> usize {
+        TX_ENTRY_SIZE
+    }
+    fn rsp_size(&self) -> usize {
+        size_of::<NetifTxResponse>()
+    }
+    fn response(&self, request: &[u8], status: i16, _aux: u32, out: &mut [u8]) {
+        // Of an extra-info slot these are other bytes of the frontend's; it ignores them by the status.
+        let slot = slot_of(request);
+        out[..2].copy_from_slice(&slot.request().id.to_le_bytes());
+        out[2..].copy_from_slice(&status.to_le_bytes());
+    }
+}
+
+fn slot_of(bytes: &[u8]) -> TxSlot {
+    let mut slot = TxSlot::default();
+    slot.0.copy_from_slice(bytes);
+    slot
+}
+
+/// The ring's layout.
+pub fn layout() -> RingLayout {
+    RingLayout::new(1, TX_ENTRY_SIZE, size_of::<NetifTxResponse>())
+}
+
+/// The journal's shape for a ring of this layout.
+pub fn shape(layout: &RingLayout) -> Shape {
+    Shape {
+        entries: layout.size,
+        req_size: layout.req_size as u32,
+        extra_size: EXTRA_SIZE,
+        user_size: USER_SIZE,
+    }
+}
+
+/// A packet between the ring and the TAP.
+#[derive(Debug)]
+struct Job {
+    slots: usize,
+    /// `None`: to be answered with an error.
+    packet: Option<TxPacket>,
+    /// Where its bytes are.
+    arena: usize,
+    /// Its entries in the batch of copies.
+    copies: std::ops::Range<usize>,
+}
+
+/// The tx direction of one queue.
+#[derive(Debug)]
+pub struct TxQueue<R, J> {
+    ring: JournaledRing<R, J, TxFormat>,
+    handed_at: usize,
+    /// Taken and not handed over, in ring order; begins at a packet's first slot.
+    pending: VecDeque<Slot>,
+    scanner: KindScanner,
+    /// How many of `pending` are done one packet at a time, because one of them crashed us.
+    careful: usize,
+    jobs: Vec<Job>,
+    copy: CopyBatch,
+    raw: Vec<TxSlot>,
+    stats: Arc<Stats>,
+}
+
+impl<R: RingMem, J: RingMem> TxQueue<R, J> {
+    /// Starts on a ring that a frontend has just connected.
+    ///
+    /// # Errors
+    /// [`JournaledRing::create`]'s.
+    pub fn create(
+        ring: R,
+        layout: RingLayout,
+        journal: J,
+        identity: [u32; IDENTITY_WORDS],
+        stats: Arc<Stats>,
+    ) -> Result<Self, QueueError> {
+        let ring = JournaledRing::create(ring, layout, journal, shape(&layout), identity, TxFormat)?;
+        let this = Self::new(ring, stats);
+        this.set_handed(this.ring.ring().req_cons());
+        Ok(this)
+    }
+
+    /// Goes on where a dead incarnation stopped.
+    ///
+    /// # Errors
+    /// [`JournaledRing::reattach`]'s; [`QueueError::Record`].
+    pub fn reattach(
+        ring: R,
+        layout: RingLayout,
+        journal: J,
+        own_fault: bool,
+        stats: Arc<Stats>,
+    ) -> Result<Self, QueueError> {
+        let (ring, unanswered) =
+            JournaledRing::reattach(ring, layout, journal, shape(&layout), TxFormat, own_fault)?;
+        let mut this = Self::new(ring, stats);
+        let handed = this.ring.journal().mem().load_u32(this.handed_at);
+        if before(this.ring.ring().req_cons(), handed) {
+            this.ring.fail();
+            return Err(QueueError::Record("handed over more than was taken"));
+        }
+        for slot in unanswered {
+            if before(this.ring.req_index(slot), handed) {
+                // Sent, or about to be: never again. Whoever needs it sends it again.
+                let kind = this.ring.extra(slot).first().copied().and_then(Kind::from_u8);
+                let status = if kind == Some(Kind::Extra) { NETIF_RSP_NULL } else { NETIF_RSP_OKAY };
+                this.ring.respond(slot, status, 0);
+                this.stats.tx_recovered.add(1);
+            } else {
+                this.scanner.next(&slot_of(this.ring.request(slot)));
+                if this.ring.attempts(slot) > 0 {
+                    this.careful = usize::MAX;
+                }
+                this.pending.push_back(slot);
+            }
+        }
+        this.careful = this.careful.min(this.pending.len());
+        Ok(this)
+    }
+
+    fn new(ring: JournaledRing<R, J, TxFormat>, stats: Arc<Stats>) -> Self {
+        TxQueue {
+            handed_at: ring.journal().user_offset() + U_HANDED,
+            ring,
+            pending: VecDeque::new(),
+            scanner: KindScanner::default(),
+            careful: 0,
+            jobs: Vec::new(),
+            copy: CopyBatch::default(),
+            raw: Vec::new(),
+            stats,
+        }
+    }
+
+    fn set_handed(&self, index: u32) {
+        self.ring.journal().mem().store_u32(self.handed_at, index);
+    }
+
+    /// The identity given to [`TxQueue::create`].
+    pub fn identity(&self) -> [u32; IDENTITY_WORDS] {
+        self.ring.journal().identity()
+    }
+
+    /// Takes what waits and hands it over.
+    ///
+    /// # Errors
+    /// [`QueueError`]; the queue must not be used any more.
+    pub fn run(&mut self, world: &mut impl World) -> Result<Progress, QueueError> {
+        let mut taken = Vec::new();
+        let mut scanner = self.scanner;
+        self.ring.take_with(usize::MAX, &mut taken, |request| vec![scanner.next(&slot_of(request)) as u8])?;
+        self.scanner = scanner;
+        self.pending.extend(taken);
+        let mut progress = Progress { worked: !self.pending.is_empty(), notify: false };
+        while !self.pending.is_empty() {
+            self.batch(world)?;
+            progress.notify |= self.ring.push();
+        }
+        // What recovery answered, with nothing else to do.
+        progress.notify |= self.ring.push();
+        Ok(progress)
+    }
+
+    /// One round of grant copies and what follows from it.
+    fn batch(&mut self, world: &mut impl World) -> Result<(), QueueError> {
+        self.raw.clear();
+        for &slot in &self.pending {
+            self.raw.push(slot_of(self.ring.request(slot)));
+        }
+        self.gather(world.copy_ids())?;
+        if !self.copy.entries.is_empty() {
+            world.copy(&mut self.copy)?;
+        }
+        let jobs = std::mem::take(&mut self.jobs);
+        for job in &jobs {
+            self.finish(job, world);
+        }
+        self.jobs = jobs;
+        Ok(())
+    }
+
+    /// Makes jobs of as many packets as fit one round.
+    fn gather(&mut self, (domid, buffer): (u16, u32)) -> Result<(), QueueError> {
+        self.jobs.clear();
+        self.copy.clear();
+        let limit = if self.careful > 0 { 1 } else { MAX_BATCH };
+        let (mut at, mut arena) = (0, ARENA_START);
+        while at < self.raw.len()
+            && self.jobs.len() < limit
+            && self.copy.entries.len() + MAX_DATA_SLOTS <= MAX_COPY_ENTRIES
+            && arena + MAX_TX <= ARENA_END
+        {
+            let first = self.pending[at];
+            self.ring.start(first);
+            let slots = slots::extent(&self.raw[at..]).inspect_err(|_| self.ring.fail())?;
+            let mut job =
+                Job { slots, packet: None, arena: arena + HEADROOM, copies: self.copy.entries.len()..0 };
+            if self.ring.attempts(first) >= MAX_ATTEMPTS {
+                tracing::error!(domid, "a packet that crashed netback {MAX_ATTEMPTS} times is dropped");
+                self.stats.poisoned.add(1);
+            } else {
+                match slots::parse(&self.raw[at..at + slots]) {
+                    Ok(packet) => {
+                        let mut to = job.arena as u64;
+                        for f in packet.fragments.iter().filter(|f| f.len > 0) {
+                            self.copy.entries.push(CopyEntry {
+                                domid,
+                                flags: 0,
+                                gref: f.gref,
+                                offset: f.offset,
+                                len: f.len,
+                                buffer,
+                                buffer_offset: to,
+                            });
+                            to += u64::from(f.len);
+                        }
+                        arena = (to as usize).next_multiple_of(64);
+                        job.packet = Some(packet);
+                    }
+                    Err(bad) => tracing::debug!(domid, %bad, "tx packet refused"),
+                }
+            }
+            job.copies.end = self.copy.entries.len();
+            self.jobs.push(job);
+            at += slots;
+        }
+        Ok(())
+    }
+
+    /// Hands one packet over and answers its slots.
+    fn finish(&mut self, job: &Job, world: &mut impl World) {
+        let ready = job.packet.as_ref().and_then(|packet| {
+            let copied =
+                self.copy.statuses.get(job.copies.clone()).is_some_and(|s| s.iter().all(|&s| s == 0));
+            if !copied {
+                tracing::debug!("tx packet refused: a page could not be copied");
+                return None;
+            }
+            prepare(packet, job.arena, world.arena())
+        });
+        // From here on it is not sent again.
+        let end = self.pending.get(job.slots - 1).map_or(0, |&s| self.ring.req_index(s).wrapping_add(1));
+        self.set_handed(end);
+        let status = match ready {
+            None => NETIF_RSP_ERROR,
+            Some(len) => match world.send(job.arena - VNET_HDR_LEN, VNET_HDR_LEN + len) {
+                Ok(Some(_)) => NETIF_RSP_OKAY,
+                Ok(None) => NETIF_RSP_DROPPED,
+                Err(error) => {
+                    tracing::debug!(%error, "the TAP refused a packet");
+                    NETIF_RSP_ERROR
+                }
+            },
+        };
+        match (status, ready) {
+            (NETIF_RSP_OKAY, Some(len)) => {
+                self.stats.tx_packets.add(1);
+                self.stats.tx_bytes.add(len as u64);
+            }
+            (NETIF_RSP_DROPPED, _) => self.stats.tx_dropped.add(1),
+            _ => self.stats.tx_errors.add(1),
+        }
+        let mut scanner = KindScanner::default();
+        for _ in 0..job.slots {
+            let Some(slot) = self.pending.pop_front() else { break };
+            self.careful = self.careful.saturating_sub(1);
+            let kind = scanner.next(&slot_of(self.ring.request(slot)));
+            self.ring.respond(slot, if kind == Kind::Extra { NETIF_RSP_NULL } else { status }, 0);
+        }
+    }
+
+    /// To be asked before sleeping; see [`JournaledRing::final_check`].
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn final_check(&self) -> Result<bool, JournalError> {
+        self.ring.final_check()
+    }
+}
+
+/// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. `None`: refused.
+fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> Option<usize> {
+    let mut headers = [0; MAX_HEADERS];
+    let headers = &mut headers[..packet.len.min(MAX_HEADERS)];
+    arena.copy_out(at, headers);
+    match offload::to_tap(packet.meta, headers, packet.len) {
+        Ok(out) => {
+            arena.copy_in(at - VNET_HDR_LEN, &out.hdr.to_bytes());
+            if let Some((offset, value)) = out.patch {
+                arena.copy_in(at + offset, &value);
+            }
+            Some(packet.len)
+        }
+        Err(bad) => {
+            tracing::debug!(%bad, "tx packet refused");
+            None
+        }
+    }
+}
