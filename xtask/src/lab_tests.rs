@@ -39,7 +39,7 @@ fn l1_has_what_we_need() -> Result<()> {
         grep -q svm /proc/cpuinfo; grep -q 1 /sys/module/kvm_amd/parameters/nested; \
         grep -qw memory /sys/fs/cgroup/cgroup.controllers; unshare -Urnmp --fork true; \
         dd if=/dev/zero of=/tmp/x bs=4096 count=1 oflag=direct 2>/dev/null; \
-        ip link add a type veth peer name b; ip link add br type bridge; test \"$BH_LAB\" = 1";
+        ip link add name va type veth peer name vb; ip link add name br0 type bridge; test \"$BH_LAB\" = 1";
     expect(&LabArgs::new(["sh", "-c", script]), 0)
 }
 

@@ -66,47 +66,45 @@ fn allows(expr: &str, allowed: &[String]) -> bool {
     let spaced = expr.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
     let tokens: Vec<&str> = spaced.split_whitespace().collect();
     let mut at = 0;
-    let ok = any(&tokens, &mut at, allowed);
-    ok && at == tokens.len()
+    any(&tokens, &mut at, allowed) == Some(true) && at == tokens.len()
 }
 
-fn any(tokens: &[&str], at: &mut usize, allowed: &[String]) -> bool {
-    let mut ok = all(tokens, at, allowed);
+/// Each level returns whether its part is allowed, or nothing when it is malformed.
+fn any(tokens: &[&str], at: &mut usize, allowed: &[String]) -> Option<bool> {
+    let mut ok = all(tokens, at, allowed)?;
     while tokens.get(*at) == Some(&"OR") {
         *at += 1;
-        ok |= all(tokens, at, allowed);
+        ok |= all(tokens, at, allowed)?;
     }
-    ok
+    Some(ok)
 }
 
-fn all(tokens: &[&str], at: &mut usize, allowed: &[String]) -> bool {
-    let mut ok = one(tokens, at, allowed);
+fn all(tokens: &[&str], at: &mut usize, allowed: &[String]) -> Option<bool> {
+    let mut ok = one(tokens, at, allowed)?;
     while tokens.get(*at) == Some(&"AND") {
         *at += 1;
-        ok &= one(tokens, at, allowed);
+        ok &= one(tokens, at, allowed)?;
     }
-    ok
+    Some(ok)
 }
 
-fn one(tokens: &[&str], at: &mut usize, allowed: &[String]) -> bool {
-    let Some(token) = tokens.get(*at) else {
-        return false;
-    };
+fn one(tokens: &[&str], at: &mut usize, allowed: &[String]) -> Option<bool> {
+    let token = *tokens.get(*at)?;
     *at += 1;
-    if *token == "(" {
-        let ok = any(tokens, at, allowed);
-        if tokens.get(*at) == Some(&")") {
-            *at += 1;
-            return ok;
+    if token == "(" {
+        let ok = any(tokens, at, allowed)?;
+        if *tokens.get(*at)? != ")" {
+            return None;
         }
-        return false;
+        *at += 1;
+        return Some(ok);
     }
-    let mut licence = (*token).to_owned();
+    let mut licence = token.to_owned();
     if tokens.get(*at) == Some(&"WITH") {
-        licence = format!("{licence} WITH {}", tokens.get(*at + 1).unwrap_or(&""));
+        licence = format!("{licence} WITH {}", tokens.get(*at + 1)?);
         *at += 2;
     }
-    allowed.contains(&licence)
+    Some(allowed.contains(&licence))
 }
 
 #[cfg(test)]
