@@ -82,6 +82,9 @@ fn per_run(args: &LabArgs, kernel: &Kernel) -> Result<Vec<u8>> {
     vars.push(("LAB_MODULES".into(), kernel.modules.display().to_string()));
     if args.tty {
         vars.push(("LAB_TTY".into(), "1".into()));
+        if let Some((rows, cols)) = super::qemu::terminal_size() {
+            vars.push(("LAB_SIZE".into(), format!("rows {rows} cols {cols}")));
+        }
     } else if args.stdin {
         vars.push(("LAB_STDIN".into(), "1".into()));
     }

@@ -8,7 +8,7 @@ use crate::{debian, paths, setup};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use qemu::Outcome;
@@ -152,11 +152,17 @@ impl RunDir {
     /// # Errors
     /// When /tmp is not writable.
     pub fn new(keep: bool) -> Result<Self> {
+        sweep();
         let id = std::process::id();
         for n in 0..u32::MAX {
             let path = PathBuf::from(format!("/tmp/bh-lab.{id}.{n}"));
             match fs::create_dir(&path) {
-                Ok(()) => return Ok(Self { path, keep }),
+                Ok(()) => {
+                    if keep {
+                        fs::write(path.join("keep"), "")?;
+                    }
+                    return Ok(Self { path, keep });
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(e).with_context(|| format!("cannot create {}", path.display())),
             }
@@ -171,6 +177,24 @@ impl Drop for RunDir {
             eprintln!("lab: files of this run are in {}", self.path.display());
         } else {
             fs::remove_dir_all(&self.path).ok();
+        }
+    }
+}
+
+/// Removes what runs left behind that were killed themselves.
+fn sweep() {
+    let Ok(entries) = fs::read_dir("/tmp") else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix("bh-lab.").and_then(|rest| rest.split('.').next());
+        let Some(pid) = pid.and_then(|p| p.parse::<u32>().ok()) else {
+            continue;
+        };
+        let path = entry.path();
+        if !Path::new(&format!("/proc/{pid}")).exists() && !path.join("keep").exists() {
+            fs::remove_dir_all(path).ok();
         }
     }
 }

@@ -58,6 +58,7 @@ pub fn run(args: &LabArgs, kernel: &Kernel) -> Result<Outcome> {
     if args.verbose {
         eprintln!("lab: {}", exec::show(&cmd));
     }
+    let _terminal = args.tty.then(Terminal::save);
     let started = Instant::now();
     let limit = deadline(args);
     let log = File::create(dir.path.join("qemu.log"))?;
@@ -87,6 +88,37 @@ pub fn run(args: &LabArgs, kernel: &Kernel) -> Result<Outcome> {
     out.join().ok();
     err.join().ok();
     Ok(outcome)
+}
+
+/// The terminal's settings, put back when dropped: the emulator makes it raw and is then killed.
+struct Terminal(Option<String>);
+
+impl Terminal {
+    fn save() -> Self {
+        Self(stty("-g"))
+    }
+}
+
+fn stty(arg: &str) -> Option<String> {
+    let mut cmd = Command::new("stty");
+    let out = cmd.arg(arg).stdin(Stdio::inherit()).output().ok()?;
+    let text = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+    out.status.success().then_some(text)
+}
+
+/// Rows and columns of our terminal, if we have one.
+pub fn terminal_size() -> Option<(u16, u16)> {
+    let text = stty("size")?;
+    let (rows, cols) = text.split_once(' ')?;
+    Some((rows.parse().ok()?, cols.parse().ok()?))
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Some(settings) = &self.0 {
+            Command::new("stty").arg(settings).status().ok();
+        }
+    }
 }
 
 struct Qemu(Child);
