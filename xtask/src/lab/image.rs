@@ -82,9 +82,6 @@ fn per_run(args: &LabArgs, kernel: &Kernel) -> Result<Vec<u8>> {
     vars.push(("LAB_MODULES".into(), kernel.modules.display().to_string()));
     if args.tty {
         vars.push(("LAB_TTY".into(), "1".into()));
-        if let Some((rows, cols)) = super::qemu::terminal_size() {
-            vars.push(("LAB_SIZE".into(), format!("rows {rows} cols {cols}")));
-        }
     } else if args.stdin {
         vars.push(("LAB_STDIN".into(), "1".into()));
     }
@@ -100,8 +97,13 @@ fn per_run(args: &LabArgs, kernel: &Kernel) -> Result<Vec<u8>> {
     let words: Vec<String> = args.command.iter().map(|a| quote(a)).collect();
     let mut path = env::var("PATH").unwrap_or_default();
     path.push_str(":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    // A console forgets its size when nobody has it open, so this is done within CMD's session.
+    let size = match super::qemu::terminal_size() {
+        Some((rows, cols)) if args.tty => format!("stty rows {rows} cols {cols}\n"),
+        _ => String::new(),
+    };
     let cmd = format!(
-        ". /run/lab/env\nexport PATH={}\ncd {} || exit 125\nexec {}\n",
+        ". /run/lab/env\n{size}export PATH={}\ncd {} || exit 125\nexec {}\n",
         quote(&path),
         quote(&cwd.display().to_string()),
         words.join(" ")

@@ -13,7 +13,6 @@ done
 exec 9>"$control"
 echo up >&9
 if [ -n "$LAB_TTY" ]; then
-    [ -z "$LAB_SIZE" ] || $bb stty -F /dev/hvc0 $LAB_SIZE
     $bb setsid -c /bin/sh /run/lab/cmd <>/dev/hvc0 >&0 2>&1 9>&- &
 elif [ -n "$LAB_STDIN" ]; then
     $bb setsid /bin/sh /run/lab/cmd <>"$out" >&0 2>"$err" 9>&- &
