@@ -1,0 +1,476 @@
+//! The net journal under a crash at every step.
+//!
+//! The real queues run over memory that counts stores and "kills" the process before the n-th one (a copy is torn in
+//! its middle), and over an outside and a hypervisor that can kill it before and after each packet and each copied
+//! piece. A new incarnation then re-attaches. Explored: every single crash, every pair of crashes whose second comes
+//! within the recovery (and a stride of all later ones), and a poison packet each way that crashes by itself.
+//!
+//! Seen through the eyes of the frontend and of the outside: every tx slot is answered exactly once, in order, extra info
+//! with NULL; no packet goes out or comes in twice, none out of order, none damaged; each kill loses at most one.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use domain_kit::grants::CopyBatch;
+use domain_kit::hypercall::HvError;
+use domain_kit::ring::{FrontRing, HeapMem, RingLayout, RingMem};
+use hv_abi::COPY_TO_GRANT;
+use netback::offload::VNET_HDR_LEN;
+use netback::queue::rx::{self, RxQueue};
+use netback::queue::tx::{self, TxQueue};
+use netback::queue::{ARENA_BYTES, World};
+use netback::slots::{Kind, KindScanner};
+use netback::stats::Stats;
+use netback::tap::Offloads;
+use xen_abi::io::netif::*;
+
+/// What ends an incarnation; true: its own fault.
+struct Crash(bool);
+
+/// Steps left to live.
+#[derive(Default)]
+struct Fuel {
+    left: Cell<Option<u64>>,
+    used: Cell<u64>,
+}
+
+impl Fuel {
+    /// True if the process dies here.
+    fn burnt(&self) -> bool {
+        self.used.set(self.used.get() + 1);
+        match self.left.get() {
+            None => false,
+            Some(0) => true,
+            Some(n) => {
+                self.left.set(Some(n - 1));
+                false
+            }
+        }
+    }
+
+    fn step(&self) {
+        if self.burnt() {
+            resume_unwind(Box::new(Crash(false)));
+        }
+    }
+}
+
+/// Memory that outlives the process; each store is a step.
+#[derive(Clone)]
+struct Mem {
+    inner: Rc<HeapMem>,
+    fuel: Rc<Fuel>,
+}
+
+impl RingMem for Mem {
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+    fn load_u32(&self, offset: usize) -> u32 {
+        self.inner.load_u32(offset)
+    }
+    fn store_u32(&self, offset: usize, value: u32) {
+        self.fuel.step();
+        self.inner.store_u32(offset, value);
+    }
+    fn load_u64(&self, offset: usize) -> u64 {
+        self.inner.load_u64(offset)
+    }
+    fn store_u64(&self, offset: usize, value: u64) {
+        self.fuel.step();
+        self.inner.store_u64(offset, value);
+    }
+    fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        self.inner.copy_out(offset, into);
+    }
+    fn copy_in(&self, offset: usize, from: &[u8]) {
+        if self.fuel.burnt() {
+            self.inner.copy_in(offset, &from[..from.len() / 2]);
+            resume_unwind(Box::new(Crash(false)));
+        }
+        self.inner.copy_in(offset, from);
+    }
+}
+
+/// What lies outside of netback: the kernel's side of the TAP, hv-core, the frontend's pages.
+struct Outside {
+    arena: Mem,
+    to_guest: Rc<RefCell<VecDeque<Vec<u8>>>>,
+    from_guest: Rc<RefCell<Vec<Vec<u8>>>>,
+    pages: Rc<RefCell<HashMap<u32, Vec<u8>>>>,
+    fuel: Rc<Fuel>,
+    poison: bool,
+}
+
+impl Outside {
+    /// A packet with this first byte makes netback crash by its own fault when it touches it.
+    fn taste(&self, packet: &[u8]) {
+        if self.poison && packet[0] == POISON {
+            resume_unwind(Box::new(Crash(true)));
+        }
+    }
+}
+
+const POISON: u8 = 0xee;
+
+impl World for Outside {
+    type Arena = Mem;
+    fn arena(&self) -> &Mem {
+        &self.arena
+    }
+    fn copy_ids(&self) -> (u16, u32) {
+        (5, 1)
+    }
+    fn receive(&mut self, offset: usize, _len: usize) -> io::Result<Option<usize>> {
+        self.fuel.step();
+        let Some(packet) = self.to_guest.borrow_mut().pop_front() else { return Ok(None) };
+        self.arena.inner.copy_in(offset, &[0; VNET_HDR_LEN]);
+        self.arena.inner.copy_in(offset + VNET_HDR_LEN, &packet);
+        self.fuel.step();
+        Ok(Some(VNET_HDR_LEN + packet.len()))
+    }
+    fn send(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
+        self.fuel.step();
+        let mut packet = vec![0; len - VNET_HDR_LEN];
+        self.arena.inner.copy_out(offset + VNET_HDR_LEN, &mut packet);
+        self.from_guest.borrow_mut().push(packet);
+        self.fuel.step();
+        Ok(Some(len))
+    }
+    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
+        batch.statuses.clear();
+        for e in &batch.entries {
+            self.fuel.step();
+            let mut pages = self.pages.borrow_mut();
+            let page = pages.get_mut(&e.gref).expect("a page that the frontend granted");
+            let range = usize::from(e.offset)..usize::from(e.offset) + usize::from(e.len);
+            if e.flags == COPY_TO_GRANT {
+                let mut bytes = vec![0; range.len()];
+                self.arena.inner.copy_out(e.buffer_offset as usize, &mut bytes);
+                self.taste(&bytes);
+                page[range].copy_from_slice(&bytes);
+            } else {
+                self.taste(&page[range.clone()]);
+                self.arena.inner.copy_in(e.buffer_offset as usize, &page[range]);
+            }
+            batch.statuses.push(0);
+        }
+        Ok(())
+    }
+}
+
+/// Rings of few slots wrap soon.
+const RING: u32 = 8;
+
+fn tx_layout() -> RingLayout {
+    tx::layout().with_size(RING)
+}
+fn rx_layout() -> RingLayout {
+    rx::layout().with_size(RING)
+}
+
+struct Guest {
+    tx: FrontRing<Rc<HeapMem>>,
+    rx: FrontRing<Rc<HeapMem>>,
+    pages: Rc<RefCell<HashMap<u32, Vec<u8>>>>,
+    to_send: VecDeque<(Vec<u8>, bool)>,
+    /// Slots sent and not answered.
+    tx_waiting: VecDeque<(u16, bool)>,
+    /// (id, gref) by ring slot.
+    rx_posted: VecDeque<(u16, u32)>,
+    assembling: Vec<u8>,
+    received: Vec<Vec<u8>>,
+    next_id: u16,
+    /// Posts rx slots only now and then.
+    slow: bool,
+    turn: u32,
+}
+
+impl Guest {
+    /// Takes answers, sends, and posts rx slots, as far as the rings have room.
+    fn turn(&mut self) {
+        self.turn += 1;
+        for _ in 0..self.tx.unconsumed().expect("honest indices") {
+            let mut bytes = [0; 4];
+            self.tx.take(&mut bytes);
+            let id = u16::from_le_bytes([bytes[0], bytes[1]]);
+            let status = i16::from_le_bytes([bytes[2], bytes[3]]);
+            let (want, extra) = self.tx_waiting.pop_front().expect("no answer without a request");
+            if extra {
+                assert_eq!(status, NETIF_RSP_NULL, "extra info is answered with NULL");
+            } else {
+                assert_eq!(id, want, "answers in order");
+                assert!(status == NETIF_RSP_OKAY || status == NETIF_RSP_ERROR);
+            }
+        }
+        while let Some((packet, extra)) = self.to_send.front() {
+            let pieces: Vec<&[u8]> = packet.chunks(60).collect();
+            if (self.tx.free() as usize) < pieces.len() + usize::from(*extra) {
+                break;
+            }
+            for (i, piece) in pieces.iter().enumerate() {
+                self.next_id += 1;
+                let gref = 1000 + u32::from(self.next_id);
+                let mut page = vec![0; 4096];
+                page[7..7 + piece.len()].copy_from_slice(piece);
+                self.pages.borrow_mut().insert(gref, page);
+                let mut flags = if i + 1 < pieces.len() { NETTXF_MORE_DATA } else { 0 };
+                if i == 0 && *extra {
+                    flags |= NETTXF_EXTRA_INFO;
+                }
+                let size = if i == 0 { packet.len() } else { piece.len() } as u16;
+                self.tx
+                    .put(&TxSlot::from(NetifTxRequest { gref, offset: 7, flags, id: self.next_id, size }).0);
+                self.tx_waiting.push_back((self.next_id, false));
+                if i == 0 && *extra {
+                    let gso = Extra::Gso { size: 1448, gso_type: XEN_NETIF_GSO_TYPE_TCPV4, features: 0 };
+                    self.tx.put(&TxSlot::from(NetifExtraInfo::new(gso, false)).0);
+                    self.tx_waiting.push_back((0, true));
+                }
+            }
+            self.to_send.pop_front();
+        }
+        self.tx.push();
+        for _ in 0..self.rx.unconsumed().expect("honest indices") {
+            let mut slot = RxSlot::default();
+            self.rx.take(&mut slot.0);
+            let response = slot.response();
+            let (id, gref) = self.rx_posted.pop_front().expect("posted");
+            assert_eq!(response.id, id, "responses are in their requests' slots");
+            assert!(response.status > 0 && response.offset == 0);
+            let page = &self.pages.borrow()[&gref];
+            self.assembling.extend(&page[..response.status as usize]);
+            if response.flags & NETRXF_MORE_DATA == 0 {
+                self.received.push(std::mem::take(&mut self.assembling));
+            }
+        }
+        let post = if self.slow { self.turn % 2 } else { RING };
+        for _ in 0..post.min(self.rx.free()) {
+            self.next_id += 1;
+            let gref = 1000 + u32::from(self.next_id);
+            self.pages.borrow_mut().insert(gref, vec![0; 4096]);
+            let mut request = [0; 8];
+            request[..2].copy_from_slice(&self.next_id.to_le_bytes());
+            request[4..].copy_from_slice(&gref.to_le_bytes());
+            self.rx.put(&request);
+            self.rx_posted.push_back((self.next_id, gref));
+        }
+        self.rx.push();
+    }
+}
+
+struct Scenario {
+    /// Packets from the guest: bytes, and whether extra info goes with them.
+    from_guest: Vec<(Vec<u8>, bool)>,
+    to_guest: Vec<Vec<u8>>,
+    slow: bool,
+    poison: bool,
+}
+
+/// A packet that is TCP over IPv4 as far as anyone looks.
+fn packet(number: u8, len: usize) -> Vec<u8> {
+    let mut p: Vec<u8> = (0..len).map(|i| (i as u8).wrapping_mul(7).wrapping_add(number)).collect();
+    p[0] = number;
+    p[12..14].copy_from_slice(&[8, 0]);
+    p[14..24].copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0, 0, 64, 6]);
+    p[16..18].copy_from_slice(&((len - 14) as u16).to_be_bytes());
+    p[46] = 0x50;
+    p[50..52].copy_from_slice(&[0, 0]); // the checksum, which netback fills
+    p
+}
+
+struct Outcome {
+    /// Steps that each incarnation took.
+    steps: Vec<u64>,
+    crashes: usize,
+}
+
+/// Runs a scenario with the n-th incarnation dying after `plan[n]` steps, and judges what was seen.
+fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
+    let fuel = Rc::new(Fuel::default());
+    let mem = |len| Mem { inner: Rc::new(HeapMem::new(len)), fuel: fuel.clone() };
+    let (tx_ring, rx_ring) = (mem(4096), mem(4096));
+    let (tx_journal, rx_journal) =
+        (mem(tx::shape(&tx_layout()).bytes()), mem(rx::shape(&rx_layout()).bytes()));
+    // One arena for all runs: making 4 MiB each time is what would take the time.
+    thread_local!(static ARENA: Rc<HeapMem> = Rc::new(HeapMem::new(ARENA_BYTES)));
+    let arena = Mem { inner: ARENA.with(Rc::clone), fuel: fuel.clone() };
+    let pages = Rc::new(RefCell::new(HashMap::new()));
+    let mut guest = Guest {
+        tx: FrontRing::init(tx_ring.inner.clone(), tx_layout()),
+        rx: FrontRing::init(rx_ring.inner.clone(), rx_layout()),
+        pages: pages.clone(),
+        to_send: scenario.from_guest.clone().into(),
+        tx_waiting: VecDeque::new(),
+        rx_posted: VecDeque::new(),
+        assembling: Vec::new(),
+        received: Vec::new(),
+        next_id: 0,
+        slow: scenario.slow,
+        turn: 0,
+    };
+    let mut outside = Outside {
+        arena: arena.clone(),
+        to_guest: Rc::new(RefCell::new(scenario.to_guest.clone().into())),
+        from_guest: Rc::default(),
+        pages,
+        fuel: fuel.clone(),
+        poison: scenario.poison,
+    };
+    let offloads = Offloads { csum: true, sg: true, gso_tcpv4: true, ..Offloads::default() };
+    let stats = Arc::new(Stats::default());
+    let mut txq = Some(
+        TxQueue::create(tx_ring.clone(), tx_layout(), tx_journal.clone(), [1; 6], stats.clone()).unwrap(),
+    );
+    let mut rxq = Some(
+        RxQueue::create(rx_ring.clone(), rx_layout(), rx_journal.clone(), [1; 6], offloads, stats.clone())
+            .unwrap(),
+    );
+    let mut outcome = Outcome { steps: Vec::new(), crashes: 0 };
+    let (mut own_faults, mut own_fault) = (0, false);
+    for life in 0.. {
+        assert!(life < plan.len() + 12, "it never ends");
+        fuel.left.set(plan.get(life).copied());
+        fuel.used.set(0);
+        let lived = catch_unwind(AssertUnwindSafe(|| {
+            let mut tx = txq.take().unwrap_or_else(|| {
+                TxQueue::reattach(tx_ring.clone(), tx_layout(), tx_journal.clone(), own_fault, stats.clone())
+                    .expect("tx re-attach")
+            });
+            let mut rx = rxq.take().unwrap_or_else(|| {
+                let (ring, journal) = (rx_ring.clone(), rx_journal.clone());
+                RxQueue::reattach(ring, rx_layout(), journal, own_fault, offloads, &arena, stats.clone())
+                    .expect("rx re-attach")
+            });
+            let mut idle = 0;
+            while idle < 4 {
+                guest.turn();
+                let worked =
+                    tx.run(&mut outside).expect("tx").worked | rx.run(&mut outside).expect("rx").worked;
+                let waits = tx.final_check().expect("tx") | (rx.blocked() && rx.final_check().expect("rx"));
+                idle = if worked || waits { 0 } else { idle + 1 };
+            }
+        }));
+        outcome.steps.push(fuel.used.get());
+        fuel.left.set(None);
+        match lived {
+            Ok(()) => break,
+            Err(crash) => match crash.downcast::<Crash>() {
+                Ok(crash) => {
+                    own_fault = crash.0;
+                    own_faults += usize::from(crash.0);
+                    outcome.crashes += 1;
+                }
+                Err(other) => resume_unwind(other),
+            },
+        }
+    }
+    guest.turn();
+    let at = || format!("plan {plan:?}");
+    assert!(guest.tx_waiting.is_empty() && guest.to_send.is_empty(), "unanswered tx slots, {}", at());
+    assert!(guest.assembling.is_empty() && outside.to_guest.borrow().is_empty(), "{}", at());
+    let sent: Vec<_> = scenario.from_guest.iter().map(|p| p.0.clone()).collect();
+    let blank = |p: &Vec<u8>| {
+        let mut p = p.clone();
+        p[50..52].copy_from_slice(&[0, 0]);
+        p
+    };
+    let out: Vec<_> = outside.from_guest.borrow().iter().map(blank).collect();
+    let lost = lost(&sent, &out, &at()) + lost(&scenario.to_guest, &guest.received, &at());
+    let poison = if scenario.poison { 2 } else { 0 };
+    assert!(lost <= outcome.crashes - own_faults + poison, "{lost} packets lost, {}", at());
+    if scenario.poison {
+        assert!(own_faults <= 8, "{own_faults} crashes of two poison packets, {}", at());
+    }
+    outcome
+}
+
+/// How many of `sent` are not in `got`, which must be a part of it in order.
+fn lost(sent: &[Vec<u8>], got: &[Vec<u8>], at: &str) -> usize {
+    let mut rest = sent.iter();
+    for packet in got {
+        assert!(rest.any(|p| p == packet), "packet {} twice, out of order or damaged, {at}", packet[0]);
+    }
+    sent.len() - got.len()
+}
+
+fn explore(scenario: &Scenario, stride: usize) -> (usize, usize) {
+    let whole = run(scenario, &[]);
+    let (mut singles, mut pairs) = (0, 0);
+    for first in 0..whole.steps[0] {
+        let outcome = run(scenario, &[first]);
+        assert!(outcome.crashes >= 1);
+        singles += 1;
+        if !(first as usize).is_multiple_of(stride) {
+            continue;
+        }
+        let recovery = 60;
+        for second in (0..recovery).chain((recovery..outcome.steps[1]).step_by(37)) {
+            run(scenario, &[first, second]);
+            pairs += 1;
+        }
+    }
+    (singles, pairs)
+}
+
+fn scenario(slow: bool) -> Scenario {
+    Scenario {
+        // 70 bytes are two slots, 130 are three.
+        from_guest: vec![
+            (packet(1, 60), false),
+            (packet(2, 130), true),
+            (packet(3, 70), false),
+            (packet(4, 54), true),
+            (packet(5, 60), false),
+            (packet(6, 150), false),
+        ],
+        to_guest: vec![packet(11, 60), packet(12, 9000), packet(13, 100), packet(14, 4097), packet(15, 64)],
+        slow,
+        poison: false,
+    }
+}
+
+#[test]
+fn crash_at_every_step() {
+    let (singles, pairs) = explore(&scenario(false), 3);
+    println!("explored: {singles} single crashes, {pairs} pairs");
+    assert!(singles > 200);
+}
+
+#[test]
+fn crash_at_every_step_with_a_guest_short_of_slots() {
+    let (singles, pairs) = explore(&scenario(true), 7);
+    println!("explored: {singles} single crashes, {pairs} pairs");
+    assert!(singles > 200);
+}
+
+#[test]
+fn poison_packets_are_dropped_after_three_crashes() {
+    let mut s = scenario(false);
+    s.from_guest[2].0[0] = POISON;
+    s.to_guest[2][0] = POISON;
+    s.poison = true;
+    run(&s, &[]);
+    let steps = 300;
+    for kill in (0..steps).step_by(5) {
+        // SIGKILL from outside at any time beside it blames nobody.
+        run(&s, &[kill]);
+        run(&s, &[u64::MAX, kill]);
+    }
+}
+
+#[test]
+fn kinds_follow_from_the_slots_before() {
+    let mut scanner = KindScanner::default();
+    let first = NetifTxRequest { flags: NETTXF_EXTRA_INFO | NETTXF_MORE_DATA, ..Default::default() };
+    let gso = NetifExtraInfo::new(Extra::Gso { size: 1, gso_type: 1, features: 0 }, false);
+    let last = NetifTxRequest::default();
+    assert_eq!(scanner.next(&first.into()), Kind::First);
+    assert_eq!(scanner.next(&gso.into()), Kind::Extra);
+    assert_eq!(scanner.next(&last.into()), Kind::Fragment);
+    assert!(scanner.at_boundary());
+}
