@@ -84,7 +84,8 @@ fn xz(stream: &[u8], out: &mut [u8]) -> Result<(), KernelError> {
     let cut = || bad("xz", "the block header is cut off");
     // Block header (section 3.1): its size / 4 - 1, flags, optional sizes, filters, padding, CRC32.
     let size = (usize::from(*stream.get(HEADER).ok_or_else(cut)?) + 1) * 4;
-    let header = stream.get(HEADER..HEADER + size).ok_or_else(cut)?;
+    // The smallest header has the size, the flags and one filter; a size byte of 0 is no block at all.
+    let header = stream.get(HEADER..HEADER + size).filter(|h| h.len() >= 12).ok_or_else(cut)?;
     let flags = header[1];
     let mut fields = &header[2..size - 4];
     if flags & 0x40 != 0 {

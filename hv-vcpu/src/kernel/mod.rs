@@ -113,3 +113,6 @@ pub fn load(image: &[u8], mem: &GuestMemory, low: u64, high: u64) -> Result<Load
     }
     Err(KernelError::UnknownFormat)
 }
+
+#[cfg(test)]
+mod tests;
