@@ -2,6 +2,7 @@
 //!
 //! Each task is a module with its options (`…Args`) and a `run` that returns the exit status.
 
+mod bench;
 mod checks;
 mod cpio;
 mod debian;
@@ -33,6 +34,8 @@ enum Task {
     Demo(demo::DemoArgs),
     /// Runs all checks and tests.
     Test(checks::TestArgs),
+    /// Measures the system beside the machine's limits.
+    Bench(bench::BenchArgs),
     /// Runs the kill runs with their full counts.
     Soak(soak::SoakArgs),
     /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
     let (result, on_error) = match &cli.task {
         Task::Demo(args) => (demo::run(args), 1),
         Task::Test(args) => (checks::run(args), 1),
+        Task::Bench(args) => (bench::run(args), 1),
         Task::Soak(args) => (soak::run(args), 1),
         Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
         Task::GuestImage(args) => (guest::run(args), 1),

@@ -1,0 +1,37 @@
+//! One module for each name on the command line.
+
+pub mod evtchn;
+pub mod pair;
+pub mod size;
+pub mod store;
+pub mod world;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::report::Line;
+
+/// What every case is given.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of the built programs.
+    pub bin_dir: PathBuf,
+    /// The source tree.
+    pub source: PathBuf,
+    /// Rounds of each contest.
+    pub rounds: usize,
+}
+
+/// The lines of a case, or one that says why there are none: a case that cannot run does not stop the others.
+pub fn or_missing(names: &[(&str, &str, &str)], lines: Result<Vec<Line>>) -> Vec<Line> {
+    lines.unwrap_or_else(|error| {
+        let why = format!("not measured: {error:#}");
+        names.iter().map(|(name, unit, goal)| Line::missing(name, unit, goal, &why)).collect()
+    })
+}
+
+/// The system if it is up, else why it is not.
+pub(crate) fn borrowed(world: &mut Result<world::World>) -> Result<&mut world::World> {
+    world.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))
+}

@@ -1,0 +1,89 @@
+//! The whole system with one process guest (`bench-guest`) that has a disk and a NIC.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bulkhead_tests::system::{Config, NETBACK, System};
+
+use super::Settings;
+use crate::wire::Remote;
+
+/// Bytes of the guest's disk.
+pub const DISK: u64 = 256 << 20;
+/// The guest's name.
+pub const GUEST: &str = "bench";
+/// The guest's address; the outside has [`bulkhead_tests::outside::ADDRESS`].
+pub const GUEST_ADDRESS: &str = "10.77.0.2";
+
+/// The running system.
+#[derive(Debug)]
+pub struct World {
+    /// hv-core and all under it.
+    pub system: System,
+    /// The guest's bench commands.
+    pub guest: Remote,
+    /// Image of the guest's disk.
+    pub disk: PathBuf,
+    // Ours, so that it is there before the system and goes after it.
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    /// Starts it and waits until the guest answers.
+    ///
+    /// # Errors
+    /// In words, with the last lines of the logs.
+    pub fn start(settings: &Settings) -> Result<World> {
+        let dir = tempfile::Builder::new().prefix("bh-bench-").tempdir()?;
+        let disk = dir.path().join("disk.img");
+        fill(&disk)?;
+        let config = Config { bin_dir: settings.bin_dir.clone(), ..Config::of_this_build()? };
+        let system = System::start(config)?;
+        let domain_file = format!(
+            r#"name = "{GUEST}"
+type = "process"
+program = "{program}"
+
+[[disk]]
+vdev = "xvda"
+path = "{disk}"
+
+[[vif]]
+backend = "{NETBACK}"
+"#,
+            program = settings.bin_dir.join("bench-guest").display(),
+            disk = disk.display(),
+        );
+        let guest = system
+            .create(&domain_file)
+            .and_then(|()| domid(&system))
+            .and_then(|domid| Remote::connect(&super::pair::control_socket(system.dir(), domid), UP))
+            .with_context(|| system.log_tail(12))?;
+        Ok(World { system, guest, disk, _dir: dir })
+    }
+}
+
+/// How long the guest may take to be there.
+const UP: Duration = Duration::from_secs(20);
+
+fn domid(system: &System) -> Result<u16> {
+    let list = system.bh_json(&["list"])?;
+    let guests = list["guests"].as_array().or(list.as_array()).context("bh list --json: no list")?;
+    let guest = guests.iter().find(|g| g["name"] == GUEST).context("the guest is not in the list")?;
+    let domid = guest["domid"].as_u64().context("the guest has no domid")?;
+    Ok(u16::try_from(domid)?)
+}
+
+/// Written in full, so that no request meets a hole.
+fn fill(path: &Path) -> Result<()> {
+    let mut file = File::create(path).with_context(|| path.display().to_string())?;
+    let chunk: Vec<u8> = (0..1u32 << 18).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    for _ in 0..DISK / chunk.len() as u64 {
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()?;
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! What runs inside a process domain: commands from the driver, each a measurement or a step of setting one up.
+
+mod copy;
+mod events;
+mod store;
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use domain_kit::Domain;
+use serde_json::{Value, json};
+
+/// A domain under measurement.
+pub struct Guest {
+    domain: Arc<Domain>,
+    events: events::Events,
+    copy: copy::Copy,
+    store: store::Store,
+}
+
+/// Joins as a domain and serves the driver on descriptor 4, one connection after the other, for ever.
+///
+/// # Errors
+/// The process is not a domain.
+pub fn run() -> Result<()> {
+    let domain = Domain::join("bench-guest")?;
+    let listener = UnixListener::from(
+        domain_kit::os::take_inherited(hv_abi::CONTROL_LISTENER_FD).context("descriptor 4")?,
+    );
+    domain.hv.served()?;
+    let mut guest = Guest {
+        events: events::Events::default(),
+        copy: copy::Copy::default(),
+        store: store::Store::default(),
+        domain,
+    };
+    for stream in listener.incoming() {
+        // A driver that went away is no reason to end.
+        if let Err(error) = stream.and_then(|s| crate::wire::serve(&s, |command| guest.handle(command))) {
+            tracing::warn!(%error, "a driver's connection failed");
+        }
+    }
+    Ok(())
+}
+
+impl Guest {
+    fn handle(&mut self, command: &Value) -> Result<Value> {
+        match text(command, "cmd")? {
+            "info" => Ok(json!({
+                "domid": self.domain.domid(),
+                "generation": self.domain.hello.generation,
+                "roles": self.domain.hello.roles,
+            })),
+            "port_alloc" => self.events.alloc(&self.domain, number(command, "remote")? as u16),
+            "port_bind" => self.events.bind(
+                &self.domain,
+                number(command, "remote")? as u16,
+                number(command, "port")? as u32,
+            ),
+            "pong" => self.events.pong(number(command, "port")? as u32),
+            "ping" => self.events.ping(number(command, "port")? as u32, number(command, "count")? as u32),
+            "region" => self.copy.region(
+                &self.domain,
+                number(command, "peer")? as u16,
+                number(command, "pages")? as u32,
+            ),
+            "copy" => self.copy.grant_copy(&self.domain, &copy::Job::from(command)?),
+            "memcpy" => self.copy.memory_copy(&copy::Job::from(command)?),
+            "store" => self.store.round_trips(&self.domain, command),
+            other => bail!("no such command: {other}"),
+        }
+    }
+}
+
+pub(crate) fn number(command: &Value, key: &str) -> Result<u64> {
+    command[key].as_u64().with_context(|| format!("{key} is missing"))
+}
+
+pub(crate) fn text<'a>(command: &'a Value, key: &str) -> Result<&'a str> {
+    command[key].as_str().with_context(|| format!("{key} is missing"))
+}

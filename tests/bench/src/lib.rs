@@ -1,0 +1,16 @@
+//! `cargo xtask bench`: what Bulkhead reaches, beside what the machine can do, measured in the same run turn by turn.
+//!
+//! - [`stats`], [`rounds`]: medians, percentiles, and rounds in which the contestants take turns
+//! - [`report`]: the lines of the table and of the JSON report
+//! - [`peers`]: the machine's limits: bare eventfds, sockets, io_uring, veth
+//! - [`cases`]: one module for each name on the command line
+//! - [`guest`]: what runs inside a process domain (`bench-guest`)
+//! - [`wire`]: how the driver talks to it: lines of JSON over the domain's descriptor 4
+
+pub mod cases;
+pub mod guest;
+pub mod peers;
+pub mod report;
+pub mod rounds;
+pub mod stats;
+pub mod wire;

@@ -1,0 +1,112 @@
+//! `bench`: see the library's documentation and docs/benchmarks.md. Built and run by `cargo xtask bench`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use bench::cases::world::World;
+use bench::cases::{self, Settings};
+use bench::peers::helper;
+use bench::report::{Host, Report, table};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", about = "Measures Bulkhead beside the machine's limits", version)]
+struct Cli {
+    /// What to measure; all if none is named.
+    #[arg(value_enum)]
+    cases: Vec<Case>,
+    /// Writes the result as JSON too.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Rounds in which ours and the others take turns.
+    #[arg(long, default_value_t = 15)]
+    rounds: usize,
+    /// Kernel of the guest that the lab boots.
+    #[arg(long, hide = true)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk of that guest.
+    #[arg(long, hide = true)]
+    initrd: Option<PathBuf>,
+    /// The program that starts the lab; none: no lab.
+    #[arg(long, hide = true)]
+    xtask: Option<PathBuf>,
+    /// The source tree, for counting lines.
+    #[arg(long, default_value = ".", hide = true)]
+    source: PathBuf,
+    #[command(subcommand)]
+    internal: Option<Internal>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Case {
+    /// Event channels and grant copies.
+    Evtchn,
+    /// xenstore round trips.
+    Store,
+    /// Boot time, memory and lines of code.
+    Boot,
+}
+
+const ALL: [Case; 3] = [Case::Evtchn, Case::Store, Case::Boot];
+
+#[derive(Subcommand)]
+enum Internal {
+    /// The other process of a two-process measurement.
+    #[command(hide = true)]
+    Peer {
+        #[arg(value_enum)]
+        role: helper::Role,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.internal {
+        Some(Internal::Peer { role }) => helper::run(*role).map(|()| true),
+        None => run(&cli),
+    };
+    match result {
+        // A goal missed is told in the table; it is no failure of the run.
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<bool> {
+    let exe = std::env::current_exe().context("this program's path")?;
+    let settings = Settings {
+        bin_dir: exe.parent().context("this program is in no folder")?.into(),
+        source: cli.source.clone(),
+        rounds: cli.rounds.max(1),
+    };
+    let host = Host::here();
+    println!(
+        "{} x {}{}, Linux {}; figures are medians of {} rounds in which all take turns",
+        host.cpus,
+        host.cpu,
+        if host.virtual_machine { " (virtual machine)" } else { "" },
+        host.kernel,
+        settings.rounds
+    );
+    let mut report = Report { host, lines: Vec::new() };
+    // Started by the first case that needs it.
+    let mut world = None;
+    for case in if cli.cases.is_empty() { &ALL[..] } else { &cli.cases } {
+        let lines = match case {
+            Case::Evtchn => cases::evtchn::run(&settings),
+            Case::Store => cases::store::run(&settings, world.get_or_insert_with(|| World::start(&settings))),
+            Case::Boot => cases::size::run(&settings),
+        };
+        println!("\n{}", table(&lines));
+        report.lines.extend(lines);
+    }
+    if let Some(path) = &cli.report {
+        let json = serde_json::to_string_pretty(&report)?;
+        std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(true)
+}

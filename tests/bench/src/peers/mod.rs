@@ -1,0 +1,7 @@
+//! What the machine can do without us: the same work on bare kernel primitives.
+
+pub mod echo;
+pub mod eventfd;
+pub mod helper;
+pub mod memory;
+pub mod uring;
