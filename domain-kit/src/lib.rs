@@ -10,6 +10,7 @@
 //! | [`fdstore`] | memory that outlives an incarnation |
 //! | [`ring`] | Xen's shared rings, both ends |
 //! | [`journal`] | the ring journal: rings that survive SIGKILL |
+//! | [`model`] | for model tests: code that is killed at any of its steps |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
 //!
@@ -23,6 +24,7 @@ pub mod grants;
 pub mod hypercall;
 pub mod journal;
 pub mod mem;
+pub mod model;
 pub mod os;
 pub mod ring;
 pub mod xs;
