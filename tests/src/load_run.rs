@@ -81,6 +81,7 @@ impl Observer for Quiet {
 pub fn run(run: &Run, config: Config, screen: &dyn Observer) -> Result<Outcome> {
     screen
         .stage("starting hv-core, which starts dom0-supervisor, xenstored, netback and the console backend");
+    let bin_dir = config.bin_dir.clone();
     let system = System::start(config)?;
     let peer = Peer::start(&system)?;
 
@@ -92,7 +93,7 @@ pub fn run(run: &Run, config: Config, screen: &dyn Observer) -> Result<Outcome> 
     };
     screen.stage(&format!("creating the guest: {what}, {DISK_MIB} MiB disk by blkback, NIC by netback"));
     let created = Instant::now();
-    system.create(&domain_file(run, &disk))?;
+    system.create(&domain_file(run, &bin_dir, &disk))?;
     let (progress, _console) = system.console(GUEST)?;
     let booted = progress.wait(Duration::from_secs(90), |seen| seen.boots > 0);
     let boot_ms = created.elapsed().as_millis() as u64;
@@ -181,7 +182,7 @@ impl Peer {
     }
 }
 
-fn domain_file(run: &Run, disk: &Path) -> String {
+fn domain_file(run: &Run, bin_dir: &Path, disk: &Path) -> String {
     let devices = format!(
         "\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n\n[[vif]]\nbackend = \"{NETBACK}\"\nmac = \"00:16:3e:77:00:02\"\n",
         disk.display()
@@ -189,7 +190,7 @@ fn domain_file(run: &Run, disk: &Path) -> String {
     let network = format!("{GUEST_IP}/{PREFIX}");
     match &run.guest {
         Guest::Linux { kernel, initrd, vcpus, .. } => format!(
-            "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = \"256 MiB\"\nvcpus = {vcpus}\n\
+            "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = 256\nvcpus = {vcpus}\n\
              cmdline = \"console=hvc0 quiet panic=1 bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PORT} \
              bh.work=disk,tcp,ping bh.seed={} bh.disk_pause_us=2000\"\n{devices}",
             kernel.display(),
@@ -197,9 +198,10 @@ fn domain_file(run: &Run, disk: &Path) -> String {
             run.seed,
         ),
         Guest::Process => format!(
-            "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"process-guest\"\n\
+            "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"{}\"\n\
              args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PORT}\", \"--seed\", \"{}\"]\n\
              {devices}",
+            bin_dir.join("process-guest").display(),
             run.seed,
         ),
     }

@@ -23,7 +23,7 @@ pub const NETBACK: &str = "netback-up0";
 pub struct Config {
     /// Folder of the built programs.
     pub bin_dir: PathBuf,
-    /// `bridge` or `routed`.
+    /// `bridged` or `routed`.
     pub net_mode: &'static str,
     /// Keep the directory (logs) at the end.
     pub keep: bool,
@@ -39,7 +39,7 @@ impl Config {
         let dir = exe.parent().context("the program is in no folder")?;
         // Test programs lie in deps/ below the others.
         let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
-        Ok(Config { bin_dir: dir.into(), net_mode: "bridge", keep: std::env::var_os("BH_KEEP").is_some() })
+        Ok(Config { bin_dir: dir.into(), net_mode: "bridged", keep: std::env::var_os("BH_KEEP").is_some() })
     }
 }
 
@@ -349,6 +349,12 @@ fn host_file(config: &Config, root: &Path) -> String {
     format!(
         r#"bin_dir = "{bin}"
 state_dir = "/var/lib/bulkhead"
+
+# A run kills far more often than an operator's policy would stand.
+[restart]
+backoff_ms = 0
+backoff_max_ms = 100
+burst = 0
 
 [xenstored]
 socket = "{root}/run/xenstored.sock"

@@ -15,3 +15,15 @@ fn nothing_is_lost_when_everything_is_killed() {
     let kills: usize = outcome.rows.iter().map(|(_, s)| s.count).sum();
     assert_eq!(kills, 60);
 }
+
+/// The full count; `cargo xtask soak process`.
+#[test]
+#[ignore = "cargo xtask soak"]
+fn soak_process_guest() {
+    let kills = if std::env::var_os("BH_SOAK").is_some() { 2000 } else { 300 };
+    let plan = Run { guest: Guest::Process, kills, duration: Duration::ZERO, seed: 3 };
+    let outcome = run(&plan, Config::of_this_build().unwrap(), &Quiet).unwrap_or_else(|e| panic!("{e:#}"));
+    println!("{:#}", outcome.json());
+    let problems = outcome.problems();
+    assert!(problems.is_empty(), "{}\n{}", problems.join("\n"), outcome.evidence);
+}
