@@ -4,8 +4,8 @@
 use crate::cpio::Cpio;
 use crate::debian::{self, Kernel, Release};
 use crate::modules::Modules;
-use crate::{paths, run, setup};
-use anyhow::{Context, Result};
+use crate::{lab, paths, run, setup};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::collections::BTreeSet;
 use std::fs;
@@ -94,16 +94,28 @@ pub fn run(args: &GuestArgs) -> Result<i32> {
 }
 
 /// Makes one image, or finds it made. The agent is always built first; the initramfs is written
-/// again only when something in it changed.
+/// again only when something in it changed. Inside the lab, where nothing can be fetched, it takes
+/// what was made outside.
 ///
 /// # Errors
 /// When packages cannot be fetched or the agent does not build.
 pub fn image(guest: Guest) -> Result<Image> {
     setup::packages(&[("xz-utils", "/usr/bin/xz")])?;
-    let agent = agent()?;
-    let kernel = debian::kernel(guest.release(), "linux-image-cloud-amd64")?;
-    let busybox = fs::read(debian::busybox()?)?;
     let dir = paths::lab().join("guest").join(guest.name());
+    let inside = lab::inside();
+    if inside && !dir.join("stamp").exists() {
+        bail!("no image of {}: run `cargo xtask guest-image` outside the lab first", guest.name());
+    }
+    let kernel = debian::kernel(guest.release(), "linux-image-cloud-amd64")?;
+    if inside {
+        return Ok(Image {
+            version: kernel.version,
+            vmlinuz: dir.join("vmlinuz"),
+            initrd: dir.join("initrd.img"),
+        });
+    }
+    let agent = agent()?;
+    let busybox = fs::read(debian::busybox()?)?;
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let image = Image {
         version: kernel.version.clone(),

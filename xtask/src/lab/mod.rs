@@ -5,7 +5,7 @@ mod image;
 mod qemu;
 
 use crate::{debian, paths, setup};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -93,6 +93,9 @@ impl LabArgs {
 /// # Errors
 /// When the lab cannot be set up or started.
 pub fn run(args: &LabArgs) -> Result<i32> {
+    if inside() {
+        bail!("this is the lab already");
+    }
     let kernel = prepare()?;
     let mut attempt = 0;
     loop {
@@ -124,6 +127,11 @@ pub fn run(args: &LabArgs) -> Result<i32> {
             }
         }
     }
+}
+
+/// Whether we run inside the lab.
+pub fn inside() -> bool {
+    std::env::var_os("BH_LAB").is_some()
 }
 
 /// Does all set-up that a run needs; quick when it was done before.
@@ -167,7 +175,7 @@ impl RunDir {
                 Err(e) => return Err(e).with_context(|| format!("cannot create {}", path.display())),
             }
         }
-        anyhow::bail!("no free name for a run directory in /tmp")
+        bail!("no free name for a run directory in /tmp")
     }
 }
 
