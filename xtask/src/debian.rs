@@ -78,6 +78,43 @@ pub fn busybox() -> Result<PathBuf> {
         .ok_or_else(|| anyhow!("no busybox in {}", tree.display()))
 }
 
+/// A small Debian tree with QEMU in it, for `--root` where the host's QEMU is too old for a
+/// comparison. Takes a minute or two the first time.
+///
+/// # Errors
+/// When debootstrap cannot be installed or fails.
+pub fn tree(release: Release) -> Result<PathBuf> {
+    let dir = paths::lab().join(format!("root-{}", release.suite()));
+    if dir.exists() {
+        return Ok(dir);
+    }
+    setup::packages(&[("debootstrap", "/usr/sbin/debootstrap")])?;
+    let _lock = setup::lock("tree")?;
+    if dir.exists() {
+        return Ok(dir);
+    }
+    eprintln!("setup: making a tree of Debian {}", release.suite());
+    let sources = sources_for(release)?;
+    let field = |name: &str| {
+        let value = sources.lines().find_map(|l| l.strip_prefix(name));
+        value.map_or_else(String::new, |v| v.trim().to_owned())
+    };
+    let part = dir.with_extension("part");
+    if part.exists() {
+        fs::remove_dir_all(&part)?;
+    }
+    run::quiet(
+        Command::new("debootstrap")
+            .args(["--variant=minbase", "--include=qemu-system-x86,iproute2,busybox"])
+            .arg(format!("--keyring={}", field("Signed-By:")))
+            .arg(release.suite())
+            .arg(&part)
+            .arg(field("URIs:")),
+    )?;
+    fs::rename(&part, &dir)?;
+    Ok(dir)
+}
+
 /// The directory that holds the unpacked package, fetched first if need be. A kernel meta-package
 /// stands for the image that it depends on.
 fn unpacked(release: Release, package: &str) -> Result<PathBuf> {

@@ -43,7 +43,8 @@ pub struct LabArgs {
     /// Adds to L1's kernel command line.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub append: String,
-    /// Uses another directory tree than the host's root as L1's userland.
+    /// Uses another directory tree than the host's root as L1's userland; `debian13` means a tree
+    /// that is made for it (with QEMU 10).
     #[arg(long, value_name = "DIR", default_value = "/")]
     pub root: PathBuf,
     /// Passes our standard input on to CMD.
@@ -97,6 +98,11 @@ pub fn run(args: &LabArgs) -> Result<i32> {
         bail!("this is the lab already");
     }
     let kernel = prepare()?;
+    let mut args = args.clone();
+    if args.root == Path::new("debian13") {
+        args.root = debian::tree(debian::Release::Trixie)?;
+    }
+    let args = &args;
     let mut attempt = 0;
     loop {
         attempt += 1;
