@@ -85,7 +85,7 @@ impl SharedMem {
     fn check(&self, offset: usize, len: usize, align: usize) {
         let end = offset.checked_add(len);
         assert!(
-            end.is_some_and(|end| end <= self.len) && offset % align == 0,
+            end.is_some_and(|end| end <= self.len) && offset.is_multiple_of(align),
             "access of {len} bytes at {offset} outside a shared mapping of {} bytes",
             self.len
         );

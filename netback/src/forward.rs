@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use crate::netlink::{Ipv4Conf, Netlink, NetlinkError};
 
-/// The bridge's name in mode [`Mode::Bridge`].
+/// The bridge's name in [`Mode::Bridge`].
 pub const BRIDGE: &str = "br0";
 /// Hardware address of the kernel's end of every TAP, as Xen has it: the highest, so that a bridge never takes it as its own.
 pub const TAP_MAC: [u8; 6] = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff];
@@ -19,6 +19,7 @@ pub const TAP_QUEUE_PACKETS: u32 = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
     /// TAPs and uplink are ports of one Linux bridge.
+    #[value(name = "bridged", alias = "bridge")]
     Bridge,
     /// The guest sees its gateway on the TAP; the kernel routes, and answers ARP for the guest on the uplink.
     Routed,

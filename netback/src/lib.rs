@@ -10,8 +10,14 @@
 //! | [`slots`] | netif's wire format: slots to packets and back, every check |
 //! | [`offload`] | checksums and segmentation against Linux's virtio_net_hdr |
 //! | [`queue`] | the rings with their journals, and nothing else |
+//! | [`worker`] | the thread that runs a vif's queues |
+//! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
+//! | [`device`], [`backend`] | xenstore: nodes, states, the main thread |
 //! | [`tap`], [`netlink`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
+pub mod backend;
+pub mod connection;
+pub mod device;
 pub mod forward;
 pub mod netlink;
 pub mod offload;
@@ -20,3 +26,4 @@ pub mod slots;
 pub mod stats;
 mod sys;
 pub mod tap;
+pub mod worker;

@@ -349,7 +349,7 @@ mod tests {
         fn any_slots(slots in proptest::collection::vec(any_slot(), 0..64)) {
             let mut rest = &slots[..];
             while let Ok(n) = extent(rest) {
-                prop_assert!(n >= 1 && n <= FATAL_SLOTS);
+                prop_assert!((1..=FATAL_SLOTS).contains(&n));
                 if let Ok(packet) = parse(&rest[..n]) {
                     let sum: usize = packet.fragments.iter().map(|f| usize::from(f.len)).sum();
                     prop_assert_eq!(sum, packet.len);
