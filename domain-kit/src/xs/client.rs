@@ -150,7 +150,8 @@ impl Inner {
             }
             // In a thread of its own: this one has to read, or the server's side fills up.
             let again = Arc::clone(&self);
-            let spawned = std::thread::Builder::new().name("xs-rewatch".into()).spawn(move || again.rewatch());
+            let spawned =
+                std::thread::Builder::new().name("xs-rewatch".into()).spawn(move || again.rewatch());
             if let Err(e) = spawned {
                 tracing::error!(error = %e, "no thread to set the xenstore watches again");
             }
@@ -231,10 +232,7 @@ impl XsClient {
     ///
     /// # Errors
     /// `body`'s, or EAGAIN when it still conflicted at the deadline.
-    pub fn transaction<T>(
-        &self,
-        mut body: impl FnMut(&Tx<'_>) -> Result<T, XsError>,
-    ) -> Result<T, XsError> {
+    pub fn transaction<T>(&self, mut body: impl FnMut(&Tx<'_>) -> Result<T, XsError>) -> Result<T, XsError> {
         let deadline = Instant::now() + self.inner.timeout();
         let mut attempt = 0u32;
         loop {

@@ -101,8 +101,7 @@ pub trait XsOps {
                     continue 'again;
                 }
                 // An empty name ends the list.
-                let done = names.last() == Some(&0)
-                    && (names.len() == 1 || names[names.len() - 2] == 0);
+                let done = names.last() == Some(&0) && (names.len() == 1 || names[names.len() - 2] == 0);
                 list.extend_from_slice(if done { &names[..names.len() - 1] } else { names });
                 if done {
                     return Ok(strings(&list));

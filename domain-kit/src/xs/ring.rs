@@ -12,9 +12,7 @@ use nix::poll::PollFlags;
 
 use super::XsError;
 use super::transport::{Stop, Transport, wait_fd};
-use super::wire::{
-    CONNECTED, FEATURE_ERROR, FEATURE_RECONNECTION, RECONNECT, RING_SIZE, ring_off as off,
-};
+use super::wire::{CONNECTED, FEATURE_ERROR, FEATURE_RECONNECTION, RECONNECT, RING_SIZE, ring_off as off};
 
 /// A page shared with a peer. Accesses are atomic or byte copies, never references into the page.
 pub trait SharedPage: Send + Sync + 'static {

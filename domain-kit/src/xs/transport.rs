@@ -172,11 +172,7 @@ impl Transport for SocketTransport {
     fn recv(&self, buf: &mut [u8]) -> Result<usize, XsError> {
         let stream = self.stream()?;
         loop {
-            match nix::sys::socket::recv(
-                stream.as_raw_fd(),
-                buf,
-                nix::sys::socket::MsgFlags::MSG_DONTWAIT,
-            ) {
+            match nix::sys::socket::recv(stream.as_raw_fd(), buf, nix::sys::socket::MsgFlags::MSG_DONTWAIT) {
                 Ok(0) => return Err(XsError::Disconnected),
                 Ok(n) => return Ok(n),
                 Err(nix::errno::Errno::EINTR) => {}

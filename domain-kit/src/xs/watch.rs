@@ -106,8 +106,7 @@ pub struct WatchSet {
 impl WatchSet {
     pub(crate) fn new(client: Arc<Inner>) -> Result<Self, XsError> {
         let fd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let queue =
-            Arc::new(Queue { events: Mutex::new(VecDeque::new()), ready: Condvar::new(), fd });
+        let queue = Arc::new(Queue { events: Mutex::new(VecDeque::new()), ready: Condvar::new(), fd });
         Ok(Self { client, queue, watches: Mutex::new(Vec::new()) })
     }
 

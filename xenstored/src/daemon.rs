@@ -1,0 +1,578 @@
+//! The event loop: one thread, one epoll, every client served in turn.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::domains::{Domains, Ring, Seen};
+use crate::engine::{Engine, Processed};
+use crate::journal::log::Full;
+use crate::keeper::FdKeeper;
+use crate::store::ConnId;
+use crate::transport::ring::{self, BadIndex};
+use crate::transport::{Pulled, Pushed, stream};
+
+/// Requests of one client before the next client's turn.
+const BUDGET: usize = 16;
+/// Commits in a row that fail before others wait for a client (XSA-206).
+const CONFLICTS: u32 = 3;
+/// How long the others wait at most, and then the client does not get another turn like that for as long.
+const PRIORITY: Duration = Duration::from_millis(10);
+/// How long to wait before a full journal is tried again.
+const STALL: Duration = Duration::from_millis(100);
+
+const LISTENER: u64 = 0;
+const DOMAINS: u64 = 1;
+const STOP: u64 = 2;
+const CONNS: u64 = 16;
+
+/// XENSTORE_ERROR_RINGIDX.
+const ERROR_RINGIDX: u32 = 2;
+/// XENSTORE_ERROR_PROTO.
+const ERROR_PROTO: u32 = 3;
+
+/// The daemon can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Input or output.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// No room in the journal for something that can't wait.
+    #[error(transparent)]
+    Full(#[from] Full),
+}
+
+impl From<Errno> for DaemonError {
+    fn from(e: Errno) -> Self {
+        Self::Io(e.into())
+    }
+}
+
+/// Numbers for the outside, set by the event loop.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct Stats {
+    pub requests: AtomicU64,
+    pub nodes: AtomicU64,
+    pub watches: AtomicU64,
+    pub connections: AtomicU64,
+    pub domains: AtomicU64,
+    pub journal_bytes: AtomicU64,
+}
+
+enum Link {
+    Socket {
+        fd: OwnedFd,
+        interest: EpollFlags,
+        /// The client closed its end: what it sent is still carried out.
+        ended: bool,
+        blocked: bool,
+        gated: bool,
+    },
+    Ring(Ring),
+}
+
+/// The daemon.
+pub struct Daemon<K, D> {
+    engine: Engine,
+    epoll: Epoll,
+    listener: Option<UnixListener>,
+    links: BTreeMap<ConnId, Link>,
+    /// Whose turn comes, each once; `queued` holds the same.
+    runnable: VecDeque<ConnId>,
+    queued: BTreeSet<ConnId>,
+    keeper: K,
+    domains: D,
+    priority: Option<(ConnId, Instant)>,
+    rest_until: Instant,
+    stalled: bool,
+    stats: Arc<Stats>,
+}
+
+impl<K: FdKeeper, D: Domains> Daemon<K, D> {
+    /// Takes up all connections that the journal knows.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn new(
+        engine: Engine,
+        listener: Option<UnixListener>,
+        stop: BorrowedFd<'_>,
+        keeper: K,
+        domains: D,
+    ) -> Result<Self, DaemonError> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        if let Some(listener) = &listener {
+            epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        }
+        if let Some(fd) = domains.changed_fd() {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, DOMAINS))?;
+        }
+        let mut daemon = Self {
+            engine,
+            epoll,
+            listener,
+            links: BTreeMap::new(),
+            runnable: VecDeque::new(),
+            queued: BTreeSet::new(),
+            keeper,
+            domains,
+            priority: None,
+            rest_until: Instant::now(),
+            stalled: false,
+            stats: Arc::default(),
+        };
+        daemon.take_up_sockets()?;
+        daemon.scan_domains()?;
+        Ok(daemon)
+    }
+
+    /// The numbers that the loop keeps up to date.
+    pub fn stats(&self) -> Arc<Stats> {
+        Arc::clone(&self.stats)
+    }
+
+    fn take_up_sockets(&mut self) -> Result<(), DaemonError> {
+        let mut kept: BTreeMap<ConnId, OwnedFd> = self.keeper.all()?.into_iter().collect();
+        let known: Vec<ConnId> =
+            self.engine.store.conns().filter(|(_, c)| c.domid.is_none()).map(|(id, _)| id).collect();
+        for id in known {
+            match kept.remove(&id) {
+                Some(fd) => self.add_socket(id, fd)?,
+                None => self.engine.close(id)?,
+            }
+        }
+        for (id, fd) in kept {
+            // Killed between the keeping of the socket and its record in the journal.
+            if id == self.engine.store.next_conn() && self.engine.open_socket()? == Some(id) {
+                self.add_socket(id, fd)?;
+            } else {
+                self.keeper.remove(id);
+            }
+        }
+        self.drop_closed();
+        Ok(())
+    }
+
+    fn add_socket(&mut self, id: ConnId, fd: OwnedFd) -> Result<(), DaemonError> {
+        let interest = EpollFlags::EPOLLIN;
+        self.epoll.add(&fd, EpollEvent::new(interest, CONNS + id.0))?;
+        let link = Link::Socket { fd, interest, ended: false, blocked: false, gated: false };
+        self.links.insert(id, link);
+        self.flush(id)?;
+        self.wake(id);
+        Ok(())
+    }
+
+    fn wake(&mut self, id: ConnId) {
+        if self.queued.insert(id) {
+            self.runnable.push_back(id);
+        }
+    }
+
+    /// Serves until `stop` is readable.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn run(&mut self) -> Result<(), DaemonError> {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            self.update_stats();
+            let n = match self.epoll.wait(&mut events, self.timeout()) {
+                Ok(n) => n,
+                Err(Errno::EINTR) => 0,
+                Err(e) => return Err(e.into()),
+            };
+            for event in &events[..n] {
+                match event.data() {
+                    LISTENER => self.accept()?,
+                    DOMAINS => {
+                        self.domains.clear();
+                        self.scan_domains()?;
+                    }
+                    STOP => return Ok(()),
+                    token => self.ready(ConnId(token - CONNS), event.events())?,
+                }
+            }
+            self.serve()?;
+        }
+    }
+
+    /// The engine, for a clean end.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+
+    fn update_stats(&self) {
+        let store = &self.engine.store;
+        let set = |to: &AtomicU64, value: u64| to.store(value, Ordering::Relaxed);
+        set(&self.stats.requests, store.requests);
+        set(&self.stats.nodes, store.tree.len() as u64);
+        set(&self.stats.watches, store.watches.len() as u64);
+        set(&self.stats.connections, self.links.len() as u64);
+        set(&self.stats.domains, store.domains().count() as u64);
+        set(&self.stats.journal_bytes, self.engine.log_len());
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        if self.stalled {
+            return EpollTimeout::from(STALL.as_millis() as u16);
+        }
+        match &self.priority {
+            _ if self.runnable.is_empty() => EpollTimeout::NONE,
+            Some((_, until)) if self.runnable.iter().all(|id| self.has_to_wait(*id)) => {
+                let left = until.saturating_duration_since(Instant::now()).as_millis() + 1;
+                EpollTimeout::from(left.min(1000) as u16)
+            }
+            _ => EpollTimeout::ZERO,
+        }
+    }
+
+    fn accept(&mut self) -> Result<(), DaemonError> {
+        loop {
+            let Some(listener) = &self.listener else { return Ok(()) };
+            // The stream stays blocking: its calls carry MSG_DONTWAIT.
+            let fd = match listener.accept() {
+                Ok((stream, _)) => OwnedFd::from(stream),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) =>
+                {
+                    continue;
+                }
+                Err(e) => {
+                    // Out of descriptors or memory: the client waits in the backlog.
+                    tracing::error!(error = %e, "accept failed");
+                    std::thread::sleep(Duration::from_millis(10));
+                    return Ok(());
+                }
+            };
+            let id = self.engine.store.next_conn();
+            if let Err(e) = self.keeper.put(id, fd.as_fd()) {
+                tracing::error!(error = %e, "a client is refused: its socket can't be kept");
+                continue;
+            }
+            match self.engine.open_socket() {
+                Ok(Some(id)) => self.add_socket(id, fd)?,
+                Ok(None) => {
+                    tracing::error!("a client is refused: all connection slots are taken");
+                    self.keeper.remove(id);
+                }
+                Err(e) => {
+                    tracing::error!(error = %e, "a client is refused");
+                    self.keeper.remove(id);
+                }
+            }
+        }
+    }
+
+    fn ready(&mut self, id: ConnId, events: EpollFlags) -> Result<(), DaemonError> {
+        let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
+        match link {
+            Link::Socket { fd, ended, .. } => {
+                let can_read = EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+                if events.intersects(can_read) && !*ended {
+                    match stream::pull(&self.engine, id, &stream::Socket(fd.as_fd())) {
+                        Pulled::End => *ended = true,
+                        Pulled::Data | Pulled::Nothing => {}
+                    }
+                }
+                if events.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                    self.flush(id)?;
+                }
+            }
+            Link::Ring(ring) => {
+                ring.port.clear();
+                self.flush(id)?;
+            }
+        }
+        self.wake(id);
+        Ok(())
+    }
+
+    fn has_to_wait(&self, id: ConnId) -> bool {
+        let Some((holder, until)) = self.priority else { return false };
+        if id == holder || Instant::now() >= until {
+            return false;
+        }
+        let privileged = |id| self.engine.store.conn(id).is_none_or(|c| c.privileged());
+        // Nobody unprivileged makes a privileged client wait.
+        !privileged(id) || privileged(holder)
+    }
+
+    fn serve(&mut self) -> Result<(), DaemonError> {
+        self.stalled = false;
+        for _ in 0..self.runnable.len() {
+            let Some(id) = self.runnable.pop_front() else { break };
+            if self.has_to_wait(id) {
+                self.runnable.push_back(id);
+                continue;
+            }
+            self.queued.remove(&id);
+            self.turn(id)?;
+            self.flush_touched()?;
+            self.drop_closed();
+        }
+        Ok(())
+    }
+
+    /// One client's turn.
+    fn turn(&mut self, id: ConnId) -> Result<(), DaemonError> {
+        let mut again = false;
+        match self.links.get(&id) {
+            None => return Ok(()),
+            Some(Link::Ring(ring)) => {
+                let page = Arc::clone(&ring.page);
+                if ring::wants_reset(&*page) {
+                    ring::reset(&mut self.engine, id, &*page)?;
+                    ring.port.notify();
+                }
+                match ring::pull(&self.engine, id, &*page) {
+                    Ok(Pulled::Data) => {
+                        ring.port.notify();
+                        again = true;
+                    }
+                    Ok(Pulled::Nothing | Pulled::End) => {}
+                    Err(BadIndex) => return self.cut_off(id, ERROR_RINGIDX),
+                }
+            }
+            Some(Link::Socket { .. }) => {}
+        }
+        let outcome = self.engine.process(id, BUDGET);
+        self.note_conflicts(id);
+        match outcome {
+            Processed::More => again = true,
+            Processed::Idle => {
+                if matches!(self.links.get(&id), Some(Link::Socket { ended: true, .. })) {
+                    return self.close(id);
+                }
+            }
+            Processed::Gated => {
+                if let Some(Link::Socket { gated, .. }) = self.links.get_mut(&id) {
+                    *gated = true;
+                }
+            }
+            Processed::Violation(len) => {
+                tracing::warn!(conn = id.0, len, "a request longer than XENSTORE_PAYLOAD_MAX");
+                return self.cut_off(id, ERROR_PROTO);
+            }
+            Processed::Stalled => {
+                self.stalled = true;
+                again = true;
+            }
+            Processed::Gone => return Ok(()),
+        }
+        if again {
+            self.wake(id);
+        }
+        self.update_interest(id)
+    }
+
+    /// A client whose commits keep failing gets a moment in which the others do not interfere.
+    fn note_conflicts(&mut self, id: ConnId) {
+        let conflicts = self.engine.store.conn(id).map_or(0, |c| c.conflicts);
+        let now = Instant::now();
+        match self.priority {
+            Some((holder, until)) if now >= until || (holder == id && conflicts == 0) => {
+                self.priority = None;
+                self.rest_until = now + PRIORITY;
+            }
+            None if conflicts >= CONFLICTS && now >= self.rest_until => {
+                self.priority = Some((id, now + PRIORITY));
+            }
+            _ => {}
+        }
+    }
+
+    fn update_interest(&mut self, id: ConnId) -> Result<(), DaemonError> {
+        if let Some(Link::Socket { fd, interest, ended, blocked, gated }) = self.links.get_mut(&id) {
+            let mut want = EpollFlags::empty();
+            // While the client has to read first, its input stays where it is.
+            want.set(EpollFlags::EPOLLIN, !*ended && !*gated);
+            want.set(EpollFlags::EPOLLOUT, *blocked);
+            if want != *interest {
+                self.epoll.modify(&*fd, &mut EpollEvent::new(want, CONNS + id.0))?;
+                *interest = want;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_touched(&mut self) -> Result<(), DaemonError> {
+        for id in self.engine.store.take_touched() {
+            self.flush(id)?;
+        }
+        Ok(())
+    }
+
+    /// Hands a client what waits for it.
+    fn flush(&mut self, id: ConnId) -> Result<(), DaemonError> {
+        match self.links.get_mut(&id) {
+            None => Ok(()),
+            Some(Link::Socket { fd, blocked, gated, .. }) => {
+                let pushed = stream::push(&mut self.engine, id, &stream::Socket(fd.as_fd()));
+                let outcome = match pushed {
+                    Ok(outcome) => outcome,
+                    Err(e) => {
+                        tracing::error!(error = %e, conn = id.0, "the journal is full, output waits");
+                        Pushed::Blocked
+                    }
+                };
+                *blocked = outcome == Pushed::Blocked;
+                if outcome == Pushed::End {
+                    stream::discard(&mut self.engine, id);
+                }
+                // Judged again at its next turn.
+                *gated = false;
+                self.wake_if_waiting(id);
+                self.update_interest(id)
+            }
+            Some(Link::Ring(ring)) => {
+                let page = Arc::clone(&ring.page);
+                match ring::push(&mut self.engine, id, &*page)? {
+                    Ok((_, moved)) => {
+                        if moved {
+                            ring.port.notify();
+                        }
+                        self.wake_if_waiting(id);
+                        Ok(())
+                    }
+                    Err(BadIndex) => self.cut_off(id, ERROR_RINGIDX),
+                }
+            }
+        }
+    }
+
+    fn wake_if_waiting(&mut self, id: ConnId) {
+        if self.engine.has_request(id) {
+            self.wake(id);
+        }
+    }
+
+    fn cut_off(&mut self, id: ConnId, error: u32) -> Result<(), DaemonError> {
+        let domid = self.engine.store.conn(id).and_then(|c| c.domid);
+        tracing::warn!(conn = id.0, ?domid, error, "connection cut off");
+        self.engine.cut_off(id, error)?;
+        if let Some(Link::Ring(ring)) = self.links.get(&id) {
+            ring::publish(&self.engine, id, &*ring.page);
+            ring.port.notify();
+        }
+        self.flush_touched()?;
+        self.drop_closed();
+        Ok(())
+    }
+
+    fn close(&mut self, id: ConnId) -> Result<(), DaemonError> {
+        self.engine.close(id)?;
+        self.drop_closed();
+        Ok(())
+    }
+
+    /// Lets go of what belonged to connections that are no more.
+    fn drop_closed(&mut self) {
+        for id in self.engine.store.take_closed() {
+            match self.links.remove(&id) {
+                Some(Link::Socket { fd, .. }) => {
+                    // A kept dup would keep the registration alive.
+                    let _ = self.epoll.delete(&fd);
+                    drop(fd);
+                }
+                Some(Link::Ring(ring)) => {
+                    let _ = self.epoll.delete(ring.port.rx());
+                }
+                None => {}
+            }
+            self.keeper.remove(id);
+        }
+    }
+
+    /// Compares hv-core's list of domains with what the store knows.
+    fn scan_domains(&mut self) -> Result<(), DaemonError> {
+        if self.domains.changed_fd().is_none() {
+            return Ok(());
+        }
+        let seen = match self.domains.list() {
+            Ok(seen) => seen,
+            Err(e) => {
+                tracing::error!(error = %e, "no list of domains");
+                return Ok(());
+            }
+        };
+        let alive = |domid, instance| {
+            seen.iter().any(|s| s.domid == domid && !s.dying && (instance == 0 || s.instance == instance))
+        };
+        let gone: Vec<u16> = self
+            .engine
+            .store
+            .domains()
+            .filter(|(domid, d)| !alive(*domid, d.instance))
+            .map(|(domid, _)| domid)
+            .collect();
+        for domid in gone {
+            tracing::info!(domid, "domain is gone");
+            self.engine.domain_down(domid)?;
+            self.flush_touched()?;
+            self.drop_closed();
+            self.domains.detach(domid);
+        }
+        for seen in seen.iter().filter(|s| !s.dying) {
+            if let Err(e) = self.take_up_domain(seen) {
+                tracing::error!(domid = seen.domid, error = %e, "domain's store ring");
+            }
+        }
+        self.flush_touched()
+    }
+
+    fn take_up_domain(&mut self, seen: &Seen) -> Result<(), DaemonError> {
+        if seen.shutdown && self.engine.store.domain(seen.domid).is_some_and(|d| !d.shutdown) {
+            self.engine.domain_shutdown(seen.domid)?;
+        }
+        let Some(ring_at) = seen.ring.filter(|_| !self.engine.store.was_released(seen.instance)) else {
+            return Ok(());
+        };
+        let known = self.engine.store.domain(seen.domid).cloned();
+        let conn =
+            known.filter(|d| d.instance == seen.instance && d.ring == Some(ring_at)).and_then(|d| d.conn);
+        if conn.is_some_and(|id| self.links.contains_key(&id)) {
+            return Ok(());
+        }
+        if conn.is_none()
+            && let Some(old) = self.engine.store.domain(seen.domid).and_then(|d| d.conn)
+        {
+            // The same domain with another ring.
+            self.close(old)?;
+            self.domains.detach(seen.domid);
+        }
+        let ring = self.domains.attach(seen)?;
+        let id = match conn {
+            Some(id) => {
+                ring::publish(&self.engine, id, &*ring.page);
+                id
+            }
+            None => {
+                let Some(id) = self.engine.domain_up(seen.domid, seen.instance, ring_at, seen.class)? else {
+                    tracing::error!(domid = seen.domid, "domain is refused: all connection slots are taken");
+                    return Ok(());
+                };
+                tracing::info!(domid = seen.domid, "domain introduced");
+                self.drop_closed();
+                ring::adopt(&self.engine, id, &*ring.page);
+                id
+            }
+        };
+        self.epoll.add(ring.port.rx(), EpollEvent::new(EpollFlags::EPOLLIN, CONNS + id.0))?;
+        ring.port.notify();
+        self.links.insert(id, Link::Ring(ring));
+        self.flush(id)?;
+        self.wake(id);
+        Ok(())
+    }
+}

@@ -1,0 +1,419 @@
+//! The store and its journal: every event is carried out, recorded, and only then seen outside.
+//!
+//! The engine does no waiting and owns no descriptors; the daemon (`daemon.rs`) and the model test (`tests/model.rs`)
+//! drive it. A SIGKILL between any two stores to the journal leaves a state from which [`Engine::open`] goes on:
+//! an event that was not committed has had no effect, and its request is still in the connection's input buffer.
+
+use std::rc::Rc;
+
+use crate::codec::{Reader, Writer};
+use crate::journal::JournalError;
+use crate::journal::layout::{BEHAVIOUR, SLOTS, sb};
+use crate::journal::log::{Full, Log};
+use crate::journal::mem::Mem;
+use crate::journal::slots::Slot;
+use crate::store::{Class, Conn, ConnId, Event, Limits, Loaded, Loader, Quota, Store, write_snapshot};
+use crate::wire::{HEADER, Header, TooLong};
+
+/// A request that made the daemon die by its own fault this often costs its connection.
+const POISON: u64 = 3;
+
+/// How to open a journal.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Bytes of each half when a journal is made.
+    pub half_size: u64,
+    /// Start from what is whole when a record is damaged, instead of refusing.
+    pub salvage: bool,
+    /// Limits to set; `None` keeps those of the journal.
+    pub limits: Option<Limits>,
+    /// The predecessor died by its own fault (panic, SIGSEGV), not by a signal from outside.
+    pub own_fault: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { half_size: 256 << 20, salvage: false, limits: None, own_fault: false }
+    }
+}
+
+/// What opening a journal found.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// There was none: a fresh store.
+    pub fresh: bool,
+    /// Events run again.
+    pub replayed: u64,
+    /// What was dropped, with [`Options::salvage`].
+    pub dropped: Option<String>,
+    /// The connection whose request killed the daemon too often; it is cut off.
+    pub poisoned: Option<ConnId>,
+}
+
+/// What [`Engine::process`] ended with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processed {
+    /// No complete request is left.
+    Idle,
+    /// The budget is used up.
+    More,
+    /// The client has to read first.
+    Gated,
+    /// The client sent a header with too long a payload.
+    Violation(u32),
+    /// The journal is full; nothing goes on until there is room.
+    Stalled,
+    /// The connection is no more.
+    Gone,
+}
+
+/// See the module's description.
+pub struct Engine {
+    /// The state.
+    pub store: Store,
+    log: Log,
+    mem: Rc<Mem>,
+    free: Vec<u32>,
+    record: Writer,
+    message: Vec<u8>,
+}
+
+impl Engine {
+    /// Opens the journal in `mem`, or makes one.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn open(mem: Rc<Mem>, options: &Options) -> Result<(Self, Opened), JournalError> {
+        let mut opened = Opened::default();
+        let (store, log) = if Log::exists(&mem) {
+            Self::replay(&mem, options, &mut opened)?
+        } else {
+            opened.fresh = true;
+            (Store::new(), Log::format(Rc::clone(&mem), options.half_size))
+        };
+        let mut engine =
+            Self { store, log, mem, free: Vec::new(), record: Writer::default(), message: Vec::new() };
+        if opened.fresh {
+            engine.compact()?;
+            engine.log.seal();
+        }
+        engine.attach(&mut opened, options)?;
+        Ok((engine, opened))
+    }
+
+    fn replay(mem: &Rc<Mem>, options: &Options, opened: &mut Opened) -> Result<(Store, Log), JournalError> {
+        let behaviour = mem.load_u64(sb::BEHAVIOUR);
+        let mut loader = Some(Loader::default());
+        let mut store: Option<Store> = None;
+        let (log, dropped) = Log::open(Rc::clone(mem), options.salvage, |body| match &mut store {
+            None => {
+                let part = loader.as_mut().and_then(|l| l.record(body)).ok_or("not a snapshot record")?;
+                if part == Loaded::Complete {
+                    store = loader.take().map(Loader::finish);
+                }
+                Ok(part == Loaded::Complete)
+            }
+            Some(store) => {
+                let (body, digest) = body.split_last_chunk::<4>().ok_or("a record without a digest")?;
+                let mut input = Reader(body);
+                let event = Event::decode(&mut input).filter(|_| input.done()).ok_or("not an event")?;
+                opened.replayed += 1;
+                if store.apply(&event).to_le_bytes() != *digest {
+                    return Err("running it again gives other output".into());
+                }
+                // Old output is dropped as it comes, or a long log would need its whole traffic in memory.
+                for id in store.take_touched() {
+                    let sent = store.conn(id).map(|c| (c.tag, Slot::new(mem, c.slot)));
+                    if let Some((tag, slot)) = sent
+                        && slot.tag() == tag
+                    {
+                        store.drop_output(id, slot.sent());
+                    }
+                }
+                store.take_closed();
+                store.take_freed();
+                Ok(false)
+            }
+        })?;
+        if behaviour != BEHAVIOUR {
+            if opened.replayed > 0 {
+                return Err(JournalError::Behaviour { found: behaviour, ours: BEHAVIOUR });
+            }
+            mem.store_u64(sb::BEHAVIOUR, BEHAVIOUR);
+        }
+        opened.dropped = dropped;
+        Ok((store.ok_or_else(|| JournalError::Damaged("no snapshot".into()))?, log))
+    }
+
+    /// Brings the slots in line with the replayed state.
+    fn attach(&mut self, opened: &mut Opened, options: &Options) -> Result<(), JournalError> {
+        let conns: Vec<(ConnId, u32, u64)> = self.store.conns().map(|(id, c)| (id, c.slot, c.tag)).collect();
+        let used: std::collections::BTreeSet<u32> = conns.iter().map(|(_, slot, _)| *slot).collect();
+        self.free = (0..SLOTS).rev().filter(|slot| !used.contains(slot)).collect();
+        let mut broken = Vec::new();
+        for (id, index, tag) in conns {
+            let slot = Slot::new(&self.mem, index);
+            if slot.tag() != tag {
+                slot.init(tag);
+            }
+            slot.settle();
+            let (received, sent) = (slot.received(), slot.sent());
+            self.store.drop_output(id, sent);
+            let Some(conn) = self.store.conn(id) else { continue };
+            if conn.consumed > received || sent > conn.out.end() {
+                // Only if later records were dropped: its replies are out, its requests are forgotten.
+                broken.push((id, conn.domid.is_some()));
+            }
+        }
+        if !broken.is_empty() && opened.dropped.is_none() {
+            return Err(JournalError::Damaged(format!("{} connections are ahead of the log", broken.len())));
+        }
+        for (id, ring) in broken {
+            let event = if ring { Event::Ignore { conn: id, error: 1 } } else { Event::Close(id) };
+            self.commit(&event)?;
+        }
+        let blamed = ConnId(self.mem.load_u64(sb::EXEC_CONN));
+        let at = self.mem.load_u64(sb::EXEC_AT);
+        let innocent = self.store.conn(blamed).is_none_or(|c| c.consumed != at);
+        if options.own_fault && blamed.0 != 0 && !innocent {
+            let slot = self.store.conn(blamed).map(|c| Slot::new(&self.mem, c.slot));
+            if slot.is_some_and(|s| s.blame(at) >= POISON) {
+                opened.poisoned = Some(blamed);
+                self.cut_off(blamed, 3)?;
+            }
+        }
+        self.mem.store_u64(sb::EXEC_CONN, 0);
+        if let Some(limits) = options.limits.as_ref().filter(|l| *l != self.store.limits()) {
+            self.commit(&Event::Limits(limits.clone()))?;
+        }
+        let ids: Vec<ConnId> = self.store.conns().map(|(id, _)| id).collect();
+        for id in ids {
+            self.note_drained(id)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a snapshot, so that the next start has no event to run again (and may be another version's).
+    ///
+    /// # Errors
+    /// [`Full`]; the journal is as before then.
+    pub fn compact(&mut self) -> Result<(), Full> {
+        let (store, mem) = (&self.store, &self.mem);
+        let sent = |conn: &Conn| {
+            let slot = Slot::new(mem, conn.slot);
+            if slot.tag() == conn.tag { slot.sent() } else { 0 }
+        };
+        self.log.compact(|sink| write_snapshot(store, sent, sink))
+    }
+
+    /// Records and carries out one event.
+    fn commit(&mut self, event: &Event<'_>) -> Result<(), Full> {
+        self.record.0.clear();
+        event.encode(&mut self.record);
+        let len = self.record.0.len() as u64 + 4;
+        if self.log.wants_compaction(len)
+            && let Err(e) = self.compact()
+        {
+            tracing::warn!(error = %e, "the journal could not be compacted");
+        }
+        self.log.reserve(len)?;
+        // What is on the heap is lost with the process, so it may change first.
+        let digest = self.store.apply(event);
+        self.record.u32(digest);
+        self.log.append(&self.record.0);
+        self.free.append(&mut self.store.take_freed());
+        Ok(())
+    }
+
+    /// The slot of a connection.
+    pub fn slot(&self, id: ConnId) -> Option<Slot<'_>> {
+        self.store.conn(id).map(|c| Slot::new(&self.mem, c.slot))
+    }
+
+    /// The journal's memory.
+    pub fn mem(&self) -> &Rc<Mem> {
+        &self.mem
+    }
+
+    /// Bytes of records in the log.
+    pub fn log_len(&self) -> u64 {
+        self.log.len()
+    }
+
+    /// A socket client connected.
+    ///
+    /// # Errors
+    /// `None` when all slots are taken; [`Full`].
+    pub fn open_socket(&mut self) -> Result<Option<ConnId>, Full> {
+        let Some(slot) = self.free.pop() else { return Ok(None) };
+        let id = self.store.next_conn();
+        if let Err(e) = self.commit(&Event::Open { slot }) {
+            self.free.push(slot);
+            return Err(e);
+        }
+        self.init_slot(id);
+        Ok(Some(id))
+    }
+
+    /// A domain with a ring appeared.
+    ///
+    /// # Errors
+    /// `None` when all slots are taken; [`Full`].
+    pub fn domain_up(
+        &mut self,
+        domid: u16,
+        instance: u64,
+        ring: (u32, u32),
+        class: Class,
+    ) -> Result<Option<ConnId>, Full> {
+        let Some(slot) = self.free.pop() else { return Ok(None) };
+        let id = self.store.next_conn();
+        let (gref, port) = ring;
+        if let Err(e) = self.commit(&Event::DomainUp { domid, instance, gref, port, class, slot }) {
+            self.free.push(slot);
+            return Err(e);
+        }
+        self.init_slot(id);
+        Ok(Some(id))
+    }
+
+    /// A domain is gone.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn domain_down(&mut self, domid: u16) -> Result<(), Full> {
+        self.commit(&Event::DomainDown(domid))
+    }
+
+    /// A domain shut itself down.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn domain_shutdown(&mut self, domid: u16) -> Result<(), Full> {
+        self.commit(&Event::DomainShutdown(domid))
+    }
+
+    /// A connection ended.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn close(&mut self, id: ConnId) -> Result<(), Full> {
+        self.commit(&Event::Close(id))
+    }
+
+    /// The client misbehaved: a socket is closed, a ring goes to its error state with this XENSTORE_ERROR_* code.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn cut_off(&mut self, id: ConnId, error: u32) -> Result<(), Full> {
+        match self.store.conn(id).map(|c| c.domid) {
+            Some(Some(_)) => {
+                self.commit(&Event::Ignore { conn: id, error })?;
+                self.init_slot(id);
+                Ok(())
+            }
+            Some(None) => self.close(id),
+            None => Ok(()),
+        }
+    }
+
+    /// The client reset its ring.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn reset(&mut self, id: ConnId) -> Result<(), Full> {
+        self.commit(&Event::Reset(id))?;
+        self.init_slot(id);
+        Ok(())
+    }
+
+    fn init_slot(&self, id: ConnId) {
+        if let Some(conn) = self.store.conn(id) {
+            Slot::new(&self.mem, conn.slot).init(conn.tag);
+        }
+    }
+
+    /// Unread output, in bytes.
+    pub fn unread(&self, id: ConnId) -> u64 {
+        self.store.conn(id).map_or(0, |c| c.out.end() - c.out.base())
+    }
+
+    /// After output was handed over: forgets it, and notes it in the journal where that matters.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn handed_over(&mut self, id: ConnId) -> Result<(), Full> {
+        let Some(sent) = self.slot(id).map(|s| s.sent()) else { return Ok(()) };
+        self.store.drop_output(id, sent);
+        self.note_drained(id)
+    }
+
+    fn note_drained(&mut self, id: ConnId) -> Result<(), Full> {
+        let Some(conn) = self.store.conn(id) else { return Ok(()) };
+        let upto = Slot::new(&self.mem, conn.slot).sent();
+        if conn.wants_drain_note(upto) {
+            self.commit(&Event::Drained { conn: id, upto })?;
+        }
+        Ok(())
+    }
+
+    fn gate(&self, conn: &Conn) -> u64 {
+        u64::from(match conn.class {
+            Class::Guest => self.store.limits().guest.unread,
+            Class::Service => self.store.limits().service.unread,
+            Class::Dom0 => Quota::PRIVILEGED_UNREAD,
+        })
+    }
+
+    /// Whether a whole request waits in the connection's input.
+    pub fn has_request(&self, id: ConnId) -> bool {
+        let Some(conn) = self.store.conn(id) else { return false };
+        let slot = Slot::new(&self.mem, conn.slot);
+        let have = slot.received() - conn.consumed;
+        if have < HEADER as u64 {
+            return false;
+        }
+        let mut head = [0; HEADER];
+        slot.read_input(conn.consumed, &mut head);
+        Header::decode(&head).map_or(true, |h| have >= (HEADER + h.len) as u64)
+    }
+
+    /// Carries out up to `budget` requests of a connection.
+    pub fn process(&mut self, id: ConnId, budget: usize) -> Processed {
+        for _ in 0..budget {
+            let Some(conn) = self.store.conn(id) else { return Processed::Gone };
+            let at = conn.consumed;
+            let slot = Slot::new(&self.mem, conn.slot);
+            let have = slot.received() - at;
+            if have < HEADER as u64 || conn.ignored.is_some() {
+                return Processed::Idle;
+            }
+            let mut head = [0; HEADER];
+            slot.read_input(at, &mut head);
+            let len = match Header::decode(&head) {
+                Ok(head) => HEADER + head.len,
+                Err(TooLong(len)) => return Processed::Violation(len),
+            };
+            if have < len as u64 {
+                return Processed::Idle;
+            }
+            if conn.out.end() - conn.out.base() >= self.gate(conn) {
+                return Processed::Gated;
+            }
+            let mut message = std::mem::take(&mut self.message);
+            message.resize(len, 0);
+            slot.read_input(at, &mut message);
+            self.mem.store_u64(sb::EXEC_AT, at);
+            self.mem.store_u64(sb::EXEC_CONN, id.0);
+            let done =
+                self.commit(&Event::Request { conn: id, consumed: at + len as u64, message: &message });
+            self.mem.store_u64(sb::EXEC_CONN, 0);
+            self.message = message;
+            if let Err(e) = done {
+                tracing::error!(error = %e, conn = id.0, "the journal is full, requests wait");
+                return Processed::Stalled;
+            }
+        }
+        if self.has_request(id) { Processed::More } else { Processed::Idle }
+    }
+}

@@ -1,0 +1,264 @@
+//! xenstored as a service domain: journal and sockets in hv-core's fd store, rings of all domains.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use domain_kit::control::{self, ServiceControl};
+use domain_kit::evtchn::Port;
+use domain_kit::grants::{GrantError, MappedGrants};
+use domain_kit::mem::{Page, sealed_memfd};
+use domain_kit::{Domain, HvError};
+use hv_abi::{
+    DomInfo, ROLE_BACKEND, ROLE_CONSOLE, ROLE_DOM0, ROLE_XENSTORE, VIRQ_DOM_EXC, dom_state, fd_kind,
+};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use proto::service::Counter;
+use xenstored::daemon::{Daemon, Stats};
+use xenstored::domains::{Domains, Ring, Seen};
+use xenstored::engine::{Engine, Options};
+use xenstored::journal::log::Log;
+use xenstored::journal::mem::Mem;
+use xenstored::keeper::FdKeeper;
+use xenstored::store::{Class, ConnId};
+
+/// Name of the journal in the fd store.
+const JOURNAL: &str = "journal";
+/// Sockets are kept under this and the connection's number.
+const CONN: &str = "conn-";
+/// Name of the listening socket among the domain's resources.
+const SOCKET: &str = "socket";
+
+/// Joins, takes up what the predecessor left, serves until SIGTERM.
+pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTERM);
+    stop.thread_block().context("blocking signals")?;
+    let stop =
+        SignalFd::with_flags(&stop, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
+    let domain = Domain::join("xenstored")?;
+
+    let mem = journal_memory(&domain, half_size).context("the journal's memory")?;
+    let options =
+        Options { half_size, salvage, own_fault: domain.predecessor_crashed(), ..Options::default() };
+    let (engine, opened) = Engine::open(Rc::new(mem), &options).context("the journal")?;
+    if let Some(dropped) = &opened.dropped {
+        tracing::error!(dropped, "the journal was damaged; the store is older than it was");
+    }
+    if let Some(conn) = opened.poisoned {
+        tracing::error!(conn = conn.0, "a request that made xenstored crash three times cost its connection");
+    }
+    tracing::info!(
+        fresh = opened.fresh,
+        replayed = opened.replayed,
+        nodes = engine.store.tree.len(),
+        "journal taken up"
+    );
+
+    let listener = match domain.hv.resource_open(SOCKET) {
+        Ok((_, fd)) => {
+            let listener = UnixListener::from(fd);
+            listener.set_nonblocking(true)?;
+            Some(listener)
+        }
+        Err(e) if e.is(Errno::ENOENT) => {
+            tracing::info!("no socket approved: rings only");
+            None
+        }
+        Err(e) => return Err(e).context("the listening socket"),
+    };
+    let virq = domain.hv.port_bind_virq(VIRQ_DOM_EXC, 0).context("VIRQ_DOM_EXC")?;
+    let keeper = Kept(Arc::clone(&domain));
+    let domains = HvDomains { domain: Arc::clone(&domain), virq, held: BTreeMap::new() };
+    let mut daemon = Daemon::new(engine, listener, stop.as_fd(), keeper, domains)?;
+    let control = control::serve(&domain, Arc::new(Numbers(daemon.stats()))).context("gRPC")?;
+    control.set_serving(true);
+    domain.hv.served().context("telling hv-core that we serve")?;
+    daemon.run()?;
+    if let Err(e) = daemon.engine().compact() {
+        tracing::warn!(error = %e, "the journal keeps its events");
+    }
+    Ok(())
+}
+
+/// The journal's memfd, made at the domain's first start. A kill between making and storing loses nothing: it is empty.
+fn journal_memory(domain: &Domain, half_size: u64) -> anyhow::Result<Mem> {
+    let fd = match domain.hv.fd_get(JOURNAL) {
+        Ok((_, fd)) => fd,
+        Err(e) if e.is(Errno::ENOENT) => {
+            let fd = sealed_memfd("xenstored-journal", Log::memory_len(half_size) as usize)?;
+            domain.hv.fd_put(JOURNAL, fd_kind::MEMFD, 0, &fd)?;
+            fd
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let len = usize::try_from(nix::sys::stat::fstat(&fd)?.st_size)?;
+    Ok(Mem::map(fd.into(), len)?)
+}
+
+fn io_error(e: HvError) -> io::Error {
+    e.errno().map_or_else(|| io::Error::other(e.to_string()), io::Error::from)
+}
+
+fn grant_error(e: GrantError) -> io::Error {
+    match e {
+        GrantError::Hypercall(e) => io_error(e),
+        GrantError::Map(e) => e,
+    }
+}
+
+/// Client sockets in hv-core's fd store.
+struct Kept(Arc<Domain>);
+
+impl FdKeeper for Kept {
+    fn put(&mut self, id: ConnId, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.hv.fd_put(&format!("{CONN}{}", id.0), fd_kind::SOCKET, id.0, fd).map_err(io_error)
+    }
+
+    fn remove(&mut self, id: ConnId) {
+        match self.0.hv.fd_delete(&format!("{CONN}{}", id.0)) {
+            Ok(()) => {}
+            // Rings are not kept.
+            Err(e) if e.is(Errno::ENOENT) => {}
+            Err(e) => tracing::warn!(conn = id.0, error = %e, "a socket stays in the fd store"),
+        }
+    }
+
+    fn all(&mut self) -> io::Result<Vec<(ConnId, OwnedFd)>> {
+        let mut found = Vec::new();
+        for info in self.0.hv.fd_list().map_err(io_error)? {
+            let Some(name) = info.name.as_str() else { continue };
+            let Some(id) = name.strip_prefix(CONN).and_then(|n| n.parse().ok()) else { continue };
+            let (_, fd) = self.0.hv.fd_get(name).map_err(io_error)?;
+            found.push((ConnId(id), fd));
+        }
+        Ok(found)
+    }
+}
+
+/// A ring that this process has mapped and bound.
+struct Held {
+    page: MappedGrants,
+    port: u32,
+}
+
+/// Domains as hv-core tells them.
+struct HvDomains {
+    domain: Arc<Domain>,
+    virq: Port,
+    held: BTreeMap<u16, Held>,
+}
+
+/// Marks a grant map as the ring of one creation of a domain.
+fn map_tag(instance: u64, gref: u32) -> u64 {
+    instance << 32 | u64::from(gref)
+}
+
+fn seen(info: &DomInfo) -> Seen {
+    let service = ROLE_BACKEND | ROLE_CONSOLE | ROLE_XENSTORE;
+    Seen {
+        domid: info.domid,
+        instance: info.instance,
+        ring: (info.store_port != 0).then_some((info.store_gref, info.store_port)),
+        class: match info.roles {
+            roles if roles & ROLE_DOM0 != 0 => Class::Dom0,
+            roles if roles & service != 0 => Class::Service,
+            _ => Class::Guest,
+        },
+        shutdown: info.state == dom_state::SHUTDOWN,
+        dying: info.state == dom_state::DYING,
+    }
+}
+
+impl Domains for HvDomains {
+    fn changed_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.virq.rx())
+    }
+
+    fn clear(&mut self) {
+        self.virq.clear();
+    }
+
+    fn list(&mut self) -> io::Result<Vec<Seen>> {
+        Ok(self.domain.hv.dom_list().map_err(io_error)?.iter().map(seen).collect())
+    }
+
+    fn attach(&mut self, seen: &Seen) -> io::Result<Ring> {
+        let (gref, port) = seen.ring.ok_or(io::ErrorKind::InvalidInput)?;
+        let hv = &self.domain.hv;
+        let tag = map_tag(seen.instance, gref);
+        let mut ours = None;
+        for map in hv.grant_list().map_err(io_error)?.iter().filter(|m| m.domid == seen.domid) {
+            if map.tag == tag {
+                ours = Some(map.handle);
+            } else if map.mine == 0 {
+                // A predecessor's map of a ring that is no more.
+                let _ = hv.grant_unmap(map.handle);
+            }
+        }
+        let page = match ours {
+            Some(handle) => MappedGrants::claim(hv, handle),
+            None => MappedGrants::map(hv, seen.domid, &[gref], tag),
+        };
+        let page = page.map_err(grant_error)?;
+        let ring_page = Page { mem: Arc::clone(&page.mem), base: page.offset(0) };
+        let port = match hv.port_bind_interdomain(seen.domid, port) {
+            Ok(port) => port,
+            Err(e) => {
+                drop(ring_page);
+                page.unmap(hv).map_err(io_error)?;
+                return Err(io_error(e));
+            }
+        };
+        self.held.insert(seen.domid, Held { page, port: port.port });
+        Ok(Ring { page: Arc::new(ring_page), port })
+    }
+
+    fn detach(&mut self, domid: u16) {
+        let Some(held) = self.held.remove(&domid) else { return };
+        let hv = &self.domain.hv;
+        if let Err(e) = hv.port_close(held.port)
+            && !e.is(Errno::ENOENT)
+        {
+            tracing::warn!(domid, error = %e, "a store port stays bound");
+        }
+        if let Err(e) = held.page.unmap(hv) {
+            tracing::warn!(domid, error = %e, "a store ring stays mapped");
+        }
+    }
+}
+
+struct Numbers(Arc<Stats>);
+
+impl ServiceControl for Numbers {
+    fn statistics(&self) -> Vec<Counter> {
+        let s = &self.0;
+        let counter = |name: &str, value: &std::sync::atomic::AtomicU64, unit: &str| Counter {
+            name: name.into(),
+            value: value.load(Ordering::Relaxed),
+            subject: String::new(),
+            unit: unit.into(),
+        };
+        vec![
+            counter("requests", &s.requests, ""),
+            counter("nodes", &s.nodes, ""),
+            counter("watches", &s.watches, ""),
+            counter("connections", &s.connections, ""),
+            counter("domains", &s.domains, ""),
+            counter("journal", &s.journal_bytes, "bytes"),
+        ]
+    }
+
+    /// Every request is carried out and recorded in one step, so there is never anything in flight.
+    fn drain(&self, _deadline: Duration, _resume: bool) -> bool {
+        true
+    }
+}

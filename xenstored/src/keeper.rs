@@ -1,0 +1,39 @@
+//! Where a connection's socket outlives the process.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use crate::store::ConnId;
+
+/// Keeps dups of client sockets.
+pub trait FdKeeper {
+    /// Keeps a dup of `fd` under the connection's name. Called before the connection enters the journal.
+    ///
+    /// # Errors
+    /// When it can't be kept; the client is refused then.
+    fn put(&mut self, id: ConnId, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Drops a connection's dup.
+    fn remove(&mut self, id: ConnId);
+
+    /// All that is kept, at start.
+    ///
+    /// # Errors
+    /// When the keeper can't be asked.
+    fn all(&mut self) -> io::Result<Vec<(ConnId, OwnedFd)>>;
+}
+
+/// Keeps nothing: sockets die with the process (standalone mode).
+pub struct NoKeeper;
+
+impl FdKeeper for NoKeeper {
+    fn put(&mut self, _id: ConnId, _fd: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&mut self, _id: ConnId) {}
+
+    fn all(&mut self) -> io::Result<Vec<(ConnId, OwnedFd)>> {
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,171 @@
+//! Transactions: an overlay to read from, and the list of what was done with what was answered.
+//!
+//! At commit the operations run again on the tree as it is now, unless nothing changed since the start.
+//! If every reply comes out the same, the transaction could just as well have run now as a whole, so its
+//! changes are carried out; if one differs, the answer is EAGAIN. Hence two transactions conflict only if one
+//! of them *saw* what the other changed: writers of the same node do not starve each other (XSA-206), and a
+//! commit is all or nothing (XSA-415, XSA-421).
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher as _};
+
+use xen_abi::xs_wire::XsMsgType as Op;
+
+use super::nodes::{self, Changed, Env};
+use crate::tree::{Lookup, Overlay, Tree, TxView, View as _};
+use crate::watches::WatchIndex;
+use crate::wire::Errno;
+
+/// One operation of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TxOp {
+    /// What.
+    pub op: Op,
+    /// Its payload.
+    pub payload: Box<[u8]>,
+    /// Digest of its answer.
+    pub answer: u64,
+}
+
+/// An open transaction.
+#[derive(Debug, Default)]
+pub struct Transaction {
+    /// The tree's generation at the start.
+    pub start: u64,
+    /// Its changes.
+    pub over: Overlay,
+    /// All it did, in order.
+    pub ops: Vec<TxOp>,
+    /// Bytes of `ops`, for the quota.
+    pub bytes: usize,
+    /// What to tell watches at commit; each path once.
+    pub changes: Changes,
+}
+
+/// Digest of an answer. `DefaultHasher::new` has fixed keys, so a digest holds across restarts of one binary.
+fn digest(result: Result<(), Errno>, reply: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    match result {
+        Ok(()) => hasher.write(reply),
+        Err(e) => hasher.write_u32(1 << 16 | e as u32),
+    }
+    hasher.finish()
+}
+
+/// A list of changes in which each path stands once.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// In the order of their first mention.
+    pub list: Vec<Changed>,
+    index: HashMap<Box<[u8]>, usize>,
+}
+
+impl Changes {
+    /// Adds what one operation did.
+    pub fn merge(&mut self, from: Vec<Changed>) {
+        for change in from {
+            match self.index.get(&change.path) {
+                Some(at) => {
+                    let known = &mut self.list[*at];
+                    known.removed |= change.removed;
+                    for perms in change.perms {
+                        if !known.perms.contains(&perms) {
+                            known.perms.push(perms);
+                        }
+                    }
+                }
+                None => {
+                    self.index.insert(change.path.clone(), self.list.len());
+                    self.list.push(change);
+                }
+            }
+        }
+    }
+}
+
+impl Transaction {
+    /// A transaction that begins now.
+    pub fn new(tree: &Tree) -> Self {
+        Self { start: tree.generation(), ..Self::default() }
+    }
+
+    /// Runs one operation inside the transaction.
+    ///
+    /// # Errors
+    /// The error to answer with; ENOSPC also when the transaction has become too large.
+    pub fn run(
+        &mut self,
+        tree: &Tree,
+        env: &Env<'_>,
+        op: Op,
+        payload: &[u8],
+        reply: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        let (nodes_max, bytes_max) = match env.caller.privileged {
+            true => (usize::MAX, 64 << 20),
+            false => (env.quota.transaction_nodes as usize, env.quota.transaction_bytes as usize),
+        };
+        let cost = payload.len() + size_of::<TxOp>();
+        if self.over.nodes > nodes_max || self.bytes + cost > bytes_max {
+            return Err(Errno::ENOSPC);
+        }
+        let mut changes = Vec::new();
+        let mut view = TxView { base: tree, over: &mut self.over };
+        let result = nodes::run(&mut view, env, op, payload, reply, &mut changes);
+        self.changes.merge(changes);
+        self.bytes += cost;
+        self.ops.push(TxOp { op, payload: payload.into(), answer: digest(result, reply) });
+        result
+    }
+
+    /// Commits. Returns what watches are to hear of.
+    ///
+    /// # Errors
+    /// EAGAIN when something that the transaction saw has changed; the tree is untouched then.
+    pub fn commit(
+        mut self,
+        tree: &mut Tree,
+        env: &Env<'_>,
+        watches: &WatchIndex,
+    ) -> Result<Vec<Changed>, Errno> {
+        if tree.generation() != self.start {
+            let mut again = Transaction::new(tree);
+            let mut reply = Vec::new();
+            for step in &self.ops {
+                reply.clear();
+                let mut changes = Vec::new();
+                let mut view = TxView { base: tree, over: &mut again.over };
+                let result = nodes::run(&mut view, env, step.op, &step.payload, &mut reply, &mut changes);
+                if digest(result, &reply) != step.answer {
+                    return Err(Errno::EAGAIN);
+                }
+                again.changes.merge(changes);
+            }
+            self = again;
+        }
+        let mut told = Vec::new();
+        for change in std::mem::take(&mut self.changes.list) {
+            let before = match tree.find(&change.path) {
+                Lookup::Node(found) => Some(found.perms.clone()),
+                Lookup::Missing { .. } => None,
+            };
+            let view = TxView { base: tree, over: &mut self.over };
+            let now = nodes::modified(&view, &change.path, before.clone());
+            let exists = matches!(view.find(&change.path), Lookup::Node(_));
+            if change.removed && before.is_some() {
+                // Watches below hear of what really goes; what was made again is told of by its own entry.
+                nodes::removed(tree, watches, &change.path, &mut told);
+                if exists {
+                    told.pop();
+                }
+            }
+            if exists {
+                let mut perms = now.perms;
+                perms.extend(change.perms);
+                told.push(Changed { perms, ..change });
+            }
+        }
+        self.over.apply(tree);
+        Ok(told)
+    }
+}
