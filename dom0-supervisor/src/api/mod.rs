@@ -1,0 +1,186 @@
+//! gRPC for `bh`: `bulkhead.toolstack.v1`. Handlers do nothing long themselves: operations run in threads, so a client that
+//! leaves ends nothing, and a service that hangs holds up nobody else.
+
+mod console;
+mod services;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::toolstack::toolstack_server::Toolstack;
+use proto::toolstack::*;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::manager::{Manager, OpError, one_line};
+
+/// The service.
+#[derive(Clone)]
+pub struct Api {
+    manager: Arc<Manager>,
+    host_file: String,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The status of an error; its message is one line.
+pub fn status(e: OpError) -> Status {
+    let text = one_line(&e.to_string());
+    match e {
+        OpError::Invalid(_) => Status::invalid_argument(text),
+        OpError::Exists(_) => Status::already_exists(text),
+        OpError::NotFound(_) => Status::not_found(text),
+        OpError::Busy(_) => Status::aborted(text),
+        OpError::Failed(_) => Status::failed_precondition(text),
+        OpError::Timeout(_) => Status::deadline_exceeded(text),
+        OpError::Unavailable(_) => Status::unavailable(text),
+        OpError::Killed => Status::unavailable("dom0 is ending; try again"),
+    }
+}
+
+impl Api {
+    /// Over the manager; `host_file` is shown.
+    pub fn new(manager: Arc<Manager>, host_file: String) -> Api {
+        Api { manager, host_file }
+    }
+
+    /// Runs `work` where it may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Arc<Manager>) -> Result<T, OpError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let manager = Arc::clone(&self.manager);
+        match tokio::task::spawn_blocking(move || work(manager)).await {
+            Ok(result) => result.map_err(status),
+            Err(e) => Err(Status::internal(one_line(&e.to_string()))),
+        }
+    }
+}
+
+/// What a time-out in a request means.
+pub(crate) fn timeout_or(ms: u32, default: Duration) -> Duration {
+    if ms == 0 { default } else { Duration::from_millis(ms.into()) }
+}
+
+#[tonic::async_trait]
+impl Toolstack for Api {
+    async fn ping(&self, _request: Request<PingRequest>) -> Answer<PingReply> {
+        Ok(Response::new(PingReply { version: env!("CARGO_PKG_VERSION").into() }))
+    }
+
+    async fn info(&self, _request: Request<InfoRequest>) -> Answer<InfoReply> {
+        let mut info = self.blocking(|m| m.info()).await?;
+        info.host_file = self.host_file.clone();
+        Ok(Response::new(info))
+    }
+
+    async fn list_guests(&self, request: Request<ListGuestsRequest>) -> Answer<ListGuestsReply> {
+        let which = request.into_inner().guest;
+        let guests = self.blocking(move |m| m.guests((!which.is_empty()).then_some(which.as_str()))).await?;
+        Ok(Response::new(ListGuestsReply { guests }))
+    }
+
+    async fn create_guest(&self, request: Request<CreateGuestRequest>) -> Answer<Guest> {
+        let CreateGuestRequest { domain_file, source } = request.into_inner();
+        let source = if source.is_empty() { "domain file".into() } else { one_line(&source) };
+        let guest = self
+            .blocking(move |m| {
+                let name = m.create(&domain_file, &source)?;
+                Ok(m.guests(Some(&name))?.into_iter().next())
+            })
+            .await?;
+        guest.map(Response::new).ok_or_else(|| Status::aborted("it ended as soon as it began; see bh events"))
+    }
+
+    async fn shutdown_guest(&self, request: Request<ShutdownGuestRequest>) -> Answer<ShutdownGuestReply> {
+        let ShutdownGuestRequest { guest, reboot, wait, timeout_ms } = request.into_inner();
+        let timeout = timeout_or(timeout_ms, Duration::from_secs(60));
+        self.blocking(move |m| {
+            let before = m.guests(Some(&guest))?;
+            let Some(before) = before.into_iter().next() else { return Err(crate::ops::no_guest(&guest)) };
+            m.request_shutdown(&guest, reboot)?;
+            if wait { await_shutdown(&m, &before, reboot, timeout) } else { Ok(()) }
+        })
+        .await?;
+        Ok(Response::new(ShutdownGuestReply {}))
+    }
+
+    async fn destroy_guest(&self, request: Request<GuestRef>) -> Answer<DestroyGuestReply> {
+        let guest = request.into_inner().guest;
+        self.blocking(move |m| m.destroy(&guest)).await?;
+        Ok(Response::new(DestroyGuestReply {}))
+    }
+
+    async fn list_services(&self, request: Request<ListServicesRequest>) -> Answer<ListServicesReply> {
+        let statistics = request.into_inner().statistics;
+        let mut services = self.blocking(|m| m.services()).await?;
+        if statistics {
+            self.add_statistics(&mut services).await;
+        }
+        Ok(Response::new(ListServicesReply { services }))
+    }
+
+    async fn restart_service(&self, request: Request<RestartServiceRequest>) -> Answer<ServiceInfo> {
+        let RestartServiceRequest { name, timeout_ms } = request.into_inner();
+        let timeout = timeout_or(timeout_ms, Duration::from_secs(10));
+        let service = self.blocking(move |m| services::restart(&m, &name, timeout)).await?;
+        Ok(Response::new(service))
+    }
+
+    type WatchEventsStream = Streamed<Event>;
+
+    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
+        let WatchEventsRequest { after_seq, kept_only } = request.into_inner();
+        let (kept, live) = self.manager.events.watch(after_seq);
+        let kept = tokio_stream::iter(kept.into_iter().map(Ok));
+        if kept_only {
+            return Ok(Response::new(Box::pin(kept)));
+        }
+        let live = tokio_stream::wrappers::BroadcastStream::new(live).map(|event| match event {
+            Ok(event) => Ok(event),
+            Err(tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged(lost)) => Ok(Event {
+                kind: "warning".into(),
+                detail: "events were lost here".into(),
+                lost,
+                ..Event::default()
+            }),
+        });
+        Ok(Response::new(Box::pin(kept.chain(live))))
+    }
+
+    type ConsoleStream = Streamed<ConsoleOutput>;
+
+    async fn console(&self, request: Request<Streaming<ConsoleInput>>) -> Answer<Self::ConsoleStream> {
+        self.relay_console(request.into_inner()).await.map(Response::new)
+    }
+}
+
+fn await_shutdown(manager: &Manager, before: &Guest, reboot: bool, timeout: Duration) -> Result<(), OpError> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match manager.guests(Some(&before.uuid)) {
+            Err(OpError::NotFound(_)) => return Ok(()),
+            Err(OpError::Unavailable(_)) => {}
+            Err(e) => return Err(e),
+            Ok(now) => {
+                if let Some(now) = now.first() {
+                    let anew = now.boots > before.boots && now.state == "running";
+                    if anew || (!reboot && now.state == "shutdown") {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        if Instant::now() > deadline {
+            let what = if reboot { "rebooted" } else { "shut down" };
+            return Err(OpError::Timeout(format!(
+                "guest {} has not {what} within {} s; wait longer, or bh destroy it",
+                before.name,
+                timeout.as_secs()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(25));
+    }
+}

@@ -1,0 +1,116 @@
+//! Services: restart, and their own counters.
+
+use std::time::{Duration, Instant};
+
+use proto::service::StatisticsRequest;
+use proto::service::service_client::ServiceClient;
+use proto::toolstack::{Counter, ServiceInfo};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use super::Api;
+use crate::manager::{Manager, OpError};
+
+/// How long one service may take to tell its counters.
+const ASK: Duration = Duration::from_secs(1);
+/// Counters shown of one service.
+const MOST: usize = 512;
+
+/// The connection to a service's own socket. Connecting happens at the first call.
+pub(super) fn channel(path: String) -> Channel {
+    Endpoint::from_static("http://service").connect_timeout(ASK).connect_with_connector_lazy(
+        tower::service_fn(move |_: tonic::codegen::http::Uri| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
+        }),
+    )
+}
+
+impl Api {
+    /// Asks every running service, all at once, each with its own deadline.
+    pub(super) async fn add_statistics(&self, services: &mut [ServiceInfo]) {
+        let Ok(domains) = self.blocking(|m| Ok(m.hv.list()?)).await else { return };
+        let mut asked = Vec::new();
+        for (index, service) in services.iter().enumerate() {
+            let domain = domains.iter().find(|d| d.instance == service.instance && d.domid != 0);
+            let Some(domain) = domain.filter(|d| d.host_pid != 0) else { continue };
+            let path = domain.control_socket.clone();
+            asked.push(tokio::spawn(async move {
+                let mut client = ServiceClient::new(channel(path));
+                let reply = tokio::time::timeout(ASK, client.statistics(StatisticsRequest {})).await;
+                (index, reply)
+            }));
+        }
+        for task in asked {
+            let Ok((index, reply)) = task.await else { continue };
+            let service = &mut services[index];
+            match reply {
+                Ok(Ok(reply)) => {
+                    let counters = reply.into_inner().counters.into_iter().take(MOST);
+                    service.counters = counters
+                        .map(|c| Counter { name: c.name, value: c.value, subject: c.subject, unit: c.unit })
+                        .collect();
+                }
+                Ok(Err(e)) if service.note.is_empty() => {
+                    service.note = format!("gives no statistics: {}", crate::manager::one_line(e.message()));
+                }
+                Err(_) if service.note.is_empty() => {
+                    service.note = format!("gives no statistics within {} ms", ASK.as_millis());
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Ends a service's process (SIGKILL: every service is made for it) and waits for the next incarnation; starts that of a failed
+/// one.
+pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Result<ServiceInfo, OpError> {
+    let find = || -> Result<ServiceInfo, OpError> {
+        let all = manager.services()?;
+        let service = all.into_iter().find(|s| s.name == name || (s.kind == "dom0" && name == "dom0"));
+        service.ok_or_else(|| OpError::NotFound(format!("no service {name:?}; see bh services")))
+    };
+    let before = find()?;
+    if before.kind == "dom0" {
+        // The answer has to leave first; hv-core starts the next one.
+        std::thread::Builder::new()
+            .name("restart".into())
+            .spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                tracing::info!("restarting on request");
+                std::process::exit(0);
+            })
+            .map_err(|e| OpError::Unavailable(e.to_string()))?;
+        return Ok(before);
+    }
+    let domid = u16::try_from(before.domid).unwrap_or(0);
+    match before.state.as_str() {
+        "missing" => {
+            return Err(OpError::Failed(format!("service {name} is not there: {}", before.note)));
+        }
+        "failed" | "shutdown" => {
+            manager.hv.start(domid, before.instance)?;
+        }
+        "dying" => return Err(OpError::Failed(format!("service {name} is being taken down"))),
+        _ => manager.hv.kill(domid, before.instance, 9)?,
+    }
+    let deadline = Instant::now() + timeout;
+    loop {
+        let now = find()?;
+        if now.state == "running" && now.generation > before.generation {
+            return Ok(now);
+        }
+        if now.state == "failed" && before.state != "failed" {
+            return Err(OpError::Failed(format!("service {name} did not come back: {}", now.note)));
+        }
+        if Instant::now() > deadline {
+            return Err(OpError::Timeout(format!(
+                "service {name} is {} after {} s; see bh services",
+                now.state,
+                timeout.as_secs()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

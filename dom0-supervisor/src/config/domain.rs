@@ -1,0 +1,339 @@
+//! The domain file: one guest. See `docs/domain-file.md`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{AccessMode, ConfigError, LimitsEntry, Mac, Name, Vdev, text};
+
+/// A domain file, checked. Serialised, it is also how the state file keeps a guest's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DomainFile {
+    /// The guest's name.
+    pub name: Name,
+    /// What kind of guest.
+    #[serde(rename = "type", default)]
+    pub guest_type: GuestType,
+    /// Stable identity; made at creation if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
+    /// PVH: kernel image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// PVH: initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ramdisk: Option<PathBuf>,
+    /// PVH: kernel command line.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub cmdline: String,
+    /// PVH: RAM in MiB, even.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// PVH: 1 to 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    /// Process guest: the statically linked program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<PathBuf>,
+    /// Process guest: its arguments.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// Process guest: KEY=VALUE.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<String>,
+    /// Disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk: Vec<DiskEntry>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vif: Vec<VifEntry>,
+    /// What follows a power-off.
+    #[serde(default = "destroy")]
+    pub on_poweroff: OnEvent,
+    /// What follows a reboot.
+    #[serde(default = "restart")]
+    pub on_reboot: OnEvent,
+    /// What follows a crash of the guest or of its runner.
+    #[serde(default = "destroy")]
+    pub on_crash: OnEvent,
+    /// Make it when the host starts, if the file is in the host file's `domain_dir`.
+    #[serde(default)]
+    pub autostart: bool,
+    /// Limits of the runner.
+    #[serde(default)]
+    pub limits: LimitsEntry,
+}
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestType {
+    /// A kernel on KVM, under hv-vcpu.
+    #[default]
+    Pvh,
+    /// A process that uses the `frontends` crate.
+    Process,
+}
+
+/// What is done after a guest's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnEvent {
+    /// Everything of it is removed.
+    Destroy,
+    /// It is started again, in a new domain with the same uuid.
+    Restart,
+    /// It stays as it is, for looking at.
+    Preserve,
+}
+
+/// How a guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifecycle {
+    /// It powered off.
+    Poweroff,
+    /// It wants to start again.
+    Reboot,
+    /// It crashed, or its runner did.
+    Crash,
+}
+
+/// `[[disk]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskEntry {
+    /// The guest's name for it.
+    pub vdev: Vdev,
+    /// A blkback service of the host file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<Name>,
+    /// Or a disk of its own: an image file or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Read-write or read-only.
+    #[serde(default)]
+    pub mode: AccessMode,
+    /// Only "raw".
+    #[serde(default = "super::host::raw")]
+    pub format: String,
+}
+
+/// Where a disk comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskSource<'a> {
+    /// The host file's service.
+    Service(&'a Name),
+    /// A driver domain is made for this path.
+    Path(&'a PathBuf),
+}
+
+impl DiskEntry {
+    /// Exactly one of `backend` and `path` is there: [`DomainFile::parse`] saw to it.
+    pub fn source(&self) -> Option<DiskSource<'_>> {
+        match (&self.backend, &self.path) {
+            (Some(name), None) => Some(DiskSource::Service(name)),
+            (None, Some(path)) => Some(DiskSource::Path(path)),
+            _ => None,
+        }
+    }
+}
+
+/// `[[vif]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VifEntry {
+    /// A netback service of the host file.
+    pub backend: Name,
+    /// Made from the guest's uuid if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+}
+
+fn destroy() -> OnEvent {
+    OnEvent::Destroy
+}
+fn restart() -> OnEvent {
+    OnEvent::Restart
+}
+
+impl DomainFile {
+    /// Takes the file's text; `source` is named in errors.
+    ///
+    /// # Errors
+    /// One line, with the place for what TOML itself refuses.
+    pub fn parse(text: &str, source: &str) -> Result<DomainFile, ConfigError> {
+        let file: DomainFile = text::parse(text, source)?;
+        file.check().map_err(|what| ConfigError::new(format!("{source}: {what}")))?;
+        Ok(file)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        match self.guest_type {
+            GuestType::Pvh => self.check_pvh()?,
+            GuestType::Process => self.check_process()?,
+        }
+        if self.disk.len() > 64 || self.vif.len() > 16 {
+            return Err("at most 64 disks and 16 vifs".into());
+        }
+        let mut vdevs = std::collections::BTreeSet::new();
+        for disk in &self.disk {
+            let vdev = disk.vdev.name();
+            if !vdevs.insert(disk.vdev.number()) {
+                return Err(format!("disk {vdev} is there twice"));
+            }
+            match disk.source() {
+                Some(DiskSource::Path(path)) if !path.is_absolute() => {
+                    return Err(format!("disk {vdev}: path {path:?} must be absolute"));
+                }
+                Some(_) => {}
+                None => return Err(format!("disk {vdev}: give either backend or path")),
+            }
+            if disk.format != "raw" {
+                return Err(format!("disk {vdev}: format {:?} is not known, only \"raw\"", disk.format));
+            }
+        }
+        let mut macs = std::collections::BTreeSet::new();
+        for mac in self.vif.iter().filter_map(|vif| vif.mac) {
+            if !macs.insert(mac) {
+                return Err(format!("mac {mac} is there twice; leave mac out to have one made"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_pvh(&self) -> Result<(), String> {
+        let Some(kernel) = &self.kernel else { return Err("type \"pvh\" needs kernel".into()) };
+        for (key, path) in [("kernel", Some(kernel)), ("ramdisk", self.ramdisk.as_ref())] {
+            if let Some(path) = path
+                && !path.is_absolute()
+            {
+                return Err(format!("{key} {path:?} must be an absolute path"));
+            }
+        }
+        match self.memory {
+            None => return Err("type \"pvh\" needs memory (MiB)".into()),
+            Some(mib) if !(16..=1 << 20).contains(&mib) || mib % 2 != 0 => {
+                return Err(format!("memory {mib} must be an even number of MiB from 16 to 1048576"));
+            }
+            Some(_) => {}
+        }
+        if !(1..=8).contains(&self.vcpus()) {
+            return Err(format!("vcpus {} must be 1 to 8", self.vcpus()));
+        }
+        if self.cmdline.len() > 2047 || self.cmdline.contains(['\0', '\n']) {
+            return Err("cmdline must be at most 2047 bytes and one line".into());
+        }
+        if self.program.is_some() || !self.args.is_empty() || !self.env.is_empty() {
+            return Err("program, args and env are for type \"process\"".into());
+        }
+        Ok(())
+    }
+
+    fn check_process(&self) -> Result<(), String> {
+        match &self.program {
+            None => return Err("type \"process\" needs program".into()),
+            Some(path) if !path.is_absolute() => {
+                return Err(format!("program {path:?} must be an absolute path"));
+            }
+            Some(_) => {}
+        }
+        if self.kernel.is_some() || self.ramdisk.is_some() || !self.cmdline.is_empty() {
+            return Err("kernel, ramdisk and cmdline are for type \"pvh\"".into());
+        }
+        if self.memory.is_some() || self.vcpus.is_some() {
+            return Err("memory and vcpus are for type \"pvh\"; use limits.memory".into());
+        }
+        if self.env.iter().any(|e| !e.contains('=') || e.contains('\0')) {
+            return Err("env entries must be KEY=VALUE".into());
+        }
+        if self.args.iter().any(|a| a.contains('\0')) {
+            return Err("args must not hold a nul byte".into());
+        }
+        Ok(())
+    }
+
+    /// vCPUs, 1 if not said.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus.unwrap_or(1)
+    }
+
+    /// RAM in bytes; 0 for process guests.
+    pub fn ram_bytes(&self) -> u64 {
+        self.memory.unwrap_or(0) << 20
+    }
+
+    /// What this guest wants after such an end.
+    pub fn action(&self, end: Lifecycle) -> OnEvent {
+        match end {
+            Lifecycle::Poweroff => self.on_poweroff,
+            Lifecycle::Reboot => self.on_reboot,
+            Lifecycle::Crash => self.on_crash,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> Result<DomainFile, String> {
+        DomainFile::parse(text, "d.toml").map_err(|e| e.0)
+    }
+
+    #[test]
+    fn the_examples_are_valid() {
+        let pvh = parse(include_str!("../../../deploy/examples/debian.toml")).unwrap();
+        assert_eq!(pvh.guest_type, GuestType::Pvh);
+        assert!(!pvh.disk.is_empty() && !pvh.vif.is_empty());
+        let process = parse(include_str!("../../../deploy/examples/process-guest.toml")).unwrap();
+        assert_eq!(process.guest_type, GuestType::Process);
+    }
+
+    #[test]
+    fn what_is_kept_reads_back() {
+        let file = parse(include_str!("../../../deploy/examples/debian.toml")).unwrap();
+        let json = serde_json::to_string(&file).unwrap();
+        assert_eq!(serde_json::from_str::<DomainFile>(&json).unwrap(), file);
+    }
+
+    #[test]
+    fn mistakes_are_one_line() {
+        let pvh = "name = \"g\"\nkernel = \"/k\"\nmemory = 64\n";
+        for (rest, want) in [
+            ("vcpu = 2", "d.toml:4:1: unknown field `vcpu`"),
+            ("vcpus = 9", "1 to 8"),
+            ("memory = 3", "duplicate key"),
+            ("program = \"/p\"", "for type \"process\""),
+            ("type = \"hvm\"", "d.toml:4:8"),
+            ("[[disk]]\nvdev = \"sda\"\npath = \"/x\"", "d.toml:5:8: vdev \"sda\""),
+            ("[[disk]]\nvdev = \"xvda\"", "either backend or path"),
+            ("[[disk]]\nvdev = \"xvda\"\npath = \"/x\"\nbackend = \"b\"", "either backend or path"),
+            ("[[disk]]\nvdev = \"xvda\"\npath = \"x\"", "absolute"),
+            ("disk = [{vdev = \"xvda\", path = \"/x\"}, {vdev = \"xvda\", path = \"/y\"}]", "twice"),
+            (
+                "vif = [{backend = \"n\", mac = \"00:16:3e:00:00:01\"}, {backend = \"n\", mac = \"00:16:3E:00:00:01\"}]",
+                "twice",
+            ),
+            ("[[vif]]\nbackend = \"n\"\nmac = \"1\"", "d.toml:6:7: mac"),
+        ] {
+            let e = parse(&format!("{pvh}{rest}")).unwrap_err();
+            assert!(e.contains(want) && !e.contains('\n'), "{rest:?}: {e}");
+        }
+        assert!(parse("name = \"g\"").unwrap_err().contains("needs kernel"));
+        assert!(parse("name = \"g\"\nkernel = \"k\"\nmemory = 64").unwrap_err().contains("absolute"));
+        assert!(parse("name = \"g\"\ntype = \"process\"").unwrap_err().contains("needs program"));
+        assert!(parse("name = \"7\"\nkernel = \"/k\"").unwrap_err().starts_with("d.toml:1:8: name \"7\""));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "[ -~\\n]{0,200}") {
+            if let Err(e) = parse(&text) {
+                prop_assert!(!e.contains('\n'));
+            }
+        }
+    }
+}

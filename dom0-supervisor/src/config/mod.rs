@@ -1,0 +1,29 @@
+//! The declarative files: what the host's administrator writes.
+//!
+//! Reading a file has two steps: [`HostFile::parse`] and [`DomainFile::parse`] take text to checked values and know nothing of the
+//! machine; [`check`] then looks at the machine (does the kernel image exist, is the disk long enough).
+
+mod check;
+mod domain;
+mod host;
+mod text;
+mod values;
+
+pub use check::{check_disk, check_file, check_guest_files};
+pub use domain::{DiskEntry, DiskSource, DomainFile, GuestType, Lifecycle, OnEvent, VifEntry};
+pub use host::{
+    BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
+    XenstoredEntry,
+};
+pub use values::{AccessMode, Mac, Name, Vdev};
+
+/// Why a file was refused: one line that says where, what, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+impl ConfigError {
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        ConfigError(text.into())
+    }
+}

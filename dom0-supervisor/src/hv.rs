@@ -1,0 +1,78 @@
+//! What dom0 needs of hv-core. [`crate::hv_grpc`] is the real one.
+
+use proto::hvcore::{CreateDomainRequest, Domain, VersionReply};
+
+/// Why hv-core did not do it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HvError {
+    /// No such domain (any more).
+    #[error("no such domain")]
+    NotFound,
+    /// It is there already.
+    #[error("{0}")]
+    AlreadyExists(String),
+    /// hv-core says no, and would again.
+    #[error("{0}")]
+    Refused(String),
+    /// No answer in time, or no room: trying again can help.
+    #[error("hv-core: {0}")]
+    Busy(String),
+    /// The connection is gone: dom0 is about to end too.
+    #[error("the connection to hv-core is gone")]
+    Gone,
+}
+
+/// hv-core's control API, blocking, every call with a deadline of its own. See `proto/bulkhead/hvcore.proto` for the meaning.
+pub trait Hv: Send + Sync {
+    /// Version, memory, what is missing.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn version(&self) -> Result<VersionReply, HvError>;
+    /// All domains.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn list(&self) -> Result<Vec<Domain>, HvError>;
+    /// Makes a domain and starts its process.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn create(&self, request: CreateDomainRequest) -> Result<Domain, HvError>;
+    /// Takes a domain down.
+    ///
+    /// # Errors
+    /// [`HvError`]; [`HvError::NotFound`] if it is gone.
+    fn destroy(&self, domid: u16, instance: u64) -> Result<(), HvError>;
+    /// Sends its process a signal.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError>;
+    /// Starts the process of a FAILED or SHUTDOWN domain.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn start(&self, domid: u16, instance: u64) -> Result<Domain, HvError>;
+    /// Has the domain announced its xenstore ring? (That is a first sign of life of any guest.)
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn has_store_ring(&self, domid: u16) -> Result<bool, HvError>;
+}
+
+/// The domain with this uuid.
+///
+/// # Errors
+/// [`Hv::list`]'s.
+pub fn find_by_uuid(hv: &dyn Hv, uuid: &str) -> Result<Option<Domain>, HvError> {
+    Ok(hv.list()?.into_iter().find(|d| d.uuid.eq_ignore_ascii_case(uuid)))
+}
+
+/// The domain with this number and creation.
+///
+/// # Errors
+/// [`Hv::list`]'s.
+pub fn find_instance(hv: &dyn Hv, domid: u16, instance: u64) -> Result<Option<Domain>, HvError> {
+    Ok(hv.list()?.into_iter().find(|d| d.domid == u32::from(domid) && d.instance == instance))
+}

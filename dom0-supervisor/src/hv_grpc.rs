@@ -1,0 +1,130 @@
+//! hv-core's control API over descriptor 5: one connected stream, inherited; there is no path to reach it by.
+
+use std::io;
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use domain_kit::Domain as Me;
+use hyper_util::rt::TokioIo;
+use proto::hvcore::hv_core_client::HvCoreClient;
+use proto::hvcore::{
+    CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, VersionReply, VersionRequest,
+    WatchEventsRequest,
+};
+use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+
+use crate::hv::{Hv, HvError};
+
+/// How long a call may take. Creating a domain makes namespaces and may move interfaces.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The real [`Hv`].
+pub struct GrpcHv {
+    runtime: Handle,
+    client: HvCoreClient<Channel>,
+    me: Arc<Me>,
+}
+
+impl GrpcHv {
+    /// Speaks over the stream on `fd5`. Must be called inside the runtime.
+    ///
+    /// # Errors
+    /// The stream can't be used.
+    pub fn new(fd5: StdStream, me: Arc<Me>) -> io::Result<GrpcHv> {
+        fd5.set_nonblocking(true)?;
+        let once = Mutex::new(Some(UnixStream::from_std(fd5)?));
+        // The name is never resolved: the connector hands out the one stream that there is.
+        let channel =
+            Endpoint::from_static("http://hv-core").connect_with_connector_lazy(tower::service_fn(
+                move |_: tonic::codegen::http::Uri| {
+                    let stream = once.lock().ok().and_then(|mut slot| slot.take());
+                    async move {
+                        stream.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+                    }
+                },
+            ));
+        Ok(GrpcHv { runtime: Handle::current(), client: HvCoreClient::new(channel), me })
+    }
+
+    fn call<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, HvError> {
+        let result = self.runtime.block_on(async { tokio::time::timeout(TIMEOUT, call).await });
+        match result {
+            Err(_) => Err(HvError::Busy(format!("no answer within {} s", TIMEOUT.as_secs()))),
+            Ok(Err(status)) => Err(from_status(&status)),
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+        }
+    }
+
+    /// hv-core's events after `seq`, for as long as the connection lives.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    pub async fn watch(&self, after_seq: u64) -> Result<Streaming<Event>, HvError> {
+        let mut client = self.client.clone();
+        let reply = client.watch_events(WatchEventsRequest { after_seq }).await;
+        reply.map(tonic::Response::into_inner).map_err(|s| from_status(&s))
+    }
+}
+
+fn from_status(status: &Status) -> HvError {
+    let text = crate::manager::one_line(status.message());
+    match status.code() {
+        Code::NotFound => HvError::NotFound,
+        Code::AlreadyExists => HvError::AlreadyExists(text),
+        Code::Unavailable if text.contains("transport") || text.contains("connect") => HvError::Gone,
+        Code::Unavailable | Code::DeadlineExceeded | Code::Aborted | Code::Cancelled => HvError::Busy(text),
+        Code::Unknown if text.contains("transport") => HvError::Gone,
+        _ => HvError::Refused(text),
+    }
+}
+
+fn domain_ref(domid: u16, instance: u64) -> DomainRef {
+    DomainRef { domid: domid.into(), instance }
+}
+
+impl Hv for GrpcHv {
+    fn version(&self) -> Result<VersionReply, HvError> {
+        let mut client = self.client.clone();
+        self.call(client.version(VersionRequest {}))
+    }
+
+    fn list(&self) -> Result<Vec<Domain>, HvError> {
+        let mut client = self.client.clone();
+        Ok(self.call(client.list_domains(Empty {}))?.domains)
+    }
+
+    fn create(&self, request: CreateDomainRequest) -> Result<Domain, HvError> {
+        let mut client = self.client.clone();
+        self.call(client.create_domain(request))
+    }
+
+    fn destroy(&self, domid: u16, instance: u64) -> Result<(), HvError> {
+        let mut client = self.client.clone();
+        self.call(client.destroy_domain(domain_ref(domid, instance))).map(drop)
+    }
+
+    fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError> {
+        let mut client = self.client.clone();
+        self.call(client.kill_process(KillRequest { domain: Some(domain_ref(domid, instance)), signal }))
+            .map(drop)
+    }
+
+    fn start(&self, domid: u16, instance: u64) -> Result<Domain, HvError> {
+        let mut client = self.client.clone();
+        self.call(client.start_process(domain_ref(domid, instance)))
+    }
+
+    fn has_store_ring(&self, domid: u16) -> Result<bool, HvError> {
+        match self.me.hv.dom_info(domid) {
+            Ok(info) => Ok(info.store_port != 0),
+            Err(e) if e.is(nix::errno::Errno::ESRCH) || e.is(nix::errno::Errno::ENOENT) => {
+                Err(HvError::NotFound)
+            }
+            Err(e) => Err(HvError::Busy(e.to_string())),
+        }
+    }
+}

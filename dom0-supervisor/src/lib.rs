@@ -1,0 +1,40 @@
+//! The toolstack: dom0 as a domain that can be killed at any point of any operation.
+//!
+//! ```text
+//!   bh ──gRPC──► api ──► manager ──► ops (do/undo steps) ──► hv    (hv-core, fd 5)
+//!                          ▲  │                         └──► store (xenstore, own ring)
+//!            reconcile ────┘  └──► state (private record on disk)
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`] | host file and domain files |
+//! | [`state`] | the private record: desired state and operations under way |
+//! | [`specs`] | from configuration to hv-core's domain specifications |
+//! | [`xs_layout`] | from the record to xenstore's nodes |
+//! | [`ops`] | operations of several steps that survive a kill |
+//! | [`reconcile`] | desired against actual |
+//! | [`view`] | what is shown |
+//! | [`hv`], [`store`] | what dom0 needs of the others; [`hv_grpc`] and [`store::RingStore`] are the real ones |
+//! | [`api`] | gRPC for `bh` |
+//! | [`console`] | the console domain (`console-backend`) |
+
+pub mod api;
+pub mod config;
+//console
+pub mod daemon;
+pub mod events;
+pub mod hv;
+pub mod hv_grpc;
+pub mod manager;
+pub mod ops;
+pub mod reconcile;
+pub mod specs;
+pub mod state;
+pub mod store;
+#[cfg(test)]
+mod testing;
+pub mod view;
+pub mod xs_layout;
+
+pub(crate) use ops::numbers as ops_numbers;

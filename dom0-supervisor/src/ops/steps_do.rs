@@ -1,0 +1,212 @@
+//! Steps that make something. Each can be carried out again after a kill.
+
+use std::time::Instant;
+
+use proto::hvcore::{Domain, DomainState};
+
+use super::{Change, of_guest};
+use crate::config::{DiskSource, GuestType};
+use crate::hv::{HvError, find_by_uuid, find_instance};
+use crate::manager::{Manager, OpError, one_line};
+use crate::specs;
+use crate::state::{Guest, OwnDisk, RunningDomain, guest_uuid_text, private_backend_uuid, service_uuid};
+use crate::xs_layout::{self, DevicePaths, XenbusState};
+
+pub(crate) fn numbers(domain: &Domain) -> Result<RunningDomain, OpError> {
+    let domid = u16::try_from(domain.domid)
+        .map_err(|_| OpError::Failed("hv-core gave an impossible domid".into()))?;
+    Ok(RunningDomain { domid, instance: domain.instance })
+}
+
+impl Manager {
+    /// Every disk and vif gets its driver domain; those of the guest's own are made.
+    pub(super) fn do_backends(&self, guest: &Guest) -> Result<Change, OpError> {
+        let mut disks = Vec::new();
+        for (index, disk) in guest.config.disk.iter().enumerate() {
+            let vdev = disk.vdev.name();
+            let name = guest.disk_backend_name(index);
+            let own = match disk.source() {
+                Some(DiskSource::Path(_)) => {
+                    let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
+                    let request = specs::private_blkback(&self.host, guest, index)
+                        .ok_or_else(|| OpError::Failed(format!("disk {vdev} has no path")))?;
+                    let domain =
+                        self.make_domain(&uuid, request).map_err(|e| e.at(&format!("disk {vdev}")))?;
+                    OwnDisk { domid: domain.domid, instance: domain.instance, private: true }
+                }
+                _ => {
+                    let domain = self.service_domain(&name).map_err(|e| e.at(&format!("disk {vdev}")))?;
+                    OwnDisk { domid: domain.domid, instance: domain.instance, private: false }
+                }
+            };
+            let uuid =
+                if own.private { private_backend_uuid(&guest.uuid, vdev) } else { service_uuid(&name) };
+            self.make_home(
+                RunningDomain { domid: own.domid, instance: own.instance },
+                &name,
+                &guest_uuid_text(&uuid),
+            )?;
+            disks.push(Some(own));
+        }
+        let mut vifs = Vec::new();
+        for (index, vif) in guest.config.vif.iter().enumerate() {
+            let name = vif.backend.as_str();
+            let domain = self.service_domain(name).map_err(|e| e.at(&format!("vif {index}")))?;
+            self.make_home(domain, name, &guest_uuid_text(&service_uuid(name)))?;
+            vifs.push(Some(domain.domid));
+        }
+        Ok(of_guest(move |guest| {
+            guest.disk_backends = disks;
+            guest.vif_backends = vifs;
+        }))
+    }
+
+    fn service_domain(&self, name: &str) -> Result<RunningDomain, OpError> {
+        let uuid = guest_uuid_text(&service_uuid(name));
+        let Some(domain) = find_by_uuid(&*self.hv, &uuid)? else {
+            let note = self.known().service_notes.get(name).cloned();
+            let note = note.unwrap_or_else(|| "it is not made yet; see bh services".into());
+            return Err(OpError::Failed(format!("service {name} does not run: {note}")));
+        };
+        if domain.state() == DomainState::Failed {
+            let how = self.end_of(&domain);
+            return Err(OpError::Failed(format!("service {name} has failed ({how}); bh restart {name}")));
+        }
+        numbers(&domain)
+    }
+
+    /// The domain of this uuid, made if it is not there. One that is going is waited for.
+    fn make_domain(
+        &self,
+        uuid: &str,
+        request: proto::hvcore::CreateDomainRequest,
+    ) -> Result<RunningDomain, OpError> {
+        let deadline = Instant::now() + self.timing.gone;
+        loop {
+            match find_by_uuid(&*self.hv, uuid)? {
+                Some(domain) if domain.state() != DomainState::Dying => return numbers(&domain),
+                Some(domain) if Instant::now() > deadline => {
+                    return Err(OpError::Failed(format!(
+                        "domain {} of the same uuid is still dying: something holds its memory",
+                        domain.domid
+                    )));
+                }
+                Some(_) => std::thread::sleep(self.timing.poll),
+                None => match self.hv.create(request.clone()) {
+                    Ok(domain) => return numbers(&domain),
+                    // Between the look and the call an earlier call of ours was carried out late.
+                    Err(HvError::AlreadyExists(_)) if Instant::now() < deadline => {
+                        std::thread::sleep(self.timing.poll);
+                    }
+                    Err(e) => return Err(e.into()),
+                },
+            }
+        }
+    }
+
+    /// The guest's own domain.
+    pub(super) fn do_domain(&self, guest: &Guest) -> Result<Change, OpError> {
+        let request = specs::guest(&self.host, guest);
+        let domain = self.make_domain(&guest_uuid_text(&guest.uuid), request)?;
+        let now = crate::events::unix_ms();
+        Ok(of_guest(move |guest| {
+            guest.domain = Some(domain);
+            guest.boots += 1;
+            guest.started_unix_ms = now;
+        }))
+    }
+
+    /// The guest's nodes, in one transaction.
+    pub(super) fn do_nodes(&self, guest: &Guest) -> Result<Change, OpError> {
+        self.write_guest_nodes(guest)?;
+        Ok(super::nothing())
+    }
+
+    /// Writes a guest's nodes unless they are there; true if they were written.
+    pub(crate) fn write_guest_nodes(&self, guest: &Guest) -> Result<bool, OpError> {
+        let Some(domain) = guest.domain else { return Ok(false) };
+        let (marker, value) = xs_layout::guest_marker(guest, domain.domid);
+        if self.store.read(&marker)?.as_deref() == Some(value.as_str()) {
+            return Ok(false);
+        }
+        self.store.apply(&xs_layout::guest_nodes(guest, domain.domid))?;
+        Ok(true)
+    }
+
+    /// Waits until the devices' backends have taken them up.
+    pub(super) fn do_ready(&self, guest: &Guest) -> Result<Change, OpError> {
+        let Some(running) = guest.domain else { return Err(OpError::Failed("it has no domain".into())) };
+        let devices = xs_layout::device_paths(guest);
+        let began = Instant::now();
+        loop {
+            let Some(domain) = find_instance(&*self.hv, running.domid, running.instance)? else {
+                return Err(OpError::Failed("its domain went away while it started".into()));
+            };
+            match domain.state() {
+                DomainState::Failed => {
+                    let runner = match guest.config.guest_type {
+                        GuestType::Pvh => "hv-vcpu",
+                        GuestType::Process => "its program",
+                    };
+                    return Err(OpError::Failed(format!("{runner} ended: {}", self.end_of(&domain))));
+                }
+                // Came up and went: what follows is the reconciler's.
+                DomainState::Shutdown => return Ok(super::nothing()),
+                _ => {}
+            }
+            let mut late = None;
+            for device in &devices {
+                if !self.device_ready(device)? {
+                    late = Some(device);
+                }
+            }
+            let alive =
+                began.elapsed() >= self.timing.sign_of_life || self.hv.has_store_ring(running.domid)?;
+            if late.is_none() && alive {
+                return Ok(super::nothing());
+            }
+            if began.elapsed() > self.timing.ready
+                && let Some(device) = late
+            {
+                return Err(OpError::Failed(format!(
+                    "{}: backend {} did not take it up within {} s; see bh services",
+                    label(device),
+                    device.backend,
+                    self.timing.ready.as_secs()
+                )));
+            }
+            std::thread::sleep(self.timing.poll);
+        }
+    }
+
+    fn device_ready(&self, device: &DevicePaths) -> Result<bool, OpError> {
+        let state = self.store.read(&format!("{}/state", device.back))?;
+        let state = XenbusState::parse(state.as_deref());
+        if (XenbusState::InitWait..=XenbusState::Connected).contains(&state) {
+            return Ok(true);
+        }
+        if let Some(text) = self.store.read(&xs_layout::device_error_path(device))? {
+            return Err(OpError::Failed(format!("{}: {}", label(device), one_line(&text))));
+        }
+        let all = self.hv.list()?;
+        if let Some(backend) = all.iter().find(|d| d.domid == u32::from(device.backend_domid))
+            && backend.state() == DomainState::Failed
+        {
+            let how = self.end_of(backend);
+            return Err(OpError::Failed(format!(
+                "{}: backend {} failed: {how}",
+                label(device),
+                device.backend
+            )));
+        }
+        Ok(false)
+    }
+}
+
+/// For messages.
+fn label(device: &DevicePaths) -> String {
+    match device.kind {
+        "vbd" => format!("disk {}", device.name),
+        kind => format!("{kind} {}", device.name),
+    }
+}

@@ -1,0 +1,217 @@
+//! What the state file holds.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::config::{DiskSource, DomainFile, Mac};
+
+/// Everything that must outlive dom0.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// Guests by name.
+    pub guests: BTreeMap<String, Guest>,
+    /// Operations under way, by number.
+    pub sagas: BTreeMap<u64, Saga>,
+    /// Number of the next operation.
+    pub next_saga: u64,
+    /// The last failed operations, newest last, at most [`State::MAX_FAILURES`].
+    pub failures: Vec<Failure>,
+}
+
+/// A guest that dom0 wants to exist.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    /// Its domain file.
+    pub config: DomainFile,
+    /// Its identity, for all of its domains.
+    pub uuid: Uuid,
+    /// Its domain of now.
+    #[serde(default)]
+    pub domain: Option<RunningDomain>,
+    /// The driver domain of each disk, in the order of `config.disk`; `None` until it is known.
+    #[serde(default)]
+    pub disk_backends: Vec<Option<OwnDisk>>,
+    /// The driver domain of each vif, in the order of `config.vif`.
+    #[serde(default)]
+    pub vif_backends: Vec<Option<u16>>,
+    /// Unix time, milliseconds.
+    pub created_unix_ms: u64,
+    /// How often it was started.
+    #[serde(default)]
+    pub boots: u32,
+    /// When its domain of now was made, unix milliseconds.
+    #[serde(default)]
+    pub started_unix_ms: u64,
+    /// Starts in a row that ended within seconds.
+    #[serde(default)]
+    pub quick_ends: u32,
+    /// How it ended, if it is preserved for looking at.
+    #[serde(default)]
+    pub preserved: Option<String>,
+}
+
+/// A domain by number and creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunningDomain {
+    /// Its domid.
+    pub domid: u16,
+    /// hv-core's serial number of its creation.
+    pub instance: u64,
+}
+
+/// The backend of one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnDisk {
+    /// The driver domain.
+    pub domid: u16,
+    /// Its creation.
+    pub instance: u64,
+    /// It was made for this guest and goes with it.
+    pub private: bool,
+}
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SagaKind {
+    /// Make and start a guest.
+    Create,
+    /// Remove a guest.
+    Destroy,
+    /// Give a guest a new domain.
+    Reboot,
+}
+
+/// Where an operation goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// To its end.
+    Do,
+    /// Back: what was done is taken away again.
+    Undo,
+}
+
+/// An operation of several steps. `step` steps are done (or, in [`Phase::Undo`], undone) for certain; the next one may have been
+/// begun, so every step can be carried out again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saga {
+    /// Which guest.
+    pub guest: String,
+    /// What.
+    pub kind: SagaKind,
+    /// Where to.
+    pub phase: Phase,
+    /// Steps behind it.
+    pub step: usize,
+    /// Why it is undone, or why a guest is destroyed.
+    #[serde(default)]
+    pub why: Option<String>,
+}
+
+/// An operation that failed and was undone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Unix time, milliseconds.
+    pub unix_ms: u64,
+    /// Which guest.
+    pub guest: String,
+    /// One line.
+    pub what: String,
+}
+
+impl State {
+    /// Failures kept.
+    pub const MAX_FAILURES: usize = 32;
+
+    /// The operation under way on a guest.
+    pub fn saga_of(&self, guest: &str) -> Option<(u64, &Saga)> {
+        self.sagas.iter().find(|(_, saga)| saga.guest == guest).map(|(id, saga)| (*id, saga))
+    }
+
+    /// Begins an operation; the caller saves.
+    pub fn begin(&mut self, guest: &str, kind: SagaKind, why: Option<String>) -> u64 {
+        let id = self.next_saga;
+        self.next_saga += 1;
+        self.sagas.insert(id, Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why });
+        id
+    }
+
+    /// Notes a failure, forgetting the oldest beyond the limit.
+    pub fn note_failure(&mut self, guest: &str, what: String, unix_ms: u64) {
+        if self.failures.len() >= Self::MAX_FAILURES {
+            self.failures.remove(0);
+        }
+        self.failures.push(Failure { unix_ms, guest: guest.to_owned(), what });
+    }
+
+    /// Finds a guest by name, domid in decimal, or uuid.
+    pub fn find(&self, text: &str) -> Option<(&String, &Guest)> {
+        if let Some(found) = self.guests.get_key_value(text) {
+            return Some(found);
+        }
+        if let Ok(domid) = text.parse::<u16>() {
+            return self.guests.iter().find(|(_, g)| g.domain.is_some_and(|d| d.domid == domid));
+        }
+        let uuid = text.parse::<Uuid>().ok()?;
+        self.guests.iter().find(|(_, g)| g.uuid == uuid)
+    }
+}
+
+impl Guest {
+    /// A guest that was not started yet.
+    pub fn new(config: DomainFile, unix_ms: u64) -> Guest {
+        let uuid = config.uuid.unwrap_or_else(Uuid::new_v4);
+        Guest {
+            uuid,
+            domain: None,
+            disk_backends: vec![None; config.disk.len()],
+            vif_backends: vec![None; config.vif.len()],
+            created_unix_ms: unix_ms,
+            boots: 0,
+            started_unix_ms: 0,
+            quick_ends: 0,
+            preserved: None,
+            config,
+        }
+    }
+
+    /// Name of the driver domain of disk `index`.
+    pub fn disk_backend_name(&self, index: usize) -> String {
+        let disk = &self.config.disk[index];
+        match disk.source() {
+            Some(DiskSource::Service(name)) => name.to_string(),
+            _ => private_backend_name(self.config.name.as_str(), disk.vdev.name()),
+        }
+    }
+
+    /// Ethernet address of vif `index`.
+    pub fn mac(&self, index: usize) -> Mac {
+        self.config.vif[index].mac.unwrap_or_else(|| Mac::generated(&self.uuid, index as u32))
+    }
+}
+
+const SERVICES: Uuid = Uuid::from_u128(0x6275_6c6b_6865_6164_0000_7365_7276_6963);
+
+/// The uuid of a service's domain: always the same, so that the next dom0 finds it.
+pub fn service_uuid(name: &str) -> Uuid {
+    Uuid::new_v5(&SERVICES, name.as_bytes())
+}
+
+/// The uuid of a guest's own driver domain.
+pub fn private_backend_uuid(guest: &Uuid, vdev: &str) -> Uuid {
+    Uuid::new_v5(guest, format!("blkback-{vdev}").as_bytes())
+}
+
+/// The name of a guest's own driver domain.
+pub fn private_backend_name(guest: &str, vdev: &str) -> String {
+    format!("blkback-{guest}-{vdev}")
+}
+
+/// As hv-core and xenstore spell it.
+pub fn guest_uuid_text(uuid: &Uuid) -> String {
+    uuid.hyphenated().to_string()
+}

@@ -1,0 +1,267 @@
+//! A world in memory: hv-core's table, a store, backends that answer, a disk for the state, and a fuse that "kills" dom0 at a
+//! chosen call. What a call changed before the fuse blew stays changed, as with SIGKILL.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use proto::hvcore::{CreateDomainRequest, Domain, DomainState, VersionReply};
+
+use crate::config::HostFile;
+use crate::hv::{Hv, HvError};
+use crate::manager::{Manager, Timing};
+use crate::state::{Persist, State, StateError};
+use crate::store::{Change, Store, StoreError};
+
+/// What is left when dom0 is killed.
+#[derive(Default)]
+pub struct Inner {
+    pub domains: Vec<Domain>,
+    pub requests: BTreeMap<u64, CreateDomainRequest>,
+    pub nodes: BTreeMap<String, (String, Vec<String>)>,
+    pub disk: State,
+    pub next: u64,
+    /// Calls until the kill; `None` = never.
+    pub fuse: Option<u64>,
+    /// Kill before the call takes effect instead of after it.
+    pub before: bool,
+    pub dead: bool,
+    /// Which life of dom0: calls of threads that a dead one left have no effect.
+    pub life: u64,
+    pub calls: u64,
+    /// Name of a domain whose making is refused.
+    pub refuse: Option<String>,
+    /// Name of a domain whose process fails at once.
+    pub fails: Option<String>,
+    /// Backends that do not react.
+    pub deaf_backends: bool,
+    pub missing: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+pub struct World(pub Arc<Mutex<Inner>>, u64);
+
+pub const TIMING: Timing = Timing {
+    passing: Duration::from_millis(20),
+    ready: Duration::from_millis(25),
+    sign_of_life: Duration::from_millis(1),
+    close: Duration::from_millis(10),
+    gone: Duration::from_millis(50),
+    poll: Duration::from_millis(2),
+};
+
+impl World {
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap()
+    }
+
+    /// dom0 starts (again).
+    pub fn boot(&self, host: &HostFile) -> Arc<Manager> {
+        let (state, life) = {
+            let mut inner = self.lock();
+            inner.dead = false;
+            inner.life += 1;
+            (inner.disk.clone(), inner.life)
+        };
+        let world = || World(self.0.clone(), life);
+        Arc::new(Manager::new(
+            Arc::new(world()),
+            Arc::new(world()),
+            host.clone(),
+            Box::new(world()),
+            state,
+            TIMING,
+            true,
+        ))
+    }
+
+    /// One call of dom0's: `effect` is what it does to the world.
+    fn call<T>(&self, killed: impl Fn() -> T, effect: impl FnOnce(&mut Inner) -> T) -> T {
+        let mut inner = self.lock();
+        if inner.dead || inner.life != self.1 {
+            return killed();
+        }
+        inner.calls += 1;
+        let blown = match &mut inner.fuse {
+            Some(0) => true,
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+            None => false,
+        };
+        if blown {
+            inner.fuse = None;
+            inner.dead = true;
+            if !inner.before {
+                effect(&mut inner);
+            }
+            return killed();
+        }
+        effect(&mut inner)
+    }
+
+    pub fn domain(&self, name: &str) -> Option<Domain> {
+        self.lock().domains.iter().find(|d| d.name == name).cloned()
+    }
+
+    pub fn set_state(&self, name: &str, state: DomainState, reason: u32) {
+        let mut inner = self.lock();
+        let domain = inner.domains.iter_mut().find(|d| d.name == name).unwrap();
+        domain.set_state(state);
+        domain.shutdown_reason = reason;
+    }
+}
+
+impl Inner {
+    /// Backends react to what stands in the store.
+    fn backends(&mut self) {
+        if self.deaf_backends {
+            return;
+        }
+        let states: Vec<String> =
+            self.nodes.keys().filter(|k| k.contains("/backend/") && k.ends_with("/state")).cloned().collect();
+        for path in states {
+            let value = &mut self.nodes.get_mut(&path).unwrap().0;
+            match value.as_str() {
+                "1" => *value = "2".into(),
+                "5" => *value = "6".into(),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Hv for World {
+    fn version(&self) -> Result<VersionReply, HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| Ok(VersionReply { missing: w.missing.clone(), ..Default::default() }),
+        )
+    }
+
+    fn list(&self) -> Result<Vec<Domain>, HvError> {
+        self.call(|| Err(HvError::Gone), |w| Ok(w.domains.clone()))
+    }
+
+    fn create(&self, request: CreateDomainRequest) -> Result<Domain, HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                if w.refuse.as_ref() == Some(&request.name) {
+                    return Err(HvError::Refused(format!("program {}: no such file", request.program)));
+                }
+                if w.domains.iter().any(|d| d.uuid == request.uuid) {
+                    return Err(HvError::AlreadyExists("uuid in use".into()));
+                }
+                w.next += 1;
+                let fails = w.fails.as_ref() == Some(&request.name);
+                let domain = Domain {
+                    domid: w.next as u32,
+                    instance: 100 + w.next,
+                    uuid: request.uuid.clone(),
+                    name: request.name.clone(),
+                    state: if fails { DomainState::Failed as i32 } else { DomainState::Running as i32 },
+                    last_exit: if fails {
+                        "exit status 3: no hardware virtualization".into()
+                    } else {
+                        String::new()
+                    },
+                    generation: 1,
+                    host_pid: 1000 + w.next as u32,
+                    roles: request.roles.clone(),
+                    ..Domain::default()
+                };
+                w.requests.insert(domain.instance, request);
+                w.domains.push(domain.clone());
+                Ok(domain)
+            },
+        )
+    }
+
+    fn destroy(&self, domid: u16, instance: u64) -> Result<(), HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let before = w.domains.len();
+                w.domains.retain(|d| (d.domid, d.instance) != (domid.into(), instance));
+                if w.domains.len() == before { Err(HvError::NotFound) } else { Ok(()) }
+            },
+        )
+    }
+
+    fn kill(&self, domid: u16, instance: u64, _signal: u32) -> Result<(), HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let same = |d: &&mut Domain| (d.domid, d.instance) == (domid.into(), instance);
+                let domain = w.domains.iter_mut().find(same).ok_or(HvError::NotFound)?;
+                domain.generation += 1;
+                domain.restarts += 1;
+                Ok(())
+            },
+        )
+    }
+
+    fn start(&self, domid: u16, instance: u64) -> Result<Domain, HvError> {
+        self.kill(domid, instance, 0)?;
+        let mut inner = self.lock();
+        let domain = inner.domains.iter_mut().find(|d| d.instance == instance).ok_or(HvError::NotFound)?;
+        domain.set_state(DomainState::Running);
+        Ok(domain.clone())
+    }
+
+    fn has_store_ring(&self, _domid: u16) -> Result<bool, HvError> {
+        Ok(true)
+    }
+}
+
+impl Store for World {
+    fn apply(&self, changes: &[Change]) -> Result<(), StoreError> {
+        self.call(
+            || Err(StoreError::Unavailable("killed".into())),
+            |w| {
+                if !w.domains.iter().any(|d| d.name == "xenstored") {
+                    return Err(StoreError::Unavailable("no xenstore domain yet".into()));
+                }
+                for change in changes {
+                    match change {
+                        Change::Put { path, value, perms } => {
+                            w.nodes.insert(path.clone(), (value.clone(), perms.clone()));
+                        }
+                        Change::Set { path, value } => {
+                            if let Some(node) = w.nodes.get_mut(path) {
+                                node.0 = value.clone();
+                            }
+                        }
+                        Change::Remove { path } => {
+                            let below = format!("{path}/");
+                            w.nodes.retain(|k, _| k != path && !k.starts_with(&below));
+                        }
+                    }
+                }
+                w.backends();
+                Ok(())
+            },
+        )
+    }
+
+    fn read(&self, path: &str) -> Result<Option<String>, StoreError> {
+        self.call(
+            || Err(StoreError::Unavailable("killed".into())),
+            |w| Ok(w.nodes.get(path).map(|(value, _)| value.clone())),
+        )
+    }
+}
+
+impl Persist for World {
+    fn save(&mut self, state: &State) -> Result<(), StateError> {
+        self.call(
+            || Err(StateError::Killed),
+            |w| {
+                w.disk = state.clone();
+                Ok(())
+            },
+        )
+    }
+}

@@ -1,0 +1,257 @@
+//! What `bh` is shown: desired state, hv-core's table and the store put together.
+
+use proto::hvcore::{Domain, DomainState, Role};
+use proto::toolstack::{Device, Guest as GuestView, InfoReply, ServiceInfo};
+
+use crate::config::GuestType;
+use crate::manager::{Manager, OpError};
+use crate::specs;
+use crate::state::{Guest, Phase, SagaKind, State, private_backend_name, private_backend_uuid};
+use crate::xs_layout::{XenbusState, device_paths};
+
+/// hv-core's word for a state.
+fn state_word(state: DomainState) -> &'static str {
+    match state {
+        DomainState::Created => "created",
+        DomainState::Running => "running",
+        DomainState::Restarting => "restarting",
+        DomainState::Failed => "failed",
+        DomainState::Shutdown => "shutdown",
+        DomainState::Dying => "dying",
+    }
+}
+
+impl Manager {
+    /// Guests, or the one that is named.
+    ///
+    /// # Errors
+    /// `NotFound`; hv-core's.
+    pub fn guests(&self, which: Option<&str>) -> Result<Vec<GuestView>, OpError> {
+        let state = self.state();
+        let domains = self.hv.list()?;
+        let mut out: Vec<GuestView> = match which {
+            Some(text) => {
+                let (name, guest) = state.find(text).ok_or_else(|| crate::ops::no_guest(text))?;
+                vec![self.guest_view(&state, name, guest, &domains)]
+            }
+            None => state.guests.iter().map(|(name, g)| self.guest_view(&state, name, g, &domains)).collect(),
+        };
+        if which.is_none() {
+            out.extend(domains.iter().filter(|d| is_guest(d) && !recorded(&state, d)).map(unmanaged));
+        }
+        out.sort_by_key(|g| (g.domid == 0, g.domid));
+        Ok(out)
+    }
+
+    fn guest_view(&self, state: &State, name: &str, guest: &Guest, domains: &[Domain]) -> GuestView {
+        let domain = guest.domain.and_then(|running| {
+            domains.iter().find(|d| d.domid == u32::from(running.domid) && d.instance == running.instance)
+        });
+        let saga = state.saga_of(name).map(|(_, saga)| saga);
+        let word = match (saga, domain.map(Domain::state)) {
+            (Some(saga), _) if saga.phase == Phase::Undo || saga.kind == SagaKind::Destroy => "destroying",
+            (Some(saga), _) if saga.kind == SagaKind::Reboot => "rebooting",
+            (Some(_), _) => "creating",
+            (None, Some(DomainState::Failed)) => "crashed",
+            (None, Some(s)) => state_word(s),
+            (None, None) => "gone",
+        };
+        let note = match (saga, &guest.preserved) {
+            (Some(saga), _) => saga.why.clone().unwrap_or_default(),
+            (None, Some(note)) => note.clone(),
+            (None, None) => String::new(),
+        };
+        GuestView {
+            name: name.into(),
+            uuid: guest.uuid.to_string(),
+            domid: guest.domain.map_or(0, |d| d.domid.into()),
+            instance: guest.domain.map_or(0, |d| d.instance),
+            state: word.into(),
+            r#type: match guest.config.guest_type {
+                GuestType::Pvh => "pvh".into(),
+                GuestType::Process => "process".into(),
+            },
+            generation: domain.map_or(0, |d| d.generation),
+            restarts: domain.map_or(0, |d| d.restarts),
+            host_pid: domain.map_or(0, |d| d.host_pid),
+            vcpus: if guest.config.guest_type == GuestType::Pvh { guest.config.vcpus() } else { 0 },
+            memory_bytes: guest.config.ram_bytes(),
+            devices: self.device_views(guest),
+            created_unix_ms: guest.created_unix_ms,
+            note,
+            boots: guest.boots,
+        }
+    }
+
+    fn device_views(&self, guest: &Guest) -> Vec<Device> {
+        // A store that does not answer costs this view the states, not the list.
+        let read = |path: String| {
+            let text = self.store.read(&path).ok().flatten();
+            XenbusState::parse(text.as_deref()).word().to_owned()
+        };
+        let devices = device_paths(guest);
+        devices
+            .iter()
+            .map(|d| Device {
+                r#type: d.kind.into(),
+                name: d.name.clone(),
+                id: d.id,
+                backend: d.backend.clone(),
+                backend_domid: d.backend_domid.into(),
+                frontend_state: read(format!("{}/state", d.front)),
+                backend_state: read(format!("{}/state", d.back)),
+                mac: if d.kind == "vif" { guest.mac(d.id as usize).to_string() } else { String::new() },
+                path: disk_path(guest, d.kind, d.id),
+            })
+            .collect()
+    }
+
+    /// Services: those of the host file, guests' own backends, dom0 itself, and what else runs that is no guest.
+    ///
+    /// # Errors
+    /// hv-core's.
+    pub fn services(&self) -> Result<Vec<ServiceInfo>, OpError> {
+        let state = self.state();
+        let domains = self.hv.list()?;
+        let notes = self.known().service_notes.clone();
+        let mut out = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for service in specs::services(&self.host) {
+            let domain = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&service.request.uuid));
+            seen.extend(domain.map(|d| d.instance));
+            let note = notes.get(&service.name).cloned().unwrap_or_default();
+            out.push(self.service_view(
+                &service.name,
+                service.kind.word(),
+                domain,
+                &service.request.uuid,
+                note,
+            ));
+        }
+        for (name, guest) in &state.guests {
+            for disk in guest.config.disk.iter().filter(|d| d.path.is_some()) {
+                let uuid = private_backend_uuid(&guest.uuid, disk.vdev.name()).to_string();
+                let domain = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&uuid));
+                seen.extend(domain.map(|d| d.instance));
+                let backend = private_backend_name(name, disk.vdev.name());
+                let mut view = self.service_view(&backend, "blkback", domain, &uuid, String::new());
+                view.guest = name.clone();
+                out.push(view);
+            }
+        }
+        for domain in &domains {
+            if seen.contains(&domain.instance) || is_guest(domain) {
+                continue;
+            }
+            let (name, kind, note) = match domain.domid {
+                0 => ("dom0-supervisor", "dom0", ""),
+                _ => (domain.name.as_str(), "other", "not in the host file"),
+            };
+            out.push(self.service_view(name, kind, Some(domain), &domain.uuid, note.into()));
+        }
+        out.sort_by_key(|s| (s.state == "missing", s.domid));
+        Ok(out)
+    }
+
+    fn service_view(
+        &self,
+        name: &str,
+        kind: &str,
+        domain: Option<&Domain>,
+        uuid: &str,
+        note: String,
+    ) -> ServiceInfo {
+        let mut view = ServiceInfo {
+            name: name.into(),
+            kind: kind.into(),
+            uuid: uuid.into(),
+            note,
+            ..ServiceInfo::default()
+        };
+        match domain {
+            None => view.state = "missing".into(),
+            Some(domain) => {
+                view.domid = domain.domid;
+                view.instance = domain.instance;
+                view.state = state_word(domain.state()).into();
+                view.generation = domain.generation;
+                view.restarts = domain.restarts;
+                view.host_pid = domain.host_pid;
+                view.last_exit = domain.last_exit.clone();
+                view.created_unix_ms = domain.created_unix_ms;
+                if domain.state() == DomainState::Failed && view.note.is_empty() {
+                    view.note = format!("{}; bh restart {name} starts it again", self.end_of(domain));
+                }
+            }
+        }
+        view
+    }
+
+    /// Host and state, at a glance.
+    ///
+    /// # Errors
+    /// hv-core's.
+    pub fn info(&self) -> Result<InfoReply, OpError> {
+        let version = self.hv.version()?;
+        let state = self.state();
+        let services = self.services()?;
+        let bad = services.iter().filter(|s| matches!(s.state.as_str(), "missing" | "failed"));
+        Ok(InfoReply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            hvcore_version: version.version,
+            hvcore_pid: version.host_pid,
+            missing: version.missing,
+            memory_total_bytes: version.memory_total_bytes,
+            memory_free_bytes: version.memory_free_bytes,
+            guests: state.guests.len() as u32,
+            services: services.len() as u32,
+            failed_services: bad.map(|s| s.name.clone()).collect(),
+            host_file: String::new(),
+            state_dir: self.host.state_dir.display().to_string(),
+            dom0_generation: services.iter().find(|s| s.kind == "dom0").map_or(0, |s| s.generation),
+            operations: state.sagas.values().map(describe).collect(),
+        })
+    }
+}
+
+fn describe(saga: &crate::state::Saga) -> String {
+    let kind = match (saga.phase, saga.kind) {
+        (Phase::Undo, _) => "undoing",
+        (_, SagaKind::Create) => "creating",
+        (_, SagaKind::Destroy) => "destroying",
+        (_, SagaKind::Reboot) => "rebooting",
+    };
+    format!("{kind} guest {}, {} of {} steps done", saga.guest, saga.step, crate::ops::steps(saga).len())
+}
+
+fn disk_path(guest: &Guest, kind: &str, id: u32) -> String {
+    let disk = guest.config.disk.iter().find(|d| kind == "vbd" && d.vdev.number() == id);
+    disk.and_then(|d| d.path.as_ref()).map_or_else(String::new, |p| p.display().to_string())
+}
+
+fn is_guest(domain: &Domain) -> bool {
+    domain.roles.iter().any(|r| *r == Role::Pvh as i32 || *r == Role::ProcessGuest as i32)
+}
+
+fn recorded(state: &State, domain: &Domain) -> bool {
+    state.guests.values().any(|g| domain.uuid.eq_ignore_ascii_case(&g.uuid.to_string()))
+}
+
+/// A guest that runs without a record: the state directory was lost. It can be looked at and destroyed.
+fn unmanaged(domain: &Domain) -> GuestView {
+    GuestView {
+        name: domain.name.clone(),
+        uuid: domain.uuid.clone(),
+        domid: domain.domid,
+        instance: domain.instance,
+        state: "unmanaged".into(),
+        r#type: if domain.ram_bytes > 0 { "pvh".into() } else { "process".into() },
+        generation: domain.generation,
+        restarts: domain.restarts,
+        host_pid: domain.host_pid,
+        memory_bytes: domain.ram_bytes,
+        created_unix_ms: domain.created_unix_ms,
+        note: "no record of it: the state directory was lost".into(),
+        ..GuestView::default()
+    }
+}

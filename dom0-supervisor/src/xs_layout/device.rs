@@ -1,0 +1,175 @@
+//! A PV device's two directories.
+
+use super::{Nodes, home};
+use crate::config::AccessMode;
+use crate::state::Guest;
+use crate::store::Change;
+
+/// xenbus states (io/xenbus.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum XenbusState {
+    /// Not there, or not a state.
+    Unknown,
+    /// Just made by the toolstack.
+    Initialising,
+    /// The backend told its features and waits for the frontend.
+    InitWait,
+    /// The frontend told its ring.
+    Initialised,
+    /// Works.
+    Connected,
+    /// On its way out.
+    Closing,
+    /// Out.
+    Closed,
+}
+
+impl XenbusState {
+    /// From a node's value: any text is allowed in.
+    pub fn parse(text: Option<&str>) -> XenbusState {
+        match text {
+            Some("1") => Self::Initialising,
+            Some("2") => Self::InitWait,
+            Some("3") => Self::Initialised,
+            Some("4") => Self::Connected,
+            Some("5") => Self::Closing,
+            Some("6") => Self::Closed,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// For people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Unknown => "Unknown",
+            Self::Initialising => "Initialising",
+            Self::InitWait => "InitWait",
+            Self::Initialised => "Initialised",
+            Self::Connected => "Connected",
+            Self::Closing => "Closing",
+            Self::Closed => "Closed",
+        }
+    }
+}
+
+/// Where a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicePaths {
+    /// "vbd" or "vif".
+    pub kind: &'static str,
+    /// For people: "xvda", "0".
+    pub name: String,
+    /// Number in the store.
+    pub id: u32,
+    /// Name of the driver domain.
+    pub backend: String,
+    /// The driver domain.
+    pub backend_domid: u16,
+    /// The frontend's directory.
+    pub front: String,
+    /// The backend's directory.
+    pub back: String,
+}
+
+/// The devices of a guest's domain of now whose backends are known. From the record alone, never from the store.
+pub fn device_paths(guest: &Guest) -> Vec<DevicePaths> {
+    guest.domain.map_or_else(Vec::new, |domain| device_paths_of(guest, domain.domid))
+}
+
+/// The same for a given domid.
+pub fn device_paths_of(guest: &Guest, domid: u16) -> Vec<DevicePaths> {
+    let mut out = Vec::new();
+    let mut add = |kind, name: String, id, backend, backend_domid| {
+        out.push(DevicePaths {
+            kind,
+            name,
+            id,
+            backend,
+            backend_domid,
+            front: format!("{}/device/{kind}/{id}", home(domid)),
+            back: format!("{}/backend/{kind}/{domid}/{id}", home(backend_domid)),
+        });
+    };
+    for (index, (disk, backend)) in guest.config.disk.iter().zip(&guest.disk_backends).enumerate() {
+        if let Some(backend) = backend {
+            let name = disk.vdev.name().to_owned();
+            add("vbd", name, disk.vdev.number(), guest.disk_backend_name(index), backend.domid);
+        }
+    }
+    for (index, (vif, backend)) in guest.config.vif.iter().zip(&guest.vif_backends).enumerate() {
+        if let Some(backend) = backend {
+            add("vif", index.to_string(), index as u32, vif.backend.to_string(), *backend);
+        }
+    }
+    out
+}
+
+/// Where a backend says what went wrong with a device (as Linux's xenbus_dev_error does).
+pub fn device_error_path(device: &DevicePaths) -> String {
+    let home = home(device.backend_domid);
+    let rest = device.back.strip_prefix(&home).unwrap_or(&device.back);
+    format!("{home}/error{rest}/error")
+}
+
+/// The nodes of one guest's devices. The parents exist: see [`super::guest_nodes`] and [`super::service_nodes`].
+pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
+    let mut out = Vec::new();
+    for device in device_paths_of(guest, domid) {
+        let backend = device.backend_domid;
+        // The frontend's end: the guest writes, the backend reads.
+        let mut front = Nodes::new(domid, &[backend]);
+        // The backend's end: the backend writes, the guest reads.
+        let mut back = Nodes::new(backend, &[domid]);
+        back.put(format!("{}/backend/{}/{domid}", home(backend), device.kind), "");
+        back.put(&device.back, "");
+        back.put(format!("{}/frontend", device.back), &device.front);
+        back.put(format!("{}/frontend-id", device.back), domid.to_string());
+        back.put(format!("{}/online", device.back), "1");
+        front.put(&device.front, "");
+        front.put(format!("{}/backend", device.front), &device.back);
+        front.put(format!("{}/backend-id", device.front), backend.to_string());
+        match device.kind {
+            "vbd" => {
+                let disk = &guest.config.disk
+                    [guest.config.disk.iter().position(|d| d.vdev.number() == device.id).unwrap_or(0)];
+                let mode = if disk.mode == AccessMode::ReadOnly { "r" } else { "w" };
+                back.put(format!("{}/dev", device.back), &device.name);
+                back.put(format!("{}/type", device.back), "phy");
+                back.put(format!("{}/params", device.back), "disk");
+                back.put(format!("{}/mode", device.back), mode);
+                back.put(format!("{}/device-type", device.back), "disk");
+                back.put(format!("{}/removable", device.back), "0");
+                back.put(format!("{}/bootable", device.back), "1");
+                front.put(format!("{}/virtual-device", device.front), device.id.to_string());
+                front.put(format!("{}/device-type", device.front), "disk");
+            }
+            _ => {
+                let mac = guest.mac(device.id as usize).to_string();
+                back.put(format!("{}/handle", device.back), device.id.to_string());
+                back.put(format!("{}/mac", device.back), &mac);
+                back.put(format!("{}/type", device.back), "vif");
+                front.put(format!("{}/handle", device.front), device.id.to_string());
+                front.put(format!("{}/mac", device.front), mac);
+            }
+        }
+        // States last: by then the rest is there, also for one who reads outside the transaction.
+        back.put(format!("{}/state", device.back), "1");
+        front.put(format!("{}/state", device.front), "1");
+        out.extend(back.out);
+        out.extend(front.out);
+    }
+    out
+}
+
+/// Asks a backend to let go of a device, as a toolstack does.
+pub fn close_device(device: &DevicePaths) -> Vec<Change> {
+    let set =
+        |key: &str, value: &str| Change::Set { path: format!("{}/{key}", device.back), value: value.into() };
+    vec![set("online", "0"), set("state", "5")]
+}
+
+/// Removes the backend's directory of a device; the frontend's goes with the guest.
+pub fn remove_device(device: &DevicePaths) -> Vec<Change> {
+    let guest_dir = device.back.rsplit_once('/').map(|(dir, _)| dir.to_owned()).unwrap_or_default();
+    vec![Change::Remove { path: guest_dir }]
+}
