@@ -11,6 +11,7 @@
 //! | [`ring`] | Xen's shared rings, both ends |
 //! | [`journal`] | the ring journal: rings that survive SIGKILL |
 //! | [`model`] | for model tests: code that is killed at any of its steps |
+//! | [`xenbus`] | how the two ends of a device find each other and agree on their states |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
 //!
@@ -27,6 +28,7 @@ pub mod mem;
 pub mod model;
 pub mod os;
 pub mod ring;
+pub mod xenbus;
 pub mod xs;
 
 pub use domain::Domain;
