@@ -29,7 +29,7 @@ pub fn ignored(prefix: &str) -> Result<Vec<Ignored>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let json = run::bytes(
         Command::new(cargo)
-            .args(["test", "--workspace", "--no-run", "--quiet", "--message-format=json"])
+            .args(["test", "--workspace", "--no-run", "--quiet", "--message-format=json-render-diagnostics"])
             .current_dir(paths::root()),
     )?;
     let mut out = Vec::new();
