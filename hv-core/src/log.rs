@@ -1,0 +1,155 @@
+//! Domains' output: each has a pipe whose end one thread writes to `RUN/log/NAME.log`, of bounded size: when a file is full it
+//! becomes `NAME.log.1` and a new one begins. A domain cannot fill the disk, and loses its log not even when it dies.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Size at which a file is put aside, bytes; a domain has at most twice that.
+const FILE_MAX: u64 = 1 << 20;
+
+/// Where domains' output goes.
+#[derive(Debug)]
+pub enum Logs {
+    /// To hv-core's own stderr.
+    Stderr,
+    /// To files in this directory.
+    Files {
+        /// The directory.
+        dir: PathBuf,
+        /// New pipes, to the thread.
+        add: Sender<(io::PipeReader, PathBuf)>,
+        /// Wakes the thread.
+        wake: OwnedFd,
+    },
+}
+
+impl Logs {
+    /// Files in `dir`, written by a thread of its own.
+    ///
+    /// # Errors
+    /// As eventfd(2) and thread creation.
+    pub fn files(dir: PathBuf) -> io::Result<Logs> {
+        let (add, added) = channel();
+        let wake = crate::sys::eventfd()?;
+        let waker = wake.try_clone()?;
+        std::thread::Builder::new()
+            .name("log".into())
+            .stack_size(128 << 10)
+            .spawn(move || run(&added, &waker))?;
+        Ok(Logs::Files { dir, add, wake })
+    }
+
+    /// The descriptor that becomes a domain's stdout and stderr.
+    ///
+    /// # Errors
+    /// In one line.
+    pub fn open(&self, name: &str) -> Result<OwnedFd, String> {
+        match self {
+            Logs::Stderr => io::stderr().as_fd().try_clone_to_owned().map_err(|e| format!("stderr: {e}")),
+            Logs::Files { dir, add, wake } => {
+                let (read, write) = io::pipe().map_err(|e| format!("log pipe: {e}"))?;
+                add.send((read, dir.join(format!("{name}.log")))).map_err(|_| "the log thread is gone")?;
+                crate::sys::kick(wake);
+                Ok(write.into())
+            }
+        }
+    }
+}
+
+struct Log {
+    pipe: io::PipeReader,
+    path: PathBuf,
+    file: Option<(File, u64)>,
+}
+
+impl Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut current = match self.file.take() {
+            Some(current) => current,
+            None => {
+                let file = File::options().create(true).append(true).open(&self.path)?;
+                let len = file.metadata()?.len();
+                (file, len)
+            }
+        };
+        if current.1 + bytes.len() as u64 > FILE_MAX {
+            fs::rename(&self.path, old(&self.path))?;
+            current = (File::options().create(true).append(true).open(&self.path)?, 0);
+        }
+        current.0.write_all(bytes)?;
+        current.1 += bytes.len() as u64;
+        self.file = Some(current);
+        Ok(())
+    }
+}
+
+fn old(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".1");
+    name.into()
+}
+
+fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd) {
+    let mut logs: Vec<Log> = Vec::new();
+    let mut chunk = [0; 16 << 10];
+    loop {
+        let mut fds = vec![PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+        fds.extend(logs.iter().map(|l| PollFd::new(l.pipe.as_fd(), PollFlags::POLLIN)));
+        if poll(&mut fds, PollTimeout::NONE).is_err() {
+            continue;
+        }
+        let ready: Vec<bool> = fds.iter().map(|f| f.any().unwrap_or(true)).collect();
+        drop(fds);
+        if ready[0] {
+            let _cleared = nix::unistd::read(wake, &mut [0; 8]);
+        }
+        let mut index = 0;
+        logs.retain_mut(|log| {
+            index += 1;
+            if !ready[index] {
+                return true;
+            }
+            match log.pipe.read(&mut chunk) {
+                Ok(0) | Err(_) => false,
+                Ok(n) => {
+                    // A full disk costs log lines, and never holds up a domain.
+                    if let Err(e) = log.write(&chunk[..n]) {
+                        tracing::debug!("{}: {e}", log.path.display());
+                    }
+                    true
+                }
+            }
+        });
+        logs.extend(added.try_iter().map(|(pipe, path)| Log { pipe, path, file: None }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_talkative_domain_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = Logs::files(dir.path().into()).unwrap();
+        let mut pipe = File::from(logs.open("x").unwrap());
+        for _ in 0..300 {
+            pipe.write_all(&[b'a'; 16 << 10]).unwrap();
+        }
+        pipe.write_all(b"the end").unwrap();
+        let path = dir.path().join("x.log");
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !fs::read(&path).is_ok_and(|t| t.ends_with(b"the end")) {
+            assert!(std::time::Instant::now() < until);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let size = |p: &Path| fs::metadata(p).map_or(0, |m| m.len());
+        assert!(size(&path) <= FILE_MAX && size(&old(&path)) <= FILE_MAX);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+}

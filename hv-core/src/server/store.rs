@@ -1,0 +1,77 @@
+//! Calls about the fd store and approved resources.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hv_abi::*;
+use nix::errno::Errno;
+
+use super::{Answer, Reply, empty, exact, name};
+use crate::fdstore::{Entry, check_kind};
+use crate::resources;
+use crate::table::{Caller, Hv};
+
+pub(super) fn put(hv: &Hv, c: &Caller, body: &[u8], fd: OwnedFd) -> Answer {
+    let req: FdPutReq = exact(body)?;
+    if req.name.as_str().is_none() {
+        return Err(Errno::EINVAL);
+    }
+    check_kind(&fd, req.kind)?;
+    let entry = Entry { kind: req.kind, tag: req.tag, fd: Arc::new(fd) };
+    // What is replaced or refused is closed after the lock is gone: closing what a domain gave may take its time.
+    let result = Hv::own(&mut hv.lock(), c)
+        .map_err(|e| (e, None))
+        .and_then(|d| d.fds.put(&req.name, entry).map_err(|(e, entry)| (e, Some(entry))));
+    match result {
+        Ok(_replaced) => Ok(Reply::default()),
+        Err((errno, _refused)) => Err(errno),
+    }
+}
+
+pub(super) fn get(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    let name = name(body)?;
+    let mut table = hv.lock();
+    let entry = Hv::own(&mut table, c)?.fds.get(&name).ok_or(Errno::ENOENT)?;
+    Ok(Reply::of(&FdInfo { name, kind: entry.kind, pad: 0, tag: entry.tag }).with([entry.fd.clone()]))
+}
+
+pub(super) fn list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    empty(body)?;
+    Ok(Reply::list(&Hv::own(&mut hv.lock(), c)?.fds.list()))
+}
+
+pub(super) fn delete(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    let name = name(body)?;
+    let gone = Hv::own(&mut hv.lock(), c)?.fds.delete(&name);
+    gone.map(|_closed_here| Reply::default()).ok_or(Errno::ENOENT)
+}
+
+pub(super) fn resource_open(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    let name = name(body)?;
+    let (resource, netns) = {
+        let mut table = hv.lock();
+        let d = Hv::own(&mut table, c)?;
+        let resource = d.resources.get(&name.0).cloned().ok_or(Errno::ENOENT)?;
+        (resource, d.kept.as_ref().map(|k| k.netns.clone()).ok_or(Errno::ESTALE)?)
+    };
+    let fd = match (resource.kind, resource.listener) {
+        (resource_kind::LISTENER, Some(listener)) => listener,
+        (resource_kind::DEVICE, _) => {
+            Arc::new(resources::open_in_netns(resource.kind, &resource.path, &netns)?)
+        }
+        (kind, _) => Arc::new(resources::open(kind, &resource.path)?),
+    };
+    Ok(Reply::of(&ResourceInfo { name, kind: resource.kind, pad: 0 }).with([fd]))
+}
+
+pub(super) fn resource_list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    empty(body)?;
+    let mut table = hv.lock();
+    let d = Hv::own(&mut table, c)?;
+    let info = |(name, r): (&[u8; NAME_LEN], &resources::Resource)| ResourceInfo {
+        name: Name(*name),
+        kind: r.kind,
+        pad: 0,
+    };
+    Ok(Reply::list(&d.resources.iter().map(info).collect::<Vec<_>>()))
+}
