@@ -1,88 +1,44 @@
-//! The main thread: watches the store, moves vifs through their states, starts and ends workers.
-//!
-//! It never touches a packet. While xenstored is away nothing changes here and packets flow on.
+//! The driver behind [`domain_kit::xenbus`]: offers, connects and closes vifs. It never touches a packet; while
+//! xenstored is away nothing changes here and packets flow on.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use domain_kit::Domain;
-use domain_kit::control::{ControlHandle, ServiceControl};
-use domain_kit::xs::{WatchSet, XsClient, XsError, XsOps};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use domain_kit::control::ServiceControl;
+use domain_kit::xenbus::{BackendDriver, BackendHandle, DeviceError, DeviceKey, DeviceNode, Properties};
 use proto::service::Counter;
 
 use crate::connection::{self, ConnectError, Connection, VifId};
-use crate::device::{Device, NodeError, Step, step};
 use crate::forward::{Wiring, WiringError};
 use crate::netlink::Netlink;
+use crate::nodes;
 use crate::stats::Stats;
 use crate::tap::Tap;
 use crate::worker::{Work, Worker};
 
-/// After a failure of the store or of the wiring, when to try again.
-const RETRY: Duration = Duration::from_millis(200);
+/// Counters and thread of a vif that is served.
+type Served = (Arc<Stats>, Arc<Worker>);
 
-/// A vif that is known.
+/// What the gRPC thread sees of the vifs.
 #[derive(Debug, Default)]
-struct Vif {
-    running: Option<(Worker, Connection)>,
-    tap: Option<Arc<Tap>>,
-    stats: Arc<Stats>,
-    /// The frontend's state node that is watched.
-    watched: Option<String>,
-    /// Given up until the frontend connects anew.
-    broken: bool,
-}
-
-/// What other threads see.
-#[derive(Debug)]
-pub struct Shared {
-    vifs: Mutex<BTreeMap<VifId, Vif>>,
+pub struct Vifs {
+    list: Mutex<BTreeMap<VifId, Served>>,
     draining: Mutex<bool>,
-    failed: Mutex<Vec<(VifId, String)>>,
-    wake: EventFd,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Shared {
-    /// Nothing known yet.
-    ///
-    /// # Errors
-    /// eventfd(2)'s.
-    pub fn new() -> std::io::Result<Arc<Shared>> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Arc::new(Shared {
-            vifs: Mutex::default(),
-            draining: Mutex::default(),
-            failed: Mutex::default(),
-            wake,
-        }))
-    }
-
-    fn start(self: &Arc<Self>, id: VifId, work: Work) -> std::io::Result<Worker> {
-        let shared = self.clone();
-        let draining = *lock(&self.draining);
-        Worker::start(&id.to_string(), work, draining, move |error| {
-            tracing::error!(%id, %error, "the vif is given up");
-            lock(&shared.failed).push((id, error.to_string()));
-            let _full_is_as_good = shared.wake.write(1);
-        })
-    }
-}
-
-impl ServiceControl for Shared {
+impl ServiceControl for Vifs {
     fn statistics(&self) -> Vec<Counter> {
-        let vifs = lock(&self.vifs);
-        let mut counters = Vec::new();
-        for (id, vif) in vifs.iter() {
-            for (name, value, unit) in vif.stats.all() {
+        let list = lock(&self.list);
+        let mut counters =
+            vec![Counter { name: "vifs_connected".into(), value: list.len() as u64, ..Counter::default() }];
+        for (id, (stats, _)) in list.iter() {
+            for (name, value, unit) in stats.all() {
                 counters.push(Counter {
                     name: name.into(),
                     value,
@@ -91,366 +47,186 @@ impl ServiceControl for Shared {
                 });
             }
         }
-        let connected = vifs.values().filter(|v| v.running.is_some()).count() as u64;
-        counters.push(Counter { name: "vifs_connected".into(), value: connected, ..Counter::default() });
         counters
     }
 
     fn drain(&self, deadline: Duration, resume: bool) -> bool {
         let end = Instant::now() + deadline;
         *lock(&self.draining) = !resume;
-        let vifs = lock(&self.vifs);
-        let workers = || vifs.values().filter_map(|v| v.running.as_ref());
-        workers().for_each(|(worker, _)| worker.drain(!resume));
-        resume
-            || workers().all(|(worker, _)| worker.wait_drained(end.saturating_duration_since(Instant::now())))
+        let workers: Vec<Arc<Worker>> = lock(&self.list).values().map(|(_, w)| w.clone()).collect();
+        workers.iter().for_each(|worker| worker.drain(!resume));
+        resume || workers.iter().all(|w| w.wait_drained(end.saturating_duration_since(Instant::now())))
     }
 }
 
-/// Takes over what a predecessor had connected, before anything else: packets flow again from here on.
-pub fn take_over(domain: &Domain, shared: &Arc<Shared>) -> Result<(), domain_kit::HvError> {
-    let (connected, others) = connection::known(&domain.hv)?;
-    let own_fault = domain.predecessor_crashed();
-    for id in connected {
-        let mut vif = Vif::default();
-        match connection::reattach(&domain.hv, id, own_fault, vif.stats.clone()) {
-            Ok(Some((connection, work))) => {
-                vif.tap = Some(work.world.tap.clone());
-                match shared.start(id, work) {
-                    Ok(worker) => vif.running = Some((worker, connection)),
-                    Err(error) => tracing::error!(%id, %error, "no thread for a vif"),
-                }
-            }
-            Ok(None) => tracing::info!(%id, "the predecessor had not finished connecting"),
-            Err(error) => {
-                tracing::error!(%id, %error, "a vif cannot be taken over");
-                lock(&shared.failed).push((id, error.to_string()));
-                vif.broken = true;
-            }
-        }
-        lock(&shared.vifs).insert(id, vif);
-    }
-    for id in others {
-        lock(&shared.vifs).insert(id, Vif::default());
-    }
-    Ok(())
+/// A vif that is connected.
+#[derive(Debug)]
+pub struct Vif {
+    connection: Connection,
+    /// Until the frontend may be served.
+    work: Option<Work>,
+    worker: Option<Arc<Worker>>,
 }
 
-/// The main thread's state.
-pub struct Backend {
+/// netback's part of xenbus.
+#[derive(Debug)]
+pub struct NetDriver {
     domain: Arc<Domain>,
-    shared: Arc<Shared>,
-    xs: XsClient,
-    watches: WatchSet,
-    home: String,
+    vifs: Arc<Vifs>,
+    bus: BackendHandle,
     wiring: Wiring,
-    netlink: Netlink,
+    netlink: Option<Netlink>,
     wired: bool,
-    again: BTreeSet<VifId>,
-    scan: bool,
+    taps: BTreeMap<VifId, Arc<Tap>>,
 }
 
-/// Why a vif did not make its step.
-#[derive(Debug, thiserror::Error)]
-enum StepError {
-    #[error(transparent)]
-    Store(#[from] XsError),
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    #[error(transparent)]
-    Nodes(NodeError),
-    #[error(transparent)]
-    Wiring(#[from] WiringError),
-    #[error("no thread: {0}")]
-    Thread(std::io::Error),
-}
-
-impl From<NodeError> for StepError {
-    fn from(e: NodeError) -> Self {
+impl From<ConnectError> for DeviceError {
+    fn from(e: ConnectError) -> Self {
         match e {
-            NodeError::Store(e) => StepError::Store(e),
-            e => StepError::Nodes(e),
+            ConnectError::System { .. } => DeviceError::NotReady(e.to_string()),
+            e => DeviceError::Failed(e.to_string()),
         }
     }
 }
 
-impl Backend {
-    /// Ready to [`Backend::run`].
+impl NetDriver {
+    /// Serves nothing yet.
+    pub fn new(domain: Arc<Domain>, vifs: Arc<Vifs>, wiring: Wiring, bus: BackendHandle) -> Self {
+        NetDriver { domain, vifs, bus, wiring, netlink: None, wired: false, taps: BTreeMap::new() }
+    }
+
+    /// Sets this domain's network up, once.
     ///
     /// # Errors
-    /// No netlink socket, no watches.
-    pub fn new(
-        domain: Arc<Domain>,
-        shared: Arc<Shared>,
-        xs: XsClient,
-        wiring: Wiring,
-    ) -> anyhow::Result<Backend> {
-        let watches = xs.watch_set()?;
-        let home = format!("/local/domain/{}", domain.domid());
-        let netlink = Netlink::open()?;
-        Ok(Backend {
-            domain,
-            shared,
-            xs,
-            watches,
-            home,
-            wiring,
-            netlink,
-            wired: false,
-            again: BTreeSet::new(),
-            scan: true,
-        })
-    }
-
-    /// Serves until the process ends.
-    ///
-    /// # Errors
-    /// The watch on the backend's directory cannot be set.
-    pub fn run(&mut self, control: &ControlHandle) -> anyhow::Result<()> {
-        loop {
-            match self.watches.watch(&format!("{}/backend/vif", self.home), "back") {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::warn!(%error, "no watch on the backend's directory yet");
-                    std::thread::sleep(RETRY);
-                }
-            }
-        }
-        let mut healthy = false;
-        loop {
-            self.wire();
-            let mut todo = std::mem::take(&mut self.again);
-            while let Some(event) = self.watches.try_next() {
-                match self.vif_of(&event.path, &event.token) {
-                    Some(id) => drop(todo.insert(id)),
-                    None => self.scan = true,
-                }
-            }
-            if self.scan {
-                match self.all() {
-                    Ok(all) => {
-                        todo.extend(all);
-                        self.scan = false;
-                    }
-                    Err(error) => tracing::warn!(%error, "the store cannot be read; trying again"),
-                }
-            }
-            let failed = std::mem::take(&mut *lock(&self.shared.failed));
-            for (id, why) in failed {
-                self.give_up(id, &why);
-                todo.insert(id);
-            }
-            for id in todo {
-                if let Err(error) = self.sync(id) {
-                    self.deal_with(id, error);
-                }
-            }
-            if self.wired != healthy {
-                healthy = self.wired;
-                control.set_serving(healthy);
-                if healthy && let Err(error) = self.domain.hv.served() {
-                    tracing::warn!(%error, "hv-core did not take note that we serve");
-                }
-            }
-            self.sleep();
-        }
-    }
-
-    fn sleep(&self) {
-        let retry = self.scan || !self.wired || !self.again.is_empty();
-        let timeout = if retry { PollTimeout::from(RETRY.as_millis() as u16) } else { PollTimeout::NONE };
-        let mut fds = [
-            PollFd::new(self.watches.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => {
-                tracing::error!(%error, "poll");
-                std::thread::sleep(RETRY);
-            }
-        }
-        let _nothing_there_is_fine = self.shared.wake.read();
-    }
-
-    /// Sets the namespace up once.
-    fn wire(&mut self) {
-        if self.wired {
-            return;
-        }
-        match self.wiring.prepare(&mut self.netlink) {
-            Ok(()) => self.wired = true,
-            Err(error) => tracing::error!(%error, "no network yet; trying again"),
-        }
-    }
-
-    /// Which vif an event is about.
-    fn vif_of(&self, path: &str, token: &str) -> Option<VifId> {
-        let rest = match token {
-            "back" => path.strip_prefix(&format!("{}/backend/vif/", self.home))?,
-            token => token,
+    /// [`WiringError`].
+    pub fn wire(&mut self) -> Result<&mut Netlink, WiringError> {
+        let netlink = match self.netlink.take() {
+            Some(netlink) => netlink,
+            None => Netlink::open()?,
         };
-        let mut parts = rest.split('/');
-        Some(VifId { frontend: parts.next()?.parse().ok()?, handle: parts.next()?.parse().ok()? })
+        let netlink = self.netlink.insert(netlink);
+        if !self.wired {
+            self.wiring.prepare(netlink)?;
+            self.wired = true;
+        }
+        Ok(netlink)
     }
 
-    /// All vifs there are, in the store or here.
-    fn all(&self) -> Result<BTreeSet<VifId>, XsError> {
-        let mut all: BTreeSet<VifId> = lock(&self.shared.vifs).keys().copied().collect();
-        let list = |path: &str| match self.xs.directory(path) {
-            Err(e) if e.is_not_found() => Ok(Vec::new()),
-            other => other,
-        };
-        let root = format!("{}/backend/vif", self.home);
-        for frontend in list(&root)? {
-            for handle in list(&format!("{root}/{frontend}"))? {
-                if let (Ok(frontend), Ok(handle)) = (frontend.parse(), handle.parse()) {
-                    all.insert(VifId { frontend, handle });
-                }
-            }
-        }
-        Ok(all)
+    fn id(key: DeviceKey) -> Result<VifId, DeviceError> {
+        VifId::try_from(key).map_err(|_| DeviceError::Failed(format!("vif {} is out of range", key.id)))
     }
 
-    /// Looks at a vif and does what follows.
-    fn sync(&mut self, id: VifId) -> Result<(), StepError> {
-        let Some(device) = Device::find(&self.xs, &self.home, id)? else {
-            self.remove(id);
-            return Ok(());
-        };
-        self.watch_front(id, &device)?;
-        let (back, front, online) = device.states(&self.xs)?;
-        let connected = lock(&self.shared.vifs).get(&id).is_some_and(|v| v.running.is_some());
-        match step(back, front, online, connected) {
-            Step::Stay => {}
-            Step::Offer => {
-                self.disconnect(id);
-                lock(&self.shared.vifs).entry(id).or_default().broken = false;
-                self.prepare_tap(&device)?;
-                device.offer(&self.xs)?;
-                tracing::info!(%id, "offered");
-            }
-            Step::Connect => {
-                if lock(&self.shared.vifs).get(&id).is_some_and(|v| v.broken) {
-                    return Ok(());
-                }
-                let tap = self.prepare_tap(&device)?;
-                if !connected {
-                    self.connect(&device, tap)?;
-                }
-                device.write(&self.xs, &[("state", "4")])?;
-                tracing::info!(%id, "connected");
-            }
-            Step::Close(to) => {
-                self.disconnect(id);
-                device.write(&self.xs, &[("state", &to.to_string())])?;
-                tracing::info!(%id, state = to, "closed");
-            }
-        }
-        Ok(())
-    }
-
-    fn deal_with(&mut self, id: VifId, error: StepError) {
-        match error {
-            StepError::Store(error) => {
-                tracing::warn!(%id, %error, "the store failed; trying again");
-                self.again.insert(id);
-            }
-            StepError::Wiring(error) => {
-                tracing::error!(%id, %error, "no network; trying again");
-                self.wired = false;
-                self.again.insert(id);
-            }
-            StepError::Connect(ConnectError::System { what, source }) => {
-                tracing::error!(%id, what, error = %source, "trying again");
-                self.again.insert(id);
-            }
-            error => self.give_up(id, &error.to_string()),
-        }
-    }
-
-    /// Ends a vif that cannot work; the frontend may connect anew.
-    fn give_up(&mut self, id: VifId, why: &str) {
-        tracing::error!(%id, why, "the vif is closed");
-        self.disconnect(id);
-        lock(&self.shared.vifs).entry(id).or_default().broken = true;
-        let told = match Device::find(&self.xs, &self.home, id) {
-            Ok(Some(device)) => device.fail(&self.xs, &self.home, why),
-            Ok(None) => Ok(()),
-            Err(e) => Err(e),
-        };
-        if let Err(error) = told {
-            tracing::warn!(%id, %error, "the store does not know it yet; trying again");
-            lock(&self.shared.failed).push((id, why.into()));
-            let _full_is_as_good = self.shared.wake.write(1);
-            std::thread::sleep(RETRY);
-        }
-    }
-
-    fn watch_front(&self, id: VifId, device: &Device) -> Result<(), XsError> {
-        let path = format!("{}/state", device.front);
-        let token = format!("{}/{}", id.frontend, id.handle);
-        let watched = lock(&self.shared.vifs).entry(id).or_default().watched.clone();
-        if watched.as_ref() == Some(&path) {
-            return Ok(());
-        }
-        self.watches.watch(&path, &token)?;
-        if let Some(old) = watched {
-            self.watches.unwatch(&old, &token)?;
-        }
-        lock(&self.shared.vifs).entry(id).or_default().watched = Some(path);
-        Ok(())
-    }
-
-    fn prepare_tap(&mut self, device: &Device) -> Result<Arc<Tap>, StepError> {
-        let id = device.id;
-        let known = lock(&self.shared.vifs).entry(id).or_default().tap.clone();
-        let tap = match known {
-            Some(tap) => tap,
+    /// The vif's TAP, wired in.
+    fn tap(&mut self, node: &DeviceNode) -> Result<Arc<Tap>, DeviceError> {
+        let id = Self::id(node.key)?;
+        let not_ready = |e: WiringError| DeviceError::NotReady(e.to_string());
+        self.wire().map_err(not_ready)?;
+        let tap = match self.taps.get(&id) {
+            Some(tap) => tap.clone(),
             None => connection::tap(&self.domain.hv, id)?,
         };
-        lock(&self.shared.vifs).entry(id).or_default().tap = Some(tap.clone());
-        let (mtu, ip) = device.network(&self.xs)?;
-        self.wiring.attach(&mut self.netlink, tap.name(), mtu, ip)?;
+        self.taps.insert(id, tap.clone());
+        let (mtu, ip) = nodes::network(node)?;
+        let wiring = self.wiring.clone();
+        let netlink = self.wire().map_err(not_ready)?;
+        wiring.attach(netlink, tap.name(), mtu, ip).map_err(not_ready)?;
         Ok(tap)
     }
 
-    fn connect(&mut self, device: &Device, tap: Arc<Tap>) -> Result<(), StepError> {
-        let id = device.id;
-        let params = device.params(&self.xs)?;
-        let stats = lock(&self.shared.vifs).entry(id).or_default().stats.clone();
-        let (connection, work) = connection::connect(&self.domain.hv, id, &params, tap, stats)?;
-        let worker = self.shared.start(id, work).map_err(StepError::Thread)?;
-        lock(&self.shared.vifs).entry(id).or_default().running = Some((worker, connection));
-        Ok(())
+    fn serve(&self, id: VifId, work: Work) -> std::io::Result<Arc<Worker>> {
+        let bus = self.bus.clone();
+        let draining = *lock(&self.vifs.draining);
+        let stats = work.stats.clone();
+        let worker = Worker::start(&id.to_string(), work, draining, move |error| {
+            tracing::error!(%id, %error, "the vif is given up");
+            bus.failed(id.into(), error.to_string());
+        })?;
+        let worker = Arc::new(worker);
+        lock(&self.vifs.list).insert(id, (stats, worker.clone()));
+        Ok(worker)
     }
 
-    fn disconnect(&mut self, id: VifId) {
-        let running = lock(&self.shared.vifs).get_mut(&id).and_then(|v| v.running.take());
-        if let Some((worker, connection)) = running {
-            worker.stop();
-            connection.close(&self.domain.hv, id);
-        }
+    fn take_over(&mut self, id: VifId) -> Result<Option<Vif>, ConnectError> {
+        let own_fault = self.domain.predecessor_crashed();
+        let found = connection::reattach(&self.domain.hv, id, own_fault, Arc::default())?;
+        let Some((connection, work)) = found else { return Ok(None) };
+        self.taps.insert(id, work.world.tap.clone());
+        let worker = self.serve(id, work).map_err(connection::system("starting a thread"))?;
+        Ok(Some(Vif { connection, work: None, worker: Some(worker) }))
     }
+}
 
-    /// The toolstack removed it.
-    fn remove(&mut self, id: VifId) {
-        self.disconnect(id);
-        let Some(vif) = lock(&self.shared.vifs).remove(&id) else { return };
-        if let Some(path) = vif.watched {
-            let token = format!("{}/{}", id.frontend, id.handle);
-            if let Err(error) = self.watches.unwatch(&path, &token) {
-                tracing::debug!(%id, %error, "unwatch");
+impl BackendDriver for NetDriver {
+    type Device = Vif;
+    const KIND: &'static str = "vif";
+
+    fn resume(&mut self) -> Vec<(DeviceKey, Vif)> {
+        let known = match connection::known(&self.domain.hv) {
+            Ok(known) => known,
+            Err(error) => {
+                tracing::error!(%error, "what the predecessor served is not to be had");
+                return Vec::new();
+            }
+        };
+        let mut vifs = Vec::new();
+        for id in known {
+            match self.take_over(id) {
+                Ok(Some(vif)) => vifs.push((id.into(), vif)),
+                Ok(None) => tracing::info!(%id, "the predecessor had not finished connecting"),
+                Err(error) => {
+                    tracing::error!(%id, %error, "a vif cannot be taken over");
+                    self.bus.failed(id.into(), error.to_string());
+                }
             }
         }
-        drop(vif.tap);
-        connection::forget(&self.domain.hv, id, true);
-        let error = format!("{}/error/backend/vif/{}", self.home, id.frontend);
-        match self.xs.rm(&error) {
-            Ok(()) => {}
-            Err(e) if e.is_not_found() => {}
-            Err(error) => tracing::debug!(%id, %error, "error node stays"),
+        vifs
+    }
+
+    fn offer(&mut self, node: &DeviceNode) -> Result<Properties, DeviceError> {
+        self.tap(node)?;
+        Ok(nodes::features())
+    }
+
+    fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Vif, Properties), DeviceError> {
+        let id = Self::id(node.key)?;
+        if reattach && let Some(vif) = self.take_over(id)? {
+            return Ok((vif, Vec::new()));
         }
-        tracing::info!(%id, "removed");
+        let params = nodes::params(node)?;
+        let tap = self.tap(node)?;
+        let (connection, work) = connection::connect(&self.domain.hv, id, &params, tap, Arc::default())?;
+        let mut vif = Vif { connection, work: Some(work), worker: None };
+        if reattach {
+            self.connected(node, &mut vif);
+        }
+        Ok((vif, Vec::new()))
+    }
+
+    fn connected(&mut self, node: &DeviceNode, vif: &mut Vif) {
+        let (Ok(id), Some(mut work)) = (Self::id(node.key), vif.work.take()) else { return };
+        work.kick = true;
+        // From here on a next incarnation takes it over without asking the store.
+        let kept = connection::keep(&self.domain.hv, id, &vif.connection).map_err(|e| e.to_string());
+        match kept.and_then(|()| self.serve(id, work).map_err(|e| e.to_string())) {
+            Ok(worker) => vif.worker = Some(worker),
+            Err(why) => self.bus.failed(node.key, why),
+        }
+    }
+
+    fn disconnect(&mut self, key: DeviceKey, mut vif: Vif) {
+        let Ok(id) = Self::id(key) else { return };
+        lock(&self.vifs.list).remove(&id);
+        if let Some(worker) = vif.worker.take() {
+            worker.stop();
+        }
+        drop(vif.work.take());
+        vif.connection.close(&self.domain.hv, id);
+        self.forget(key);
+    }
+
+    fn forget(&mut self, key: DeviceKey) {
+        let Ok(id) = Self::id(key) else { return };
+        self.taps.remove(&id);
+        connection::forget(&self.domain.hv, id);
     }
 }

@@ -16,6 +16,7 @@ use domain_kit::grants::{GrantError, MappedGrants};
 use domain_kit::hypercall::{HvError, Hypercall};
 use domain_kit::journal::{IDENTITY_WORDS, RingJournal, Shape};
 use domain_kit::mem::{Page, SharedMem, sealed_memfd};
+use domain_kit::xenbus::DeviceKey;
 use hv_abi::fd_kind;
 use nix::errno::Errno;
 
@@ -59,6 +60,20 @@ impl VifId {
     }
 }
 
+impl TryFrom<DeviceKey> for VifId {
+    type Error = std::num::TryFromIntError;
+
+    fn try_from(key: DeviceKey) -> Result<Self, Self::Error> {
+        Ok(VifId { frontend: key.frontend, handle: key.id.try_into()? })
+    }
+}
+
+impl From<VifId> for DeviceKey {
+    fn from(id: VifId) -> Self {
+        DeviceKey { frontend: id.frontend, id: id.handle.into() }
+    }
+}
+
 /// What a frontend asked for when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Params {
@@ -96,7 +111,7 @@ pub enum ConnectError {
     },
 }
 
-fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> ConnectError {
+pub(crate) fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> ConnectError {
     move |source| ConnectError::System { what, source }
 }
 
@@ -106,7 +121,12 @@ pub struct Connection {
     rings: MappedGrants,
     ports: Vec<u32>,
     buffer: u32,
+    offloads: Offloads,
+    rx_journal: OwnedFd,
 }
+
+/// Mark of the `-rx` entry, beside the offloads: Connected was told to the frontend.
+const SERVED: u64 = 1 << 32;
 
 const OFFLOAD_BITS: [fn(&mut Offloads) -> &mut bool; 5] =
     [|o| &mut o.csum, |o| &mut o.csum_ipv6, |o| &mut o.gso_tcpv4, |o| &mut o.gso_tcpv6, |o| &mut o.sg];
@@ -152,33 +172,43 @@ pub fn tap(hv: &Hypercall, id: VifId) -> Result<Arc<Tap>, ConnectError> {
     Ok(Arc::new(tap))
 }
 
-/// Vifs that a predecessor had connected, and those that it only had a TAP for.
+/// Vifs that a predecessor had connected and told so.
 ///
 /// # Errors
 /// hv-core's.
-pub fn known(hv: &Hypercall) -> Result<(Vec<VifId>, Vec<VifId>), HvError> {
-    let (mut connected, mut others) = (Vec::new(), Vec::new());
-    for entry in hv.fd_list()? {
-        let Some(name) = entry.name.as_str() else { continue };
-        if let Some(id) = VifId::of_entry(name, "rx") {
-            connected.push(id);
-        } else if let Some(id) = VifId::of_entry(name, "tap") {
-            others.push(id);
-        }
-    }
-    others.retain(|id| !connected.contains(id));
-    Ok((connected, others))
+pub fn known(hv: &Hypercall) -> Result<Vec<VifId>, HvError> {
+    let entries = hv.fd_list()?;
+    let served = entries.iter().filter(|entry| entry.tag & SERVED != 0);
+    Ok(served.filter_map(|entry| VifId::of_entry(entry.name.as_str()?, "rx")).collect())
 }
 
-/// Forgets what the fd store holds of a vif; its TAP too if `tap`.
-pub fn forget(hv: &Hypercall, id: VifId, tap: bool) {
+/// Marks a connection as served: a next incarnation takes it over without asking the store.
+///
+/// # Errors
+/// hv-core's.
+pub fn keep(hv: &Hypercall, id: VifId, connection: &Connection) -> Result<(), HvError> {
+    hv.fd_put(&id.entry("rx"), fd_kind::MEMFD, pack(connection.offloads) | SERVED, &connection.rx_journal)
+}
+
+/// Forgets all that the fd store holds of a vif.
+pub fn forget(hv: &Hypercall, id: VifId) {
+    forget_rings(hv, id);
+    forget_entry(hv, id, "tap");
+}
+
+/// The same but for its TAP.
+fn forget_rings(hv: &Hypercall, id: VifId) {
     // Journals first: without them nothing is taken over.
-    for what in ["rx", "tx", "arena", "tap"].into_iter().take(if tap { 4 } else { 3 }) {
-        match hv.fd_delete(&id.entry(what)) {
-            Ok(()) => {}
-            Err(e) if e.is(Errno::ENOENT) => {}
-            Err(error) => tracing::warn!(%id, what, %error, "fd store entry stays"),
-        }
+    for what in ["rx", "tx", "arena"] {
+        forget_entry(hv, id, what);
+    }
+}
+
+fn forget_entry(hv: &Hypercall, id: VifId, what: &str) {
+    match hv.fd_delete(&id.entry(what)) {
+        Ok(()) => {}
+        Err(e) if e.is(Errno::ENOENT) => {}
+        Err(error) => tracing::warn!(%id, what, %error, "fd store entry stays"),
     }
 }
 
@@ -229,7 +259,7 @@ pub fn connect(
     tap: Arc<Tap>,
     stats: Arc<Stats>,
 ) -> Result<(Connection, Work), ConnectError> {
-    forget(hv, id, false);
+    forget_rings(hv, id);
     unmap_leftovers(hv, id)?;
     tap.set_offloads(params.offloads).map_err(system("setting the TAP's offloads"))?;
     let instance = hv.dom_info(id.frontend)?.instance;
@@ -237,14 +267,22 @@ pub fn connect(
     let arena_fd = kept(hv, &id.entry("arena"), 0, ARENA_BYTES)?;
     let (tx_shape, rx_shape) = shapes();
     let tx_journal = map(&kept(hv, &id.entry("tx"), 0, tx_shape.bytes())?, tx_shape.bytes())?;
-    let rx_journal =
-        map(&kept(hv, &id.entry("rx"), pack(params.offloads), rx_shape.bytes())?, rx_shape.bytes())?;
+    let rx_fd = kept(hv, &id.entry("rx"), pack(params.offloads), rx_shape.bytes())?;
+    let rx_journal = map(&rx_fd, rx_shape.bytes())?;
     let identity = identity(id, instance, params);
     let (tx_ring, rx_ring) = ring_pages(&rings);
     let tx = TxQueue::create(tx_ring, tx::layout(), tx_journal, identity, stats.clone())?;
     let rx = RxQueue::create(rx_ring, rx::layout(), rx_journal, identity, params.offloads, stats.clone())?;
     let ports = bind(hv, id, params)?;
-    finish(hv, id, rings, &arena_fd, tap, tx, rx, ports, stats)
+    let world = world(hv, id, &arena_fd, tap)?;
+    let connection = Connection {
+        rings,
+        ports: ports.numbers(),
+        buffer: world.buffer,
+        offloads: params.offloads,
+        rx_journal: rx_fd,
+    };
+    Ok((connection, Work { tx, rx, world, ports, stats, kick: false }))
 }
 
 /// Takes a predecessor's connection over. `None` if it had not got so far that there was one.
@@ -290,13 +328,14 @@ pub fn reattach(
     let rings = MappedGrants::claim(hv, handle)?;
     let arena_mem = map(&arena, ARENA_BYTES)?;
     let (tx_ring, rx_ring) = ring_pages(&rings);
-    let tx = TxQueue::reattach(tx_ring, tx::layout(), tx_journal, own_fault, stats.clone())?;
-    let rx =
+    let tx_queue = TxQueue::reattach(tx_ring, tx::layout(), tx_journal, own_fault, stats.clone())?;
+    let rx_queue =
         RxQueue::reattach(rx_ring, rx::layout(), rx_journal, own_fault, offloads, &arena_mem, stats.clone())?;
     let ports = bind(hv, id, &params)?;
-    let (connection, mut work) = finish(hv, id, rings, &arena, tap, tx, rx, ports, stats)?;
-    work.kick = true;
-    Ok(Some((connection, work)))
+    let world = world(hv, id, &arena, tap)?;
+    let connection =
+        Connection { rings, ports: ports.numbers(), buffer: world.buffer, offloads, rx_journal: rx };
+    Ok(Some((connection, Work { tx: tx_queue, rx: rx_queue, world, ports, stats, kick: true })))
 }
 
 fn ring_pages(rings: &MappedGrants) -> (Page, Page) {
@@ -304,34 +343,16 @@ fn ring_pages(rings: &MappedGrants) -> (Page, Page) {
     (page(0), page(1))
 }
 
-#[expect(clippy::too_many_arguments, reason = "the common end of two constructors")]
-fn finish(
-    hv: &Hypercall,
-    id: VifId,
-    rings: MappedGrants,
-    arena: &OwnedFd,
-    tap: Arc<Tap>,
-    tx: TxQueue<Page, SharedMem>,
-    rx: RxQueue<Page, SharedMem>,
-    ports: Ports,
-    stats: Arc<Stats>,
-) -> Result<(Connection, Work), ConnectError> {
+fn world(hv: &Hypercall, id: VifId, arena: &OwnedFd, tap: Arc<Tap>) -> Result<VifWorld, ConnectError> {
     let buffer = hv.buffer_register(arena, ARENA_BYTES as u64)?;
-    let world = VifWorld {
-        tap,
-        arena: map(arena, ARENA_BYTES)?,
-        buffer,
-        frontend: id.frontend,
-        hv: hv.new_channel()?,
-    };
-    let connection = Connection { rings, ports: ports.numbers(), buffer };
-    Ok((connection, Work { tx, rx, world, ports, stats, kick: false }))
+    let arena = map(arena, ARENA_BYTES)?;
+    Ok(VifWorld { tap, arena, buffer, frontend: id.frontend, hv: hv.new_channel()? })
 }
 
 impl Connection {
     /// Lets go of everything but the TAP. The worker must have ended.
     pub fn close(self, hv: &Hypercall, id: VifId) {
-        forget(hv, id, false);
+        forget_rings(hv, id);
         let gone = |what: &str, result: Result<(), HvError>| {
             if let Err(error) = result
                 && !error.is(Errno::ENOENT)

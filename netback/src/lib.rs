@@ -12,14 +12,14 @@
 //! | [`queue`] | the rings with their journals, and nothing else |
 //! | [`worker`] | the thread that runs a vif's queues |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
-//! | [`device`], [`backend`] | xenstore: nodes, states, the main thread |
+//! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
 //! | [`tap`], [`netlink`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
 pub mod backend;
 pub mod connection;
-pub mod device;
 pub mod forward;
 pub mod netlink;
+pub mod nodes;
 pub mod offload;
 pub mod queue;
 pub mod slots;

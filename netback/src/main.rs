@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use domain_kit::mem::Page;
-use domain_kit::xs::{RingTransport, XsClient};
-use domain_kit::{Domain, control};
-use netback::backend::{Backend, Shared, take_over};
+use domain_kit::{Domain, control, xenbus};
+use netback::backend::{NetDriver, Vifs};
 use netback::forward::{Ipv4Prefix, Mode, Wiring};
 
 /// Network backend of a Bulkhead driver domain. Runs as a process domain; not to be started by hand.
@@ -36,10 +34,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let domain = Domain::join("netback")?;
-    let shared = Shared::new()?;
-    take_over(&domain, &shared).context("taking over the predecessor's vifs")?;
-    let health = control::serve(&domain, shared.clone()).context("gRPC")?;
-    let xs = store(&domain);
+    let vifs = Arc::new(Vifs::default());
     let wiring = Wiring {
         mode: args.mode,
         uplink: args.uplink,
@@ -47,24 +42,24 @@ fn main() -> anyhow::Result<()> {
         uplink_address: args.uplink_address,
         uplink_gateway: args.uplink_gateway,
     };
-    Backend::new(domain, shared, xs, wiring)?.run(&health)
-}
-
-/// Connects to xenstored however long it takes: packets flow meanwhile.
-fn store(domain: &Arc<Domain>) -> XsClient {
-    loop {
-        match connect(domain) {
-            Ok(xs) => return xs,
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "no xenstore yet"),
-        }
-        std::thread::sleep(Duration::from_millis(100));
+    // Packets flow again from here on, whatever the rest takes.
+    let mut backend = xenbus::Backend::new(
+        |bus| NetDriver::new(domain.clone(), vifs.clone(), wiring, bus),
+        domain.domid(),
+    )?;
+    let health = control::serve(&domain, vifs).context("gRPC")?;
+    match backend.driver().wire() {
+        Ok(_) => health.set_serving(true),
+        // Every device asks again.
+        Err(error) => tracing::error!(%error, "no network"),
     }
-}
-
-fn connect(domain: &Domain) -> anyhow::Result<XsClient> {
-    let (region, port) = domain.store_ring()?.context("there is no xenstore domain")?;
-    let rx = port.rx().try_clone_to_owned()?;
-    let tx = port.tx().context("the store's port cannot send")?.try_clone_to_owned()?;
-    let ring = RingTransport::new(Arc::new(Page::new(region.mem, 0)), rx, tx)?;
-    Ok(XsClient::connect(ring, Duration::from_secs(5))?)
+    let xs = loop {
+        match xenbus::connect_store(&domain, Duration::from_secs(10)) {
+            Ok(xs) => break xs,
+            Err(error) => tracing::warn!(%error, "no xenstore yet"),
+        }
+    };
+    domain.hv.served()?;
+    backend.run(&xs)?;
+    Ok(())
 }

@@ -142,7 +142,7 @@ struct Shared {
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Worker {
@@ -171,7 +171,7 @@ impl Worker {
             }
             mine.rest(true);
         })?;
-        Ok(Worker { shared, thread: Some(thread) })
+        Ok(Worker { shared, thread: Mutex::new(Some(thread)) })
     }
 
     /// Asks it to rest (or to go on); [`Worker::wait_drained`] waits until it does.
@@ -188,14 +188,10 @@ impl Worker {
     }
 
     /// Ends it; its queues and mappings are dropped when this returns.
-    pub fn stop(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+    pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         let _full_is_as_good = self.shared.wake.write(1);
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // A panic in it has ended the process already.
             let _ended = thread.join();
         }
@@ -204,7 +200,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 

@@ -72,7 +72,8 @@ fn bridge_carries_frames_between_vifs_and_is_found_again() {
         wiring.prepare(&mut netlink).unwrap();
         let taps = ["vif1.0", "vif2.0"].map(|name| {
             let tap = Tap::create(name).unwrap();
-            tap.set_offloads(Offloads { csum: true, gso_tcpv4: true, sg: true, ..Offloads::default() }).unwrap();
+            tap.set_offloads(Offloads { csum: true, gso_tcpv4: true, sg: true, ..Offloads::default() })
+                .unwrap();
             wiring.attach(&mut netlink, name, 1500, None).unwrap();
             tap
         });
