@@ -8,6 +8,7 @@
 //! - [`wire`]: how the driver talks to it: lines of JSON over the domain's descriptor 4
 
 pub mod cases;
+pub mod dom0;
 pub mod guest;
 pub mod peers;
 pub mod report;

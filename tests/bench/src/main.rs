@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use bench::cases::boot::Image;
 use bench::cases::world::World;
 use bench::cases::{self, Settings};
 use bench::peers::helper;
@@ -31,6 +32,9 @@ struct Cli {
     /// The program that starts the lab; none: no lab.
     #[arg(long, hide = true)]
     xtask: Option<PathBuf>,
+    /// Started by another `bench` inside the lab.
+    #[arg(long, hide = true)]
+    inside: bool,
     /// The source tree, for counting lines.
     #[arg(long, default_value = ".", hide = true)]
     source: PathBuf,
@@ -44,11 +48,15 @@ enum Case {
     Evtchn,
     /// xenstore round trips.
     Store,
+    /// Disk requests through ring and journal.
+    Block,
+    /// Pauses after kills.
+    Restart,
     /// Boot time, memory and lines of code.
     Boot,
 }
 
-const ALL: [Case; 3] = [Case::Evtchn, Case::Store, Case::Boot];
+const ALL: [Case; 5] = [Case::Evtchn, Case::Store, Case::Block, Case::Restart, Case::Boot];
 
 #[derive(Subcommand)]
 enum Internal {
@@ -82,6 +90,11 @@ fn run(cli: &Cli) -> Result<bool> {
         bin_dir: exe.parent().context("this program is in no folder")?.into(),
         source: cli.source.clone(),
         rounds: cli.rounds.max(1),
+        image: cli.kernel.clone().zip(cli.initrd.clone()).map(|(kernel, initrd)| Image {
+            kernel,
+            initrd,
+            xtask: cli.xtask.clone(),
+        }),
     };
     let host = Host::here();
     println!(
@@ -98,8 +111,13 @@ fn run(cli: &Cli) -> Result<bool> {
     for case in if cli.cases.is_empty() { &ALL[..] } else { &cli.cases } {
         let lines = match case {
             Case::Evtchn => cases::evtchn::run(&settings),
-            Case::Store => cases::store::run(&settings, world.get_or_insert_with(|| World::start(&settings))),
-            Case::Boot => cases::size::run(&settings),
+            Case::Store => cases::store::run(&settings, up(&mut world, &settings)),
+            Case::Block => cases::block::run(&settings, up(&mut world, &settings)),
+            Case::Restart => cases::restart::run(&settings, up(&mut world, &settings)),
+            Case::Boot if cli.inside => {
+                settings.image.as_ref().map_or_else(Vec::new, |image| cases::boot::here(&settings, image))
+            }
+            Case::Boot => cases::boot::run(&settings),
         };
         println!("\n{}", table(&lines));
         report.lines.extend(lines);
@@ -109,4 +127,9 @@ fn run(cli: &Cli) -> Result<bool> {
         std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(true)
+}
+
+/// The system, started when the first case needs it.
+fn up<'a>(world: &'a mut Option<Result<World>>, settings: &Settings) -> &'a mut Result<World> {
+    world.get_or_insert_with(|| World::start(settings))
 }

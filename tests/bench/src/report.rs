@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::stats::Series;
 
 /// One measured thing.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Line {
     /// What, as "block read qd32".
     pub name: String,
@@ -136,7 +136,7 @@ impl Host {
         let cpu = field("model name").unwrap_or("unknown").to_owned();
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Host {
-            lab: std::env::var_os("BULKHEAD_LAB").is_some() || cpu.contains("TCG") || cpu.contains("QEMU"),
+            lab: std::env::var_os("BH_LAB").is_some() || cpu.contains("TCG") || cpu.contains("QEMU"),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: kernel.trim().into(),
             virtual_machine: field("flags").is_some_and(|f| f.split(' ').any(|f| f == "hypervisor")),

@@ -1,8 +1,10 @@
 //! One module for each name on the command line.
 
+pub mod block;
+pub mod boot;
 pub mod evtchn;
 pub mod pair;
-pub mod size;
+pub mod restart;
 pub mod store;
 pub mod world;
 
@@ -21,6 +23,8 @@ pub struct Settings {
     pub source: PathBuf,
     /// Rounds of each contest.
     pub rounds: usize,
+    /// The Linux guest, if there is one.
+    pub image: Option<boot::Image>,
 }
 
 /// The lines of a case, or one that says why there are none: a case that cannot run does not stop the others.

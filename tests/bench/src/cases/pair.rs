@@ -84,7 +84,7 @@ impl Drop for Pair {
 
 /// Where a domain's descriptor 4 listens.
 pub fn control_socket(dir: &std::path::Path, domid: u16) -> PathBuf {
-    dir.join(format!("run/domains/{domid}/control.sock"))
+    dir.join(format!("run/ctl/{domid}.sock"))
 }
 
 /// Ends hv-core in order, then the hard way.

@@ -2,13 +2,16 @@
 
 mod copy;
 mod events;
+mod load;
 mod store;
 
+use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use domain_kit::Domain;
+use domain_kit::xs::XsOps;
 use serde_json::{Value, json};
 
 /// A domain under measurement.
@@ -17,6 +20,7 @@ pub struct Guest {
     events: events::Events,
     copy: copy::Copy,
     store: store::Store,
+    loads: HashMap<String, load::Load>,
 }
 
 /// Joins as a domain and serves the driver on descriptor 4, one connection after the other, for ever.
@@ -33,6 +37,7 @@ pub fn run() -> Result<()> {
         events: events::Events::default(),
         copy: copy::Copy::default(),
         store: store::Store::default(),
+        loads: HashMap::new(),
         domain,
     };
     for stream in listener.incoming() {
@@ -68,8 +73,29 @@ impl Guest {
             "copy" => self.copy.grant_copy(&self.domain, &copy::Job::from(command)?),
             "memcpy" => self.copy.memory_copy(&copy::Job::from(command)?),
             "store" => self.store.round_trips(&self.domain, command),
+            "load" => self.load(text(command, "kind")?, command["on"].as_bool().unwrap_or(false)),
+            "longest" => self.loads.get(text(command, "kind")?).context("that load does not run")?.longest(),
             other => bail!("no such command: {other}"),
         }
+    }
+
+    /// Starts or ends a light load.
+    fn load(&mut self, kind: &str, on: bool) -> Result<Value> {
+        if let Some(load) = self.loads.remove(kind) {
+            load.stop()?;
+        }
+        if on {
+            let load = match kind {
+                "store" => {
+                    let client = self.store.client(&self.domain)?.clone();
+                    let path = format!("/local/domain/{}/name", self.domain.domid());
+                    load::Load::start(move || client.read(&path).map(drop).map_err(Into::into))?
+                }
+                other => bail!("no such load: {other}"),
+            };
+            self.loads.insert(kind.into(), load);
+        }
+        Ok(json!({}))
     }
 }
 

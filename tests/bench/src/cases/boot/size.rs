@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::{Settings, or_missing};
+use crate::cases::{Settings, or_missing};
 use crate::report::Line;
 
 /// The goal: fewer than this.

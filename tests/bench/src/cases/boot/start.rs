@@ -1,0 +1,123 @@
+//! From the command that creates a guest to its userspace, beside QEMU's microvm with KVM for the same kernel and RAM disk.
+
+use std::cell::RefCell;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::system::{Config, System};
+
+use super::Image;
+use super::memory::resident_kib;
+use super::terminal::Terminal;
+use crate::cases::Settings;
+use crate::report::{Goal, Line};
+use crate::rounds::{Contestant, take_turns};
+use crate::stats::Series;
+
+/// Boots counted, after one that warms up: an emulated boot takes ten seconds and more.
+const ROUNDS: usize = 3;
+/// RAM of the guests, MiB.
+const MEMORY: u32 = 256;
+/// What the guest's first process prints first.
+pub(super) const USERSPACE: &str = "BH: {\"ev\":\"boot\"";
+/// Longest boot.
+pub(super) const BOOT: Duration = Duration::from_secs(120);
+/// The goal for hv-vcpu, MiB.
+const RESIDENT: f64 = 5.0;
+
+/// The lines.
+pub fn lines(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
+    let config = Config { bin_dir: settings.bin_dir.clone(), ..Config::of_this_build()? };
+    let system = System::start(config)?;
+    let resident = RefCell::new(Series::default());
+    let mut microvm_failed = None;
+    let series = take_turns(
+        ROUNDS,
+        &mut [
+            Contestant::new("a PVH domain", || ours(&system, image, &resident)),
+            Contestant::new("QEMU microvm", || {
+                Ok(microvm(image).unwrap_or_else(|error| {
+                    microvm_failed = Some(format!("QEMU microvm: {error:#}"));
+                    f64::NAN
+                }))
+            }),
+        ],
+    )
+    .with_context(|| system.log_tail(12))?;
+    let [ours, limit]: [Series; 2] = series.try_into().ok().context("as many series as contestants")?;
+    let boot = Line::beside(
+        "create to userspace, PVH Debian",
+        "s",
+        &ours,
+        ("QEMU microvm", &limit),
+        Goal::RatioAtMost(1.0),
+    );
+    let known = "both without disk and NIC, `bh create` and console included; elsewhere under the same kind of emulation: \
+                 Xen 4.17 14 s (29.9 s with devices), QEMU 10's Xen emulation 7 to 8 s";
+    let boot = boot.note(microvm_failed.unwrap_or_else(|| known.into()));
+    let resident = resident.into_inner();
+    let memory = Line {
+        samples: resident.len(),
+        ..Line::under("resident memory of an idle hv-vcpu", "MiB", resident.median(), RESIDENT)
+    };
+    Ok(vec![boot, memory.note("guest RAM left out; pages of the program file counted in full")])
+}
+
+/// Command line words for a guest that does nothing.
+fn cmdline(console: &str) -> String {
+    format!("console={console} quiet panic=-1 bh.work=none")
+}
+
+fn ours(system: &System, image: &Image, resident: &RefCell<Series>) -> Result<f64> {
+    let domain_file = format!(
+        r#"name = "boot"
+type = "pvh"
+kernel = "{}"
+ramdisk = "{}"
+cmdline = "{}"
+memory = {MEMORY}
+"#,
+        image.kernel.display(),
+        image.initrd.display(),
+        cmdline("hvc0"),
+    );
+    let start = Instant::now();
+    system.create(&domain_file)?;
+    let mut console = Terminal::start(system.bh_command(&["console", "boot"]))?;
+    console.expect(USERSPACE, BOOT)?;
+    let seconds = start.elapsed().as_secs_f64();
+    // Idle means settled: the agent has loaded its modules and waits.
+    std::thread::sleep(Duration::from_secs(2));
+    let list = system.bh_json(&["list"])?;
+    let guests = list["guests"].as_array().or(list.as_array()).context("bh list --json: no list")?;
+    let guest = guests.iter().find(|g| g["name"] == "boot").context("the guest is gone")?;
+    let pid = guest["host_pid"].as_i64().and_then(|p| i32::try_from(p).ok()).unwrap_or(0);
+    ensure!(pid > 0, "the guest has no process");
+    resident.borrow_mut().push(resident_kib(pid)? as f64 / 1024.0);
+    drop(console);
+    system.bh_ok(&["destroy", "boot"])?;
+    Ok(seconds)
+}
+
+/// A QEMU microvm without anything but a serial console.
+pub(super) fn microvm_command(image: &Image, words: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-M", "microvm,accel=kvm,x-option-roms=off,isa-serial=on,rtc=on"])
+        .args(["-cpu", "host", "-m", &format!("{MEMORY}M"), "-smp", "1"])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&image.initrd)
+        .args(["-append", &format!("{} {words}", cmdline("ttyS0"))]);
+    command
+}
+
+fn microvm(image: &Image) -> Result<f64> {
+    let start = Instant::now();
+    let mut console = Terminal::start(microvm_command(image, ""))?;
+    console.expect(USERSPACE, BOOT)?;
+    Ok(start.elapsed().as_secs_f64())
+}
