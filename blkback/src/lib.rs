@@ -4,8 +4,12 @@
 //! |---|---|
 //! | [`request`] | from a ring slot's bytes to a checked request |
 //! | [`engine`] | one ring's data path, every step journalled |
+//! | [`disk`] | the file or device: opened afresh, fenced, driven by io_uring |
+//! | [`pages`] | the guest's pages by grants |
 //! | [`stats`] | counters |
 
+pub mod disk;
 pub mod engine;
+pub mod pages;
 pub mod request;
 pub mod stats;

@@ -65,6 +65,7 @@ enum Io {
 }
 
 type Buffers = Rc<RefCell<Vec<Version>>>;
+type Done = Rc<RefCell<Vec<(Slot, Result<(), DiskError>)>>>;
 
 #[derive(Debug)]
 struct InFlight {
@@ -72,7 +73,7 @@ struct InFlight {
     io: Io,
     /// The buffers of the incarnation that handed it over.
     buffers: Buffers,
-    done: Rc<RefCell<Vec<(Slot, Result<(), DiskError>)>>>,
+    done: Done,
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +126,7 @@ struct ModelDisk {
     life: Rc<Life>,
     buffers: Buffers,
     queued: Vec<(Slot, Io)>,
-    done: Rc<RefCell<Vec<(Slot, Result<(), DiskError>)>>>,
+    done: Done,
     poison: BTreeSet<Version>,
 }
 
@@ -217,7 +218,7 @@ struct World {
     // The backend.
     life: Rc<Life>,
     engine: Option<ModelEngine>,
-    done: Rc<RefCell<Vec<(Slot, Result<(), DiskError>)>>>,
+    done: Done,
     back_event: bool,
     more: bool,
     reattached: bool,

@@ -27,6 +27,9 @@ pub enum DeviceError {
     Store(#[from] XsError),
 }
 
+/// Nodes to publish: (name, value).
+pub type Properties = Vec<(&'static str, String)>;
+
 /// What a kind of backend does for its devices. All calls come from the one thread in [`Backend::run`].
 pub trait BackendDriver {
     /// A device that is served.
@@ -44,7 +47,7 @@ pub trait BackendDriver {
     ///
     /// # Errors
     /// [`DeviceError`].
-    fn offer(&mut self, node: &DeviceNode) -> Result<Vec<(&'static str, String)>, DeviceError>;
+    fn offer(&mut self, node: &DeviceNode) -> Result<Properties, DeviceError>;
 
     /// Connects to the frontend's rings. `reattach`: the state nodes say that it is connected, and an earlier incarnation
     /// served it. Gives the properties to publish with Connected (not written if `reattach`).
@@ -55,7 +58,7 @@ pub trait BackendDriver {
         &mut self,
         node: &DeviceNode,
         reattach: bool,
-    ) -> Result<(Self::Device, Vec<(&'static str, String)>), DeviceError>;
+    ) -> Result<(Self::Device, Properties), DeviceError>;
 
     /// Called after Connected is written: the frontend may be served now. (`resume` and re-attach serve at once.)
     fn connected(&mut self, _node: &DeviceNode, _device: &mut Self::Device) {}

@@ -24,7 +24,7 @@ mod decide;
 mod frontend;
 mod nodes;
 
-pub use backend::{Backend, BackendDriver, BackendHandle, DeviceError};
+pub use backend::{Backend, BackendDriver, BackendHandle, DeviceError, Properties};
 pub use frontend::Frontend;
 pub use nodes::{DeviceKey, DeviceNode, connect_store};
 

@@ -1,0 +1,276 @@
+//! The guest's pages by grants: persistent ones stay mapped, others are copied by hv-core.
+//!
+//! Which grants are mapped is recorded in the owner's area of the ring journal, so that the next incarnation takes the maps
+//! over when it first needs each, rather than mapping all again. A record is written after the map was made; a map without a
+//! record (killed in between) is given back at re-attach.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use domain_kit::grants::{CopyBatch, CopyBuffer, MappedGrants};
+use domain_kit::hypercall::{CopyEntryExt, HvResult, Hypercall};
+use domain_kit::journal::Slot;
+use domain_kit::ring::RingMem;
+use hv_abi::CopyEntry;
+
+use crate::disk::uring::buffer_offset;
+use crate::engine::{Direction, GuestPages};
+use crate::request::Prepared;
+use crate::stats::Stats;
+
+/// Most grants of one map.
+const MAP_GREFS: usize = 32;
+/// Most maps of one ring; what is beyond is copied. 32 requests of 11 pages need 352 pages: 11 to 352 maps.
+const MAX_MAPS: usize = 384;
+
+const RECORD: usize = 16 + 4 * MAP_GREFS;
+
+/// Bytes that the records take in the journal's user area.
+pub const RECORDS_BYTES: u32 = (MAX_MAPS * RECORD) as u32;
+
+/// Tag of a ring's map of its persistent grants, for a device.
+pub fn persistent_tag(device: u32) -> u64 {
+    u64::from(device) << 8 | 2
+}
+
+/// Tag of a ring's map of its ring pages.
+pub fn ring_tag(device: u32) -> u64 {
+    u64::from(device) << 8 | 1
+}
+
+struct Map {
+    handle: u64,
+    /// `None` until this incarnation claims it.
+    mapped: Option<MappedGrants>,
+}
+
+/// See the module. `J`: the journal's memory.
+pub struct GrantPages<J> {
+    hv: Hypercall,
+    domid: u16,
+    tag: u64,
+    buffers: Arc<CopyBuffer>,
+    persistent: bool,
+    maps: Vec<Map>,
+    /// gref → (map, position in it).
+    index: HashMap<u32, (u32, u32)>,
+    records: J,
+    records_at: usize,
+    stats: Arc<Stats>,
+    copies: CopyBatch,
+    /// Slot of each entry of `copies`.
+    owners: Vec<Slot>,
+    wanted: Vec<u32>,
+}
+
+impl<J: RingMem> GrantPages<J> {
+    /// Pages of `domid`, with a hypercall channel of its own. `records` at `records_at` are [`RECORDS_BYTES`] of kept memory,
+    /// zero at first. With `persistent`, grants stay mapped.
+    ///
+    /// # Errors
+    /// The hypercalls'.
+    #[expect(clippy::too_many_arguments, reason = "made in one place")]
+    pub fn new(
+        hv: Hypercall,
+        domid: u16,
+        device: u32,
+        buffers: Arc<CopyBuffer>,
+        persistent: bool,
+        records: J,
+        records_at: usize,
+        stats: Arc<Stats>,
+    ) -> HvResult<Self> {
+        let mut this = GrantPages {
+            hv,
+            domid,
+            tag: persistent_tag(device),
+            buffers,
+            persistent,
+            maps: Vec::new(),
+            index: HashMap::new(),
+            records,
+            records_at,
+            stats,
+            copies: CopyBatch::default(),
+            owners: Vec::new(),
+            wanted: Vec::new(),
+        };
+        this.recover()?;
+        Ok(this)
+    }
+
+    fn recover(&mut self) -> HvResult<()> {
+        let known: Vec<_> = self
+            .hv
+            .grant_list()?
+            .into_iter()
+            .filter(|m| m.tag == self.tag && m.domid == self.domid)
+            .collect();
+        for i in 0..MAX_MAPS {
+            let at = self.records_at + i * RECORD;
+            let count = self.records.load_u32(at);
+            if count == 0 {
+                break;
+            }
+            let handle = self.records.load_u64(at + 8);
+            let count = (count as usize).min(MAP_GREFS);
+            let valid = known.iter().any(|m| m.handle == handle && m.count as usize == count);
+            if valid {
+                for n in 0..count {
+                    let gref = self.records.load_u32(at + 16 + 4 * n);
+                    self.index.insert(gref, (i as u32, n as u32));
+                }
+            }
+            self.maps.push(Map { handle: if valid { handle } else { 0 }, mapped: None });
+        }
+        for map in known {
+            if !self.maps.iter().any(|m| m.handle == map.handle) {
+                self.hv.grant_unmap(map.handle)?;
+            }
+        }
+        self.count();
+        Ok(())
+    }
+
+    fn count(&self) {
+        self.stats.mapped_pages.store(self.index.len() as u64, Relaxed);
+    }
+
+    /// Maps those of `wanted` that fit; what cannot be mapped is copied.
+    fn map_wanted(&mut self) {
+        let wanted = std::mem::take(&mut self.wanted);
+        for grefs in wanted.chunks(MAP_GREFS) {
+            if self.maps.len() >= MAX_MAPS {
+                break;
+            }
+            let mapped = match MappedGrants::map(&self.hv, self.domid, grefs, self.tag) {
+                Ok(mapped) => mapped,
+                Err(error) => {
+                    // A read-only or bad grant among them: the copies will tell which.
+                    tracing::debug!(domid = self.domid, %error, "grants not mapped");
+                    continue;
+                }
+            };
+            let i = self.maps.len();
+            let at = self.records_at + i * RECORD;
+            self.records.store_u64(at + 8, mapped.handle);
+            for (n, &gref) in grefs.iter().enumerate() {
+                self.records.store_u32(at + 16 + 4 * n, gref);
+                self.index.insert(gref, (i as u32, n as u32));
+            }
+            self.records.store_u32(at, grefs.len() as u32);
+            self.maps.push(Map { handle: mapped.handle, mapped: Some(mapped) });
+        }
+        self.wanted = wanted;
+        self.wanted.clear();
+        self.count();
+    }
+
+    /// The mapping that a gref lies in, claimed from the predecessor if need be.
+    fn locate(&mut self, gref: u32) -> Option<(u32, u32)> {
+        let (map, position) = *self.index.get(&gref)?;
+        let entry = &mut self.maps[map as usize];
+        if entry.mapped.is_none() {
+            match MappedGrants::claim(&self.hv, entry.handle) {
+                Ok(mapped) => entry.mapped = Some(mapped),
+                Err(error) => {
+                    tracing::warn!(domid = self.domid, handle = entry.handle, %error, "a kept map is lost: copying instead");
+                    self.index.retain(|_, (m, _)| *m != map);
+                    return None;
+                }
+            }
+        }
+        Some((map, position))
+    }
+
+    /// Gives all maps back.
+    pub fn unmap_all(&mut self) {
+        self.index.clear();
+        for i in 0..self.maps.len() {
+            self.records.store_u32(self.records_at + i * RECORD, 0);
+        }
+        for map in self.maps.drain(..) {
+            let result = match map.mapped {
+                Some(mapped) => mapped.unmap(&self.hv),
+                None if map.handle == 0 => Ok(()),
+                None => self.hv.grant_unmap(map.handle),
+            };
+            if let Err(error) = result {
+                tracing::warn!(domid = self.domid, %error, "grants not unmapped");
+            }
+        }
+        self.count();
+    }
+}
+
+impl<J: RingMem> GuestPages for GrantPages<J> {
+    fn transfer(
+        &mut self,
+        direction: Direction,
+        slots: &[Slot],
+        requests: &[Prepared],
+        failed: &mut Vec<Slot>,
+    ) {
+        if self.persistent {
+            let new = slots.iter().flat_map(|s| &requests[s.0 as usize].segments).map(|s| s.gref);
+            for gref in new {
+                if !self.index.contains_key(&gref) && !self.wanted.contains(&gref) {
+                    self.wanted.push(gref);
+                }
+            }
+            if !self.wanted.is_empty() {
+                self.map_wanted();
+            }
+        }
+        self.copies.clear();
+        self.owners.clear();
+        for &slot in slots {
+            let mut at = buffer_offset(slot);
+            for segment in &requests[slot.0 as usize].segments {
+                let len = usize::from(segment.len);
+                match self
+                    .locate(segment.gref)
+                    .and_then(|(m, n)| Some((self.maps[m as usize].mapped.as_ref()?, n)))
+                {
+                    Some((mapped, position)) => {
+                        let page = mapped.offset(position as usize) + usize::from(segment.offset);
+                        match direction {
+                            Direction::Fetch => self.buffers.mem.copy_from(at, &mapped.mem, page, len),
+                            Direction::Store => mapped.mem.copy_from(page, &self.buffers.mem, at, len),
+                        }
+                    }
+                    None => {
+                        let make = match direction {
+                            Direction::Fetch => CopyEntry::from_grant,
+                            Direction::Store => CopyEntry::to_grant,
+                        };
+                        let (id, at) = (self.buffers.id, at as u64);
+                        self.copies.entries.push(make(
+                            self.domid,
+                            segment.gref,
+                            segment.offset,
+                            segment.len,
+                            id,
+                            at,
+                        ));
+                        self.owners.push(slot);
+                    }
+                }
+                at += len;
+            }
+        }
+        if self.copies.entries.is_empty() {
+            return;
+        }
+        self.stats.copy_calls.fetch_add(1, Relaxed);
+        if let Err(error) = self.copies.run(&self.hv) {
+            tracing::error!(domid = self.domid, %error, "grant copy");
+            failed.extend(self.owners.iter());
+        } else {
+            failed.extend(
+                self.owners.iter().zip(&self.copies.statuses).filter(|(_, s)| **s != 0).map(|(slot, _)| slot),
+            );
+        }
+    }
+}
