@@ -3,7 +3,6 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::kills::Summary;
 use bulkhead_tests::load_run::Observer;
 use bulkhead_tests::outcome::{Outcome, Totals, totals};
 
