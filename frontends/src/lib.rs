@@ -1,1 +1,6 @@
-//! blkfront and netfront in safe Rust for process guests, tests and benches
+//! blkfront and netfront in safe Rust for process guests, tests and benches.
+//!
+//! Frontends never trust their backend: every index, id, length and offset that it writes is checked, and shared
+//! bytes are copied once before they are judged.
+
+pub mod netfront;
