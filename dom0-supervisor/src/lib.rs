@@ -21,7 +21,7 @@
 
 pub mod api;
 pub mod config;
-//console
+pub mod console;
 pub mod daemon;
 pub mod events;
 pub mod hv;

@@ -1,1 +1,127 @@
-fn main() {}
+//! `bh`: the command line of a Bulkhead host. See `docs/bh.md`.
+
+mod client;
+mod commands;
+mod console;
+mod json;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use client::Failure;
+
+/// Manages guests and services of a Bulkhead host.
+#[derive(Debug, Parser)]
+#[command(name = "bh", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+struct Args {
+    /// Socket of dom0.
+    #[arg(long, global = true, default_value = "/run/bulkhead/dom0.sock")]
+    socket: PathBuf,
+    /// Print JSON instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit status: 0 done, 1 failed, 2 wrong input, 3 no such guest or service, 4 dom0 does not answer, \
+5 not done in time, 6 exists or busy.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Guests.
+    List {
+        /// Only this one (name, domid or uuid), with its devices.
+        guest: Option<String>,
+    },
+    /// Make and start a guest from a domain file.
+    Create {
+        /// The domain file; - for standard input.
+        file: PathBuf,
+    },
+    /// Ask a guest to power off.
+    Shutdown {
+        /// Name, domid or uuid.
+        guest: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Ask a guest to reboot.
+    Reboot {
+        /// Name, domid or uuid.
+        guest: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// End a guest at once.
+    Destroy {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// A guest's console. Ctrl-] leaves it.
+    Console {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Print what is kept and end.
+        #[arg(long)]
+        log: bool,
+    },
+    /// Service domains.
+    Services {
+        /// With the counters of each.
+        #[arg(long)]
+        statistics: bool,
+    },
+    /// Restart a service; its guests only see a pause.
+    Restart {
+        /// Its name, as bh services shows it.
+        service: String,
+        /// Seconds to wait for it.
+        #[arg(long, default_value_t = 10)]
+        timeout: u32,
+    },
+    /// The host.
+    Info,
+    /// What happened.
+    Events {
+        /// Go on with what happens.
+        #[arg(short, long)]
+        follow: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Wait {
+    /// Wait until it happened.
+    #[arg(long)]
+    wait: bool,
+    /// Seconds to wait.
+    #[arg(long, default_value_t = 60)]
+    timeout: u32,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("bh: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(commands::run(args));
+    // A blocked read of standard input must not keep the process.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Someone closed our output (`bh events | head`): that is no error.
+        Err(Failure::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("bh: {failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}
