@@ -23,6 +23,8 @@ const POISON: u64 = 3;
 pub struct Options {
     /// Bytes of each half when a journal is made.
     pub half_size: u64,
+    /// Bytes of log after which it is compacted, if they are more than twice the snapshot too.
+    pub compact_at: u64,
     /// Start from what is whole when a record is damaged, instead of refusing.
     pub salvage: bool,
     /// Limits to set; `None` keeps those of the journal.
@@ -33,7 +35,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { half_size: 256 << 20, salvage: false, limits: None, own_fault: false }
+        Self { half_size: 256 << 20, compact_at: 4 << 20, salvage: false, limits: None, own_fault: false }
     }
 }
 

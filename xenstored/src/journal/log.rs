@@ -12,8 +12,6 @@ use super::JournalError;
 use super::layout::{BEHAVIOUR, HALVES, MAGIC, RECORD_HEAD, half, sb};
 use super::mem::Mem;
 
-/// The log is compacted when it is longer than this many bytes and than twice its snapshot.
-const COMPACT_AT: u64 = 4 << 20;
 /// Space is taken from the file system in steps of this many bytes.
 const CHUNK: u64 = 1 << 20;
 
@@ -33,6 +31,8 @@ pub struct Log {
     seq: u64,
     /// Bytes of the snapshot that the active half begins with.
     snapshot: u64,
+    /// The log is compacted when it is longer than this many bytes and than twice its snapshot.
+    compact_at: u64,
     /// Bytes of each half that the file system has given.
     allocated: [u64; 2],
 }
@@ -50,7 +50,12 @@ impl Log {
         mem.store_u64(sb::HALF, half_size);
         mem.store_u64(sb::EXEC_CONN, 0);
         // The first compaction goes to half 0.
-        Self { mem, half_size, active: 1, epoch: 0, tail: 0, seq: 0, snapshot: 0, allocated: [0; 2] }
+        Self { mem, half_size, active: 1, epoch: 0, tail: 0, seq: 0, snapshot: 0, compact_at: 0, allocated: [0; 2] }
+    }
+
+    /// Sets after how many bytes the log is compacted.
+    pub fn compact_at(&mut self, bytes: u64) {
+        self.compact_at = bytes;
     }
 
     /// Makes a formatted log valid, after its first compaction.
@@ -79,7 +84,7 @@ impl Log {
         }
         let word = mem.load_u64(sb::ACTIVE);
         let (active, epoch) = ((word & 1) as usize, word >> 1);
-        let mut log = Self { mem, half_size, active, epoch, tail: 0, seq: 0, snapshot: 0, allocated: [0; 2] };
+        let mut log = Self { mem, half_size, active, epoch, tail: 0, seq: 0, snapshot: 0, compact_at: 0, allocated: [0; 2] };
         let base = log.base(active);
         let tail = log.mem.load_u64(base + half::TAIL);
         let limit = half_size - half::RECORDS as u64;
@@ -143,7 +148,7 @@ impl Log {
     /// Whether the next record of `len` bytes should wait for a compaction.
     pub fn wants_compaction(&self, len: u64) -> bool {
         let used = self.tail + record_len(len);
-        used > COMPACT_AT.max(2 * self.snapshot).min(self.half_size - half::RECORDS as u64)
+        used > self.compact_at.max(2 * self.snapshot).min(self.half_size - half::RECORDS as u64)
     }
 
     /// Makes sure that a record of `len` bytes can be appended.

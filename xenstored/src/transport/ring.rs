@@ -65,7 +65,9 @@ pub fn wants_reset(page: &dyn SharedPage) -> bool {
 /// [`Full`].
 pub fn reset(engine: &mut Engine, id: ConnId, page: &dyn SharedPage) -> Result<(), Full> {
     engine.reset(id)?;
+    engine.mem().crash_point();
     empty(engine, id, page);
+    engine.mem().crash_point();
     page.store_u32(XENSTORE_CONNECTION_OFFSET, XENSTORE_CONNECTED);
     Ok(())
 }
@@ -106,6 +108,7 @@ pub fn pull(engine: &Engine, id: ConnId, page: &dyn SharedPage) -> Result<Pulled
     }
     slot.write_input(received, bytes);
     slot.set_received(received + u64::from(n));
+    engine.mem().crash_point();
     page.store_u32(XENSTORE_REQ_CONS_OFFSET, cons.wrapping_add(n));
     Ok(Pulled::Data)
 }
@@ -145,6 +148,7 @@ pub fn push(
             at += len;
         }
         slot.set_sent(sent + u64::from(n));
+        engine.mem().crash_point();
         page.store_u32(XENSTORE_RSP_PROD_OFFSET, prod.wrapping_add(n));
         moved = true;
         engine.handed_over(id)?;

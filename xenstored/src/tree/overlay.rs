@@ -39,6 +39,16 @@ pub struct OverlayNode {
     pub children: BTreeMap<Box<[u8]>, OverlayNode>,
 }
 
+impl OverlayNode {
+    /// Drops all below, without recursion.
+    fn clear_below(&mut self) {
+        let mut gone = vec![std::mem::take(&mut self.children)];
+        while let Some(children) = gone.pop() {
+            gone.extend(children.into_values().map(|mut node| std::mem::take(&mut node.children)));
+        }
+    }
+}
+
 /// All changes of one transaction.
 #[derive(Debug, Default)]
 pub struct Overlay {
@@ -143,12 +153,7 @@ impl Overlay {
 impl Drop for Overlay {
     /// Without recursion: a chain of nodes can be as deep as a path is long.
     fn drop(&mut self) {
-        let mut work = vec![std::mem::take(&mut self.root.children)];
-        while let Some(children) = work.pop() {
-            for (_, mut node) in children {
-                work.push(std::mem::take(&mut node.children));
-            }
-        }
+        self.root.clear_below();
     }
 }
 
@@ -251,6 +256,8 @@ impl View for TxView<'_> {
         let entry = self.over.entry(path);
         entry.touched = serial;
         entry.change = Change::Put { value: value.into(), perms, fresh: true };
+        // Own changes below a node that others removed meanwhile do not come back with it.
+        entry.clear_below();
     }
 
     fn set_value(&mut self, path: &[u8], value: &[u8]) {
@@ -277,11 +284,8 @@ impl View for TxView<'_> {
         let entry = self.over.entry(path);
         entry.touched = serial;
         entry.change = Change::Removed;
-        // The nodes below count towards the quota until the transaction ends, as their removal does.
-        let mut gone = vec![std::mem::take(&mut entry.children)];
-        while let Some(children) = gone.pop() {
-            gone.extend(children.into_values().map(|mut node| std::mem::take(&mut node.children)));
-        }
+        // They count towards the quota until the transaction ends, as their removal does.
+        entry.clear_below();
     }
 
     fn owned(&self, domid: u16) -> u64 {
