@@ -109,6 +109,7 @@ pub struct Engine<R, J, G, D> {
     stats: Arc<Stats>,
     fault: Option<FaultHook>,
     enospc_logged: bool,
+    answered: u64,
     // Kept for their memory.
     taken: Vec<Slot>,
     done: Vec<(Slot, Result<(), DiskError>)>,
@@ -143,6 +144,7 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: Disk> Engine<R, J, G, D> {
             stats,
             fault: None,
             enospc_logged: false,
+            answered: 0,
             taken: Vec::with_capacity(slots),
             done: Vec::with_capacity(slots),
             fetch: Vec::with_capacity(slots),
@@ -164,6 +166,11 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: Disk> Engine<R, J, G, D> {
     /// Requests taken and not answered.
     pub fn in_flight(&self) -> u32 {
         self.ring.in_flight()
+    }
+
+    /// Requests answered by this incarnation.
+    pub fn answered(&self) -> u64 {
+        self.answered
     }
 
     /// The ring.
@@ -345,6 +352,7 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: Disk> Engine<R, J, G, D> {
 
     fn finish(&mut self, slot: Slot, status: i16) {
         self.ring.respond(slot, status, 0);
+        self.answered += 1;
         self.running -= 1;
         self.exclusive = false;
     }

@@ -6,10 +6,16 @@
 //! | [`engine`] | one ring's data path, every step journalled |
 //! | [`disk`] | the file or device: opened afresh, fenced, driven by io_uring |
 //! | [`pages`] | the guest's pages by grants |
+//! | [`device`] | a connected device: ring, journal, thread |
+//! | [`driver`] | the xenbus driver, statistics, drain |
 //! | [`stats`] | counters |
+//! | [`fault`] | `--fault`, for tests of poison requests |
 
+pub mod device;
 pub mod disk;
+pub mod driver;
 pub mod engine;
+pub mod fault;
 pub mod pages;
 pub mod request;
 pub mod stats;

@@ -1,3 +1,138 @@
-//! Block backend: one process domain per disk
+//! `blkback --domain`: the block backend of one disk, run by hv-core as a process domain. See README.md.
 
-fn main() {}
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use blkback::device::Shared;
+use blkback::disk::source::{self, Source, SourceError};
+use blkback::driver::{DiskState, Registry, Vbd};
+use blkback::fault;
+use clap::{Parser, ValueEnum};
+use domain_kit::control::{self, ControlHandle};
+use domain_kit::xenbus::{Backend, BackendHandle, connect_store};
+use domain_kit::{Domain, Hypercall};
+use hv_abi::resource_kind;
+
+/// The approved resource that is the disk.
+const RESOURCE: &str = "disk";
+/// How long a predecessor's I/O may take to drain before the disk is said to be in use.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Read-only.
+    R,
+    /// Read and write.
+    W,
+}
+
+/// Block backend: serves one disk to its guests. Started by hv-core, never by hand.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Run as a process domain (the only way to run).
+    #[arg(long)]
+    domain: bool,
+    /// Whether the disk may be written.
+    #[arg(long, value_enum, default_value = "w")]
+    mode: Mode,
+    /// For tests of poison requests only: panic at each write that covers this sector.
+    #[arg(long, hide = true, value_name = "SECTOR")]
+    fault: Option<u64>,
+}
+
+fn open(hv: &Hypercall, mode: Mode) -> Result<Source, SourceError> {
+    let (kind, fd) = hv.resource_open(RESOURCE).map_err(|e| {
+        SourceError::Open(match e.errno() {
+            Some(errno) => errno.desc().to_owned(),
+            None => e.to_string(),
+        })
+    })?;
+    source::open(fd, mode == Mode::R || kind == resource_kind::FILE_RO, PATIENCE)
+}
+
+/// Tries until there is a disk; each failure's line goes to the devices' error nodes by way of the state.
+fn keep_trying(
+    hv: &Hypercall,
+    mode: Mode,
+    disk: &DiskState,
+    control: &ControlHandle,
+    handle: &BackendHandle,
+) {
+    loop {
+        match open(hv, mode) {
+            Ok(found) => {
+                tracing::info!(sectors = found.shape.sectors, "disk opened");
+                disk.set(Ok(Arc::new(found)));
+                control.set_serving(true);
+                handle.wake();
+                return;
+            }
+            Err(error) => {
+                disk.set(Err(error.to_string()));
+                handle.wake();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    if !args.domain {
+        bail!("blkback runs as a process domain: hv-core starts it with --domain");
+    }
+    if let Some(sector) = args.fault {
+        fault::set_sector(sector);
+    }
+    let domain = Domain::join("blkback")?;
+    let disk = Arc::new(DiskState::new());
+    // The fence comes first: nothing of a predecessor's is touched before its I/O is over.
+    match open(&domain.hv, args.mode) {
+        Ok(found) => {
+            tracing::info!(
+                sectors = found.shape.sectors,
+                read_only = found.shape.read_only,
+                drain_us = found.drain.as_micros() as u64,
+                "disk opened"
+            );
+            disk.set(Ok(Arc::new(found)));
+        }
+        Err(error) => {
+            tracing::error!(%error, "no disk");
+            disk.set(Err(error.to_string()));
+        }
+    }
+    let registry = Arc::new(Registry::default());
+    let mut bus = Backend::new(
+        |handle| {
+            let fault = args.fault.map(|_| fault::hook as fn() -> _);
+            let shared = Shared { domain: domain.clone(), handle, fault };
+            Vbd::new(shared, disk.clone(), registry.clone(), args.mode == Mode::R)
+        },
+        domain.domid(),
+    )
+    .context("eventfd")?;
+    domain.hv.served().context("telling hv-core that blkback is up")?;
+    let control = control::serve(&domain, registry).context("gRPC on descriptor 4")?;
+    if disk.get().is_ok() {
+        control.set_serving(true);
+    } else {
+        let hv = domain.hv.new_channel()?;
+        let (disk, control, handle) = (disk.clone(), control.clone(), bus.handle());
+        let mode = args.mode;
+        std::thread::Builder::new()
+            .name("disk".into())
+            .spawn(move || keep_trying(&hv, mode, &disk, &control, &handle))
+            .context("thread")?;
+    }
+    let xs = loop {
+        match connect_store(&domain, Duration::from_secs(10)) {
+            Ok(xs) => break xs,
+            // Rings are served all the same.
+            Err(error) => tracing::warn!(%error, "no store yet"),
+        }
+    };
+    bus.run(&xs).context("watching the store")
+}

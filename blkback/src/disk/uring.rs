@@ -66,6 +66,7 @@ pub struct UringDisk {
     ring: IoUring,
     buffers: Arc<dyn Buffers>,
     source: Arc<Source>,
+    shape: DiskShape,
     ops: Vec<Option<Op>>,
     fixed: bool,
     queued: u32,
@@ -100,12 +101,31 @@ impl UringDisk {
             }
         };
         let ops = vec![None; slots as usize];
-        Ok(UringDisk { ring, buffers, source, ops, fixed, queued: 0, under_way: 0 })
+        let shape = source.shape;
+        Ok(UringDisk { ring, buffers, source, shape, ops, fixed, queued: 0, under_way: 0 })
     }
 
     /// Operations that the kernel has.
     pub fn under_way(&self) -> u32 {
         self.under_way
+    }
+
+    /// Refuses writes of this ring, if `read_only`, even if others may write the disk.
+    pub fn set_read_only(&mut self, read_only: bool) {
+        self.shape.read_only |= read_only;
+    }
+
+    /// Waits until the kernel has nothing of this ring's any more.
+    pub fn finish(&mut self) {
+        let mut done = Vec::new();
+        while self.under_way > 0 {
+            if let Err(e) = self.ring.submit_and_wait(1)
+                && e.raw_os_error() != Some(libc::EINTR)
+            {
+                return tracing::error!(error = %e, "io_uring_enter");
+            }
+            self.completed(&mut done);
+        }
     }
 
     fn start(&mut self, slot: Slot, op: Op) {
@@ -156,7 +176,7 @@ impl UringDisk {
 
 impl Disk for UringDisk {
     fn shape(&self) -> DiskShape {
-        self.source.shape
+        self.shape
     }
 
     fn read(&mut self, slot: Slot, offset: u64, len: u32) {

@@ -375,9 +375,9 @@ impl<D: BackendDriver> Backend<D> {
     }
 
     fn clear_error(&mut self, xs: &XsClient, key: DeviceKey) {
-        if self.errors.remove(&key).is_some() {
-            let _absent_is_fine = xs.rm(&self.error_path(key));
-        }
+        self.errors.remove(&key);
+        // A predecessor may have written it.
+        let _absent_is_fine = xs.rm(&self.error_path(key));
     }
 
     fn fail(&mut self, xs: &XsClient, key: DeviceKey, why: &str) {
@@ -391,11 +391,21 @@ impl<D: BackendDriver> Backend<D> {
 }
 
 /// Nodes and the state that tells of them, in one transaction.
-fn publish(node: &DeviceNode, nodes: &[(&'static str, String)], to: XenbusState) -> Result<(), XsError> {
-    node.xs.transaction(|tx| {
-        for (name, value) in nodes {
-            tx.write(&format!("{}/{name}", node.back), value)?;
+///
+/// Without an answer it is not known whether it took effect; it is the same the second time, so it is tried until there is one.
+fn publish(node: &DeviceNode, nodes: &[(&str, String)], to: XenbusState) -> Result<(), XsError> {
+    let mut tries = 0;
+    loop {
+        let said = node.xs.transaction(|tx| {
+            for (name, value) in nodes {
+                tx.write(&format!("{}/{name}", node.back), value)?;
+            }
+            tx.write(&format!("{}/state", node.back), to.as_str())
+        });
+        match said {
+            Err(XsError::Timeout(_) | XsError::Disconnected) if tries < 20 => tries += 1,
+            other => return other,
         }
-        tx.write(&format!("{}/state", node.back), to.as_str())
-    })
+        std::thread::sleep(RETRY);
+    }
 }
