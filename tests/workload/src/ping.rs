@@ -29,6 +29,13 @@ pub struct PingStats {
 }
 
 impl PingStats {
+    /// Notes a reply.
+    pub fn answered(&self, rtt: Duration) {
+        self.received.fetch_add(1, Relaxed);
+        let ns = u64::try_from(rtt.as_nanos()).unwrap_or(u64::MAX);
+        self.max_rtt_ns.fetch_max(ns, Relaxed);
+    }
+
     /// The longest round trip among replies since the last call.
     pub fn take_max_rtt(&self) -> Duration {
         Duration::from_nanos(self.max_rtt_ns.swap(0, Relaxed))
@@ -71,9 +78,7 @@ pub fn run(peer: Ipv4Addr, interval: Duration, stop: &AtomicBool, stats: &PingSt
         {
             let rtt = waiting[at].1.elapsed();
             waiting.remove(at);
-            stats.received.fetch_add(1, Relaxed);
-            let ns = u64::try_from(rtt.as_nanos()).unwrap_or(u64::MAX);
-            stats.max_rtt_ns.fetch_max(ns, Relaxed);
+            stats.answered(rtt);
         }
         while waiting.front().is_some_and(|(_, at)| at.elapsed() > LOST_AFTER) {
             waiting.pop_front();

@@ -15,6 +15,15 @@ use std::time::{Duration, Instant};
 const MAGIC: u64 = u64::from_le_bytes(*b"BHSTREAM");
 const CHUNK: usize = 16 << 10;
 
+/// What a client sends first on a connection of this seed.
+#[must_use]
+pub fn hello(seed: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&MAGIC.to_le_bytes());
+    bytes[8..].copy_from_slice(&seed.to_le_bytes());
+    bytes
+}
+
 /// Totals of one end so far. All counters only grow.
 #[derive(Debug, Default)]
 pub struct StreamStats {
@@ -42,7 +51,8 @@ impl StreamStats {
         self.first.lock().map_or(None, |f| f.clone())
     }
 
-    fn problem(&self, counter: &AtomicU64, text: impl FnOnce() -> String) {
+    /// Counts a reset or a wrong byte, and keeps the first one's words.
+    pub fn problem(&self, counter: &AtomicU64, text: impl FnOnce() -> String) {
         counter.fetch_add(1, Relaxed);
         if let Ok(mut first) = self.first.lock() {
             first.get_or_insert_with(text);
@@ -71,10 +81,8 @@ pub fn client(peer: SocketAddr, seed: u64, config: &StreamConfig, stats: &Stream
         };
         round += 1;
         let seed = mix(seed ^ round);
-        let mut hello = MAGIC.to_le_bytes().to_vec();
-        hello.extend_from_slice(&seed.to_le_bytes());
         stats.connects.fetch_add(1, Relaxed);
-        if let Err(e) = sock.write_all(&hello) {
+        if let Err(e) = sock.write_all(&hello(seed)) {
             stats.problem(&stats.resets, || format!("hello: {e}"));
             continue;
         }
