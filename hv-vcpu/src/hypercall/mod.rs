@@ -279,3 +279,6 @@ fn physdev_op(cmd: u64) -> Answer {
         _ => Err(Errno::ENOSYS),
     }
 }
+
+#[cfg(test)]
+mod tests;
