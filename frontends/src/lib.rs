@@ -3,4 +3,5 @@
 //! Frontends never trust their backend: every index, id, length and offset that it writes is checked, and shared
 //! bytes are copied once before they are judged.
 
+pub mod blkfront;
 pub mod netfront;

@@ -1,0 +1,112 @@
+//! The process guest: verified disk and network load over the rings of a real guest, without a kernel of its own.
+//! It reports on its PV console in the form of the Linux guest's agent, and ends when the toolstack asks it to through
+//! `control/shutdown`.
+
+mod disk;
+mod net;
+mod options;
+mod report;
+mod work;
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use domain_kit::xenbus::connect_store;
+use domain_kit::xs::{XsClient, XsOps};
+use domain_kit::{Domain, control};
+use proto::service::Counter;
+use serde_json::json;
+
+use crate::options::Options;
+use crate::report::Reporter;
+use crate::work::{End, Work};
+
+/// SHUTDOWN_* reasons (sched.h).
+const POWEROFF: u32 = 0;
+const REBOOT: u32 = 1;
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let domain = Domain::join("process-guest")?;
+    let reporter = Arc::new(Reporter::open(&domain));
+    reporter.line(
+        "boot",
+        json!({
+            "kernel": concat!("process-guest ", env!("CARGO_PKG_VERSION")),
+            "hypervisor": "bulkhead",
+            "boot_id": format!("{:x}-{}", domain.hello.instance, domain.hello.generation),
+            "uptime_ms": domain.started.elapsed().as_millis() as u64,
+            "cpus": std::thread::available_parallelism().map_or(1, usize::from),
+        }),
+    );
+    let health = control::serve(&domain, Arc::new(Nothing)).context("gRPC")?;
+    let end = match run(&options, &domain, &reporter, &health) {
+        Ok(end) => end,
+        Err(error) => {
+            reporter.error("guest", &format!("{error:#}"));
+            return Err(error);
+        }
+    };
+    domain.hv.shutdown(if end == End::Reboot { REBOOT } else { POWEROFF })?;
+    Ok(())
+}
+
+fn run(
+    options: &Options,
+    domain: &Arc<Domain>,
+    reporter: &Arc<Reporter>,
+    health: &control::ControlHandle,
+) -> anyhow::Result<End> {
+    let xs = connect_store(domain, Duration::from_secs(60)).context("xenstore")?;
+    xs.set_timeout(Duration::from_secs(30));
+    let (ends, end) = mpsc::channel();
+    watch_shutdown(&xs, ends)?;
+    let work = Work::start(options, domain, &xs, reporter)?;
+    domain.hv.served()?;
+    health.set_serving(true);
+    let why = work.watch(options, reporter, &end);
+    health.set_serving(false);
+    let clean = work.stop(reporter);
+    reporter.line("end", json!({"why": why.name(), "clean": clean}));
+    Ok(why)
+}
+
+/// Turns the toolstack's wishes into an end, as guests do: read, acknowledge by an empty value, act.
+fn watch_shutdown(xs: &XsClient, ends: mpsc::Sender<End>) -> anyhow::Result<()> {
+    const NODE: &str = "control/shutdown";
+    let watches = xs.watch_set()?;
+    watches.watch(NODE, "shutdown")?;
+    let xs = xs.clone();
+    std::thread::Builder::new().name("shutdown".into()).spawn(move || {
+        loop {
+            watches.next_timeout(Duration::from_secs(3600));
+            let end = match xs.read_opt(NODE).ok().flatten().as_deref() {
+                Some("poweroff" | "halt") => End::PowerOff,
+                Some("reboot") => End::Reboot,
+                _ => continue,
+            };
+            if let Err(error) = xs.write(NODE, "") {
+                tracing::warn!(%error, "the request to end could not be acknowledged");
+            }
+            if ends.send(end).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// A guest has no counters of its own; its load reports on the console.
+struct Nothing;
+
+impl control::ServiceControl for Nothing {
+    fn statistics(&self) -> Vec<Counter> {
+        Vec::new()
+    }
+    fn drain(&self, _deadline: Duration, _resume: bool) -> bool {
+        true
+    }
+}
