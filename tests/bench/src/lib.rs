@@ -9,6 +9,7 @@
 
 pub mod cases;
 pub mod dom0;
+pub mod endpoint;
 pub mod guest;
 pub mod peers;
 pub mod report;

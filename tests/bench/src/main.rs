@@ -50,13 +50,15 @@ enum Case {
     Store,
     /// Disk requests through ring and journal.
     Block,
+    /// TCP and ICMP to the outside.
+    Net,
     /// Pauses after kills.
     Restart,
     /// Boot time, memory and lines of code.
     Boot,
 }
 
-const ALL: [Case; 5] = [Case::Evtchn, Case::Store, Case::Block, Case::Restart, Case::Boot];
+const ALL: [Case; 6] = [Case::Evtchn, Case::Store, Case::Block, Case::Net, Case::Restart, Case::Boot];
 
 #[derive(Subcommand)]
 enum Internal {
@@ -113,6 +115,7 @@ fn run(cli: &Cli) -> Result<bool> {
             Case::Evtchn => cases::evtchn::run(&settings),
             Case::Store => cases::store::run(&settings, up(&mut world, &settings)),
             Case::Block => cases::block::run(&settings, up(&mut world, &settings)),
+            Case::Net => cases::net::run(&settings, up(&mut world, &settings)),
             Case::Restart => cases::restart::run(&settings, up(&mut world, &settings)),
             Case::Boot if cli.inside => {
                 settings.image.as_ref().map_or_else(Vec::new, |image| cases::boot::here(&settings, image))

@@ -3,16 +3,19 @@
 mod copy;
 mod events;
 mod load;
+mod net;
 mod store;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use domain_kit::Domain;
 use domain_kit::xs::XsOps;
 use serde_json::{Value, json};
+
+use crate::endpoint::Endpoint;
 
 /// A domain under measurement.
 pub struct Guest {
@@ -20,6 +23,7 @@ pub struct Guest {
     events: events::Events,
     copy: copy::Copy,
     store: store::Store,
+    net: net::Net,
     loads: HashMap<String, load::Load>,
 }
 
@@ -37,6 +41,7 @@ pub fn run() -> Result<()> {
         events: events::Events::default(),
         copy: copy::Copy::default(),
         store: store::Store::default(),
+        net: net::Net::default(),
         loads: HashMap::new(),
         domain,
     };
@@ -73,10 +78,17 @@ impl Guest {
             "copy" => self.copy.grant_copy(&self.domain, &copy::Job::from(command)?),
             "memcpy" => self.copy.memory_copy(&copy::Job::from(command)?),
             "store" => self.store.round_trips(&self.domain, command),
+            "stream" => locked(&*self.endpoint()?).stream_command(command),
+            "ping_outside" => locked(&*self.endpoint()?).ping_command(command),
             "load" => self.load(text(command, "kind")?, command["on"].as_bool().unwrap_or(false)),
             "longest" => self.loads.get(text(command, "kind")?).context("that load does not run")?.longest(),
             other => bail!("no such command: {other}"),
         }
+    }
+
+    fn endpoint(&mut self) -> Result<Arc<Mutex<Endpoint<net::Nic>>>> {
+        let client = self.store.client(&self.domain)?;
+        self.net.endpoint(&self.domain, client)
     }
 
     /// Starts or ends a light load.
@@ -90,6 +102,11 @@ impl Guest {
                     let client = self.store.client(&self.domain)?.clone();
                     let path = format!("/local/domain/{}/name", self.domain.domid());
                     load::Load::start(move || client.read(&path).map(drop).map_err(Into::into))?
+                }
+                "net" => {
+                    let endpoint = self.endpoint()?;
+                    let peer = bulkhead_tests::outside::ADDRESS.parse()?;
+                    load::Load::start(move || locked(&*endpoint).load_echo(peer))?
                 }
                 other => bail!("no such load: {other}"),
             };
@@ -105,4 +122,8 @@ pub(crate) fn number(command: &Value, key: &str) -> Result<u64> {
 
 pub(crate) fn text<'a>(command: &'a Value, key: &str) -> Result<&'a str> {
     command[key].as_str().with_context(|| format!("{key} is missing"))
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

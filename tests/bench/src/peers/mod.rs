@@ -4,4 +4,6 @@ pub mod echo;
 pub mod eventfd;
 pub mod helper;
 pub mod memory;
+pub mod sink;
 pub mod uring;
+pub mod veth;

@@ -1,0 +1,93 @@
+//! A process guest's TCP and ICMP through netfront, ring, journal and netback, beside the same endpoint on a veth pair.
+
+use std::cell::RefCell;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bulkhead_tests::outside::ADDRESS;
+use serde_json::json;
+
+use super::world::World;
+use super::{Settings, or_missing};
+use crate::endpoint::Direction;
+use crate::peers::{sink, veth};
+use crate::report::{Goal, Line};
+use crate::rounds::{Contestant, take_turns};
+use crate::stats::Series;
+
+/// Length of one turn.
+const TURN: Duration = Duration::from_millis(400);
+/// Echoes in each turn.
+const PINGS: usize = 300;
+
+/// An echo without a reply for so long is sent again.
+pub const LOST: Duration = Duration::from_secs(1);
+
+const NAMES: &[(&str, &str, &str)] = &[
+    ("net TCP out of the guest", "MiB/s", ""),
+    ("net TCP into the guest", "MiB/s", ""),
+    ("net ping", "us", ""),
+];
+
+/// All lines of the case.
+pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
+    or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)))
+}
+
+fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
+    let outside = &world.system.outside;
+    let address: Ipv4Addr = ADDRESS.parse()?;
+    let wire = veth::Wire::new(outside)?;
+    let kernels = veth::kernel(outside)?;
+    let [port, raw_port, kernel_port] =
+        [address, veth::RAW_PEER, veth::KERNEL_PEER].map(|a| outside.run(move || sink::start(a)));
+    let (port, raw_port, kernel_port) = (port??, raw_port??, kernel_port??);
+    let guest = RefCell::new(&mut world.guest);
+    let mut lines = Vec::new();
+    for (name, way) in [(NAMES[0].0, Direction::Out), (NAMES[1].0, Direction::In)] {
+        let command = json!({
+            "cmd": "stream", "peer": ADDRESS, "port": port, "out": way == Direction::Out, "ms": TURN.as_millis() as u64,
+        });
+        let series = take_turns(
+            settings.rounds,
+            &mut [
+                Contestant::new("netback", || guest.borrow_mut().number(&command, "mib_s")),
+                Contestant::new("veth", || {
+                    wire.run(move |end| end.stream(veth::RAW_PEER, raw_port, way, TURN))
+                }),
+                Contestant::new("veth, kernel TCP", || {
+                    kernels.run(move || sink::stream(veth::KERNEL_PEER, kernel_port, way, TURN))?
+                }),
+            ],
+        )?;
+        let [ours, limit, kernel]: [Series; 3] =
+            series.try_into().ok().context("as many series as contestants")?;
+        let line = Line::beside(name, "MiB/s", &ours, ("veth", &limit), Goal::None);
+        lines.push(
+            line.peer("veth, kernel TCP with segmentation offload", &kernel)
+                .note("smoltcp in the guest and on the veth; MTU 1500"),
+        );
+    }
+    let command = json!({"cmd": "ping_outside", "peer": ADDRESS, "count": PINGS});
+    let series = take_turns(
+        settings.rounds,
+        &mut [
+            Contestant::new("netback", || guest.borrow_mut().number(&command, "us")),
+            Contestant::new("veth", || {
+                let times = wire.run(|end| {
+                    let mut times = Series::default();
+                    end.pings(veth::RAW_PEER, LOST, |time| {
+                        times.push(time.as_secs_f64() * 1e6);
+                        times.len() < PINGS
+                    })?;
+                    Ok(times)
+                })?;
+                Ok(times.median())
+            }),
+        ],
+    )?;
+    let [ours, limit]: [Series; 2] = series.try_into().ok().context("as many series as contestants")?;
+    lines.push(Line::beside(NAMES[2].0, "us", &ours, ("veth", &limit), Goal::None));
+    Ok(lines)
+}
