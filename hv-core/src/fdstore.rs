@@ -95,12 +95,19 @@ impl FdStore {
 
     /// Takes all sockets out: a descriptor in flight in one of them could be what nobody may keep.
     pub fn take_sockets(&mut self) -> Vec<Entry> {
-        self.entries.extract_if(.., |_, e| e.kind == fd_kind::SOCKET).map(|(_, e)| e).collect()
+        let (sockets, rest) = self.take_map().into_iter().partition(|(_, e)| e.kind == fd_kind::SOCKET);
+        self.entries = rest;
+        let sockets: BTreeMap<_, _> = sockets;
+        sockets.into_values().collect()
     }
 
     /// Takes everything out.
     pub fn take_all(&mut self) -> Vec<Entry> {
-        std::mem::take(&mut self.entries).into_values().collect()
+        self.take_map().into_values().collect()
+    }
+
+    fn take_map(&mut self) -> BTreeMap<[u8; hv_abi::NAME_LEN], Entry> {
+        std::mem::take(&mut self.entries)
     }
 }
 

@@ -299,7 +299,8 @@ impl Spec {
                 return bad("env", format!("{var:?} is not KEY=VALUE"));
             }
         }
-        let roles = roles_field(r.roles())?;
+        let known = |n: &i32| Role::try_from(*n).unwrap_or(Role::Unspecified);
+        let roles = roles_field(r.roles.iter().map(known))?;
         let mut resources: Vec<(Name, Resource)> = Vec::new();
         for r in &r.resources {
             let (name, resource) = resource(r)?;
@@ -383,7 +384,8 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         assert!(Spec::parse(&good()).is_ok());
-        let cases: Vec<(&str, Box<dyn Fn(&mut CreateDomainRequest)>)> = vec![
+        type Spoil = Box<dyn Fn(&mut CreateDomainRequest)>;
+        let cases: Vec<(&str, Spoil)> = vec![
             ("name", Box::new(|r| r.name = "../x".into())),
             ("name", Box::new(|r| r.name = ".x".into())),
             ("uuid", Box::new(|r| r.uuid = "1".into())),

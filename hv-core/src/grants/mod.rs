@@ -144,7 +144,10 @@ impl Maps {
 
     /// Takes out all maps that fit.
     pub fn take_if(&mut self, fits: impl Fn(&Map) -> bool) -> Vec<Map> {
-        let taken: Vec<Map> = self.maps.extract_if(.., |_, m| fits(m)).map(|(_, m)| m).collect();
+        let (taken, rest): (BTreeMap<_, _>, _) =
+            std::mem::take(&mut self.maps).into_iter().partition(|(_, m)| fits(m));
+        self.maps = rest;
+        let taken: Vec<Map> = taken.into_values().collect();
         self.pages -= taken.iter().map(|m| m.pages.len() as u32).sum::<u32>();
         taken
     }

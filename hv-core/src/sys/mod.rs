@@ -271,8 +271,7 @@ fn mount_setattr(mount: BorrowedFd<'_>, set: u64, userns: u64) -> io::Result<()>
         propagation: u64,
         userns_fd: u64,
     }
-    let attr =
-        MountAttr { attr_set: set, attr_clr: 0, propagation: libc::MS_PRIVATE as u64, userns_fd: userns };
+    let attr = MountAttr { attr_set: set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: userns };
     // SAFETY: `attr` is struct mount_attr of linux/mount.h and lives through the call.
     check(unsafe {
         libc::syscall(

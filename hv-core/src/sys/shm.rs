@@ -4,7 +4,7 @@
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -77,9 +77,9 @@ impl Shm {
         Some(unsafe { AtomicU32::from_ptr(at) })
     }
 
-    /// Loads a word, for tests.
-    pub fn load(&self, offset: u64) -> Option<u32> {
-        self.word(offset).map(|w| w.load(Ordering::Acquire))
+    #[cfg(test)]
+    pub(crate) fn load(&self, offset: u64) -> Option<u32> {
+        self.word(offset).map(|w| w.load(std::sync::atomic::Ordering::Acquire))
     }
 }
 
@@ -98,7 +98,7 @@ mod tests {
     fn ranges_are_checked() {
         let fd = crate::sys::sealed_memfd(c"t", 8192).unwrap();
         let (a, b) = (Shm::map(&fd, 8192).unwrap(), Shm::map(&fd, 4096).unwrap());
-        a.word(4096).unwrap().store(7, Ordering::Relaxed);
+        a.word(4096).unwrap().store(7, std::sync::atomic::Ordering::Relaxed);
         assert!(b.copy_from(0, &a, 4096, 4096).is_some());
         assert_eq!(b.load(0), Some(7));
         assert!(b.copy_from(1, &a, 0, 4096).is_none());

@@ -121,7 +121,7 @@ fn look() -> String {
     let mut text = String::new();
     let mut say = |line: String| text.push_str(&(line + "\n"));
     for entry in std::fs::read_dir("/").expect("/").flatten() {
-        say(format!("root {}", entry.file_name().to_string_lossy()));
+        say(format!("entry {}", entry.file_name().to_string_lossy()));
     }
     say(format!("pid {}", std::process::id()));
     say(format!("uid {}", nix::unistd::getuid()));

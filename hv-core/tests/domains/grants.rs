@@ -1,1 +1,281 @@
-//! x
+//! Grants of process domains: regions, maps, copies.
+
+use domain_kit::mem::SharedMem;
+use hv_abi::*;
+use nix::errno::Errno;
+use proto::hvcore::Role;
+use xen_abi::grant_table::*;
+
+use crate::system::System;
+
+/// A registered buffer and its memory.
+fn buffer(hv: &domain_kit::Hypercall, pages: usize) -> (u32, SharedMem) {
+    let (mem, fd) = SharedMem::create("buffer", pages * PAGE_SIZE).unwrap();
+    (hv.buffer_register(&fd, (pages * PAGE_SIZE) as u64).unwrap(), mem)
+}
+
+pub fn region_map_and_copy() {
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let (f, b) = (front.hv(), back.hv());
+    let (info, memfd) = f.region_create(back.id, 4, 11).unwrap();
+    let mem = SharedMem::map(&memfd, 4 * PAGE_SIZE).unwrap();
+    mem.copy_in(2 * PAGE_SIZE, b"page two");
+    let map = b.grant_map(front.id, &[info.first_gref + 2, info.first_gref], 77).unwrap();
+    assert_eq!((map.pages.as_slice(), map.fd_pages), (&[2, 0][..], 4));
+    let seen = SharedMem::map(&map.fd, 4 * PAGE_SIZE).unwrap();
+    let mut text = [0; 8];
+    seen.copy_out(2 * PAGE_SIZE, &mut text);
+    assert_eq!(&text, b"page two");
+    seen.copy_in(0, b"answered");
+    mem.copy_out(0, &mut text);
+    assert_eq!(&text, b"answered");
+    let (id, own) = buffer(&b, 2);
+    let entry = |flags, gref, offset, buffer_offset| CopyEntry {
+        domid: front.id,
+        flags,
+        gref,
+        offset,
+        len: 8,
+        buffer: id,
+        buffer_offset,
+    };
+    own.copy_in(5000, b"from buf");
+    let mut statuses = [1; 2];
+    b.grant_copy(
+        &[entry(0, info.first_gref + 2, 0, 100), entry(COPY_TO_GRANT, info.first_gref + 3, 4088, 5000)],
+        &mut statuses,
+    )
+    .unwrap();
+    assert_eq!(statuses, [GNTST_OKAY; 2]);
+    own.copy_out(100, &mut text);
+    assert_eq!(&text, b"page two");
+    mem.copy_out(3 * PAGE_SIZE + 4088, &mut text);
+    assert_eq!(&text, b"from buf");
+    assert_eq!(system.get(&back).unwrap().mapped_pages, 2);
+    // The memory cannot be resized under anyone.
+    assert!(nix::unistd::ftruncate(&memfd, 0).is_err());
+    f.region_delete(info.region).unwrap();
+    assert!(b.grant_map(front.id, &[info.first_gref], 0).unwrap_err().is(Errno::EACCES));
+    seen.copy_out(0, &mut text); // existing maps stay
+    b.grant_unmap(map.handle).unwrap();
+    assert_eq!(system.get(&back).unwrap().mapped_pages, 0);
+}
+
+pub fn anothers_grant() {
+    let mut system = System::start();
+    let (front, back, thief) = (system.guest("front"), system.backend("back"), system.backend("thief"));
+    let (f, t) = (front.hv(), thief.hv());
+    let (info, _memfd) = f.region_create(back.id, 1, 0).unwrap();
+    let map = back.hv().grant_map(front.id, &[info.first_gref], 0).unwrap();
+    for gref in [info.first_gref, info.first_gref + 1, 0, u32::MAX] {
+        assert!(t.grant_map(front.id, &[gref], 0).unwrap_err().is(Errno::EACCES), "{gref}");
+    }
+    let (id, _mem) = buffer(&t, 1);
+    let entry = CopyEntry {
+        domid: front.id,
+        flags: 0,
+        gref: info.first_gref,
+        offset: 0,
+        len: 1,
+        buffer: id,
+        buffer_offset: 0,
+    };
+    let mut status = [0];
+    t.grant_copy(&[entry], &mut status).unwrap();
+    assert!(status[0] < 0);
+    assert!(t.grant_unmap(map.handle).unwrap_err().is(Errno::ESTALE), "handles are the caller's own");
+    assert!(t.grant_claim(map.handle).unwrap_err().is(Errno::ESTALE));
+    assert!(t.region_fetch(info.region).unwrap_err().is(Errno::ENOENT));
+    assert!(t.region_delete(info.region).unwrap_err().is(Errno::ENOENT));
+    assert!(t.grant_map(99, &[1], 0).unwrap_err().is(Errno::ESRCH));
+}
+
+pub fn stale_handles() {
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let (info, _memfd) = front.hv().region_create(back.id, 2, 0).unwrap();
+    let b = back.hv();
+    let map = b.grant_map(front.id, &[info.first_gref], 0).unwrap();
+    b.grant_unmap(map.handle).unwrap();
+    assert!(b.grant_unmap(map.handle).unwrap_err().is(Errno::ESTALE));
+    assert!(b.grant_claim(map.handle).unwrap_err().is(Errno::ESTALE));
+    let map = b.grant_map(front.id, &[info.first_gref], 0).unwrap();
+    system.kill(&back);
+    // A dead incarnation's socket is closed for ever, even for whoever kept it.
+    assert!(b.hello().unwrap_err().errno().is_none());
+    let now = back.hv();
+    let claimed = now.grant_claim(map.handle).unwrap();
+    assert_eq!(claimed.pages, map.pages);
+    now.grant_unmap(map.handle).unwrap();
+    assert!(now.grant_unmap(map.handle).unwrap_err().is(Errno::ESTALE));
+}
+
+pub fn claims_and_drops() {
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let (info, _memfd) = front.hv().region_create(back.id, 4, 0).unwrap();
+    let b = back.hv();
+    let maps: Vec<_> = (0..3)
+        .map(|i| b.grant_map(front.id, &[info.first_gref + i], 100 + u64::from(i)).unwrap().handle)
+        .collect();
+    system.kill(&back);
+    let b = back.hv();
+    let list = b.grant_list().unwrap();
+    assert!(list.iter().all(|m| m.mine == 0) && list.len() == 3);
+    assert_eq!(list.iter().map(|m| m.tag).collect::<Vec<_>>(), [100, 101, 102]);
+    b.grant_claim(maps[1]).unwrap();
+    b.grant_claim(maps[1]).expect("idempotent");
+    b.grant_unmap(maps[2]).expect("a predecessor's may be dropped unclaimed");
+    b.served().unwrap();
+    let list = b.grant_list().unwrap();
+    assert_eq!(list.len(), 1);
+    assert_eq!((list[0].handle, list[0].mine), (maps[1], 1));
+    assert!(b.grant_claim(maps[0]).unwrap_err().is(Errno::ESTALE));
+    assert_eq!(system.get(&back).unwrap().mapped_pages, 1);
+    // The quota is the domid's.
+    let mut request = System::request("small", &[Role::Backend]);
+    request.limits = Some(proto::hvcore::Limits { map_pages: 2, region_pages: 3, ..Default::default() });
+    let small = system.create(request);
+    let (info, _memfd) = front.hv().region_create(small.id, 4, 0).unwrap();
+    let s = small.hv();
+    let grefs: Vec<u32> = (0..3).map(|i| info.first_gref + i).collect();
+    assert!(s.grant_map(front.id, &grefs, 0).unwrap_err().is(Errno::ENOSPC));
+    let map = s.grant_map(front.id, &grefs[..2], 0).unwrap();
+    assert!(s.grant_map(front.id, &grefs[2..], 0).unwrap_err().is(Errno::ENOSPC));
+    s.grant_unmap(map.handle).unwrap();
+    s.grant_map(front.id, &grefs[2..], 0).unwrap();
+    assert!(s.region_create(front.id, 4, 0).unwrap_err().is(Errno::ENOSPC));
+    assert!(s.region_create(front.id, MAX_REGION_PAGES + 1, 0).unwrap_err().is(Errno::EINVAL));
+}
+
+/// A batch in which every second piece is wrong in its own way: each has its own status, all wrong ones are negative (XSA-316),
+/// and what comes after a wrong one is done.
+pub fn xsa_318_every_status_is_written() {
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let (info, memfd) = front.hv().region_create(back.id, 1, 0).unwrap();
+    let granted = SharedMem::map(&memfd, PAGE_SIZE).unwrap();
+    granted.copy_in(0, &[0xaa; 64]);
+    let b = back.hv();
+    let (id, own) = buffer(&b, 1);
+    let good = |n: u64| CopyEntry {
+        domid: front.id,
+        flags: 0,
+        gref: info.first_gref,
+        offset: 0,
+        len: 1,
+        buffer: id,
+        buffer_offset: n,
+    };
+    let bad = [
+        CopyEntry { domid: 99, ..good(0) },
+        CopyEntry { domid: DOMID_INVALID, ..good(0) },
+        CopyEntry { gref: info.first_gref + 1, ..good(0) },
+        CopyEntry { gref: u32::MAX, ..good(0) },
+        CopyEntry { flags: 2, ..good(0) },
+        CopyEntry { offset: 4095, len: 2, ..good(0) },
+        CopyEntry { offset: u16::MAX, len: u16::MAX, ..good(0) },
+        CopyEntry { buffer: id + 1, ..good(0) },
+        CopyEntry { buffer_offset: 4096, ..good(0) },
+        CopyEntry { buffer_offset: u64::MAX, ..good(0) },
+    ];
+    let want = [
+        GNTST_BAD_DOMAIN,
+        GNTST_BAD_DOMAIN,
+        GNTST_BAD_GNTREF,
+        GNTST_BAD_GNTREF,
+        GNTST_GENERAL_ERROR,
+        GNTST_BAD_COPY_ARG,
+        GNTST_BAD_COPY_ARG,
+        GNTST_GENERAL_ERROR,
+        GNTST_BAD_COPY_ARG,
+        GNTST_BAD_COPY_ARG,
+    ];
+    let batch: Vec<CopyEntry> = bad.iter().enumerate().flat_map(|(i, b)| [*b, good(i as u64)]).collect();
+    let mut statuses = vec![7; batch.len()];
+    b.grant_copy(&batch, &mut statuses).unwrap();
+    for (i, pair) in statuses.chunks(2).enumerate() {
+        assert_eq!(pair, [want[i], GNTST_OKAY], "piece {i}");
+    }
+    let mut bytes = [0; 12];
+    own.copy_out(0, &mut bytes);
+    assert_eq!(bytes, [0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0, 0]);
+    let mut zero = [7];
+    b.grant_copy(&[CopyEntry { len: 0, ..good(4095) }], &mut zero).unwrap();
+    assert_eq!(zero, [GNTST_OKAY], "nothing is copied, and that is fine");
+}
+
+/// Canaries round every range that a copy may touch.
+pub fn xsa_382_nothing_outside_the_buffer() {
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let (info, memfd) = front.hv().region_create(back.id, 3, 0).unwrap();
+    let granted = SharedMem::map(&memfd, 3 * PAGE_SIZE).unwrap();
+    let b = back.hv();
+    // A buffer registered shorter than its memfd: what is beyond is not to be touched.
+    let (own, fd) = SharedMem::create("buffer", 2 * PAGE_SIZE).unwrap();
+    let id = b.buffer_register(&fd, 5000).unwrap();
+    for mem in [&granted, &own] {
+        mem.copy_in(0, &vec![0x55; mem.len()]);
+    }
+    let mut state = 12345u64;
+    let mut next = |max: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) % max
+    };
+    for _ in 0..2000 {
+        let (offset, len, at) = (next(4200) as u16, next(4200) as u16, next(5200));
+        let entry = CopyEntry {
+            domid: front.id,
+            flags: COPY_TO_GRANT * next(2) as u16,
+            gref: info.first_gref + 1,
+            offset,
+            len,
+            buffer: id,
+            buffer_offset: at,
+        };
+        let mut status = [9];
+        b.grant_copy(&[entry], &mut status).unwrap();
+        let fits = u64::from(offset) + u64::from(len) <= 4096 && at + u64::from(len) <= 5000;
+        assert_eq!(status[0] == GNTST_OKAY, fits, "{entry:?}");
+    }
+    // Other pages of the region and the buffer's rest still hold the canary.
+    let intact = |mem: &SharedMem, from: usize, to: usize| {
+        let mut bytes = vec![0; to - from];
+        mem.copy_out(from, &mut bytes);
+        bytes.iter().all(|b| *b == 0x55)
+    };
+    assert!(intact(&granted, 0, PAGE_SIZE) && intact(&granted, 2 * PAGE_SIZE, 3 * PAGE_SIZE));
+    assert!(intact(&own, 5000, 2 * PAGE_SIZE));
+}
+
+pub fn copy_buffers_die_with_the_incarnation() {
+    let mut system = System::start();
+    let back = system.backend("back");
+    let b = back.hv();
+    let (id, _mem) = buffer(&b, 1);
+    // What is no sealed memfd, or too short, is refused.
+    let unsealed = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    nix::unistd::ftruncate(&unsealed, 4096).unwrap();
+    assert!(b.buffer_register(&unsealed, 4096).unwrap_err().is(Errno::EINVAL), "could shrink");
+    let file = tempfile::tempfile().unwrap();
+    assert!(b.buffer_register(&file, 4096).unwrap_err().is(Errno::EINVAL));
+    let (_short, fd) = SharedMem::create("short", 4096).unwrap();
+    assert!(b.buffer_register(&fd, 4097).unwrap_err().is(Errno::EINVAL));
+    assert!(b.buffer_register(&fd, 0).unwrap_err().is(Errno::EINVAL));
+    assert!(b.buffer_register(&fd, (64 << 20) + 1).unwrap_err().is(Errno::EINVAL));
+    system.kill(&back);
+    let b = back.hv();
+    assert!(b.buffer_unregister(id).unwrap_err().is(Errno::ENOENT));
+    let mut all = Vec::new();
+    let full = loop {
+        match b.buffer_register(&fd, 4096) {
+            Ok(id) => all.push(id),
+            Err(e) => break e,
+        }
+    };
+    assert!(full.is(Errno::ENOSPC) && all.len() == 64);
+    b.buffer_unregister(all[0]).unwrap();
+    b.buffer_register(&fd, 4096).unwrap();
+}

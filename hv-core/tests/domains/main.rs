@@ -22,7 +22,18 @@ macro_rules! tests {
 }
 
 const TESTS: &[Test] = tests! {
-    lives: first_steps;
+    lives: first_steps, restart_policy_backoff_and_burst, own_faults_are_told, dom0_restarts_and_services_go_on,
+        orderly_end_leaves_nothing, creation_errors_name_the_field, kept_network_namespace, fd_store_quota_and_kinds,
+        resources_are_fresh_descriptions, listeners_queue_while_dead, netdevs_move_in, shutdown_and_start_again,
+        events_in_order, xsa_380_teardown_is_bounded, second_hv_core_is_refused;
+    ports: round_trip_between_domains, xsa_355_close_and_rebind, anothers_port, virq_dom_exc_tells_of_every_change,
+        xsa_496_error_paths_leave_other_state_alone, xsa_344_many_ports;
+    grants: region_map_and_copy, anothers_grant, stale_handles, claims_and_drops, xsa_318_every_status_is_written,
+        xsa_382_nothing_outside_the_buffer, copy_buffers_die_with_the_incarnation;
+    pvh: xsa_18_references_before_any_setup, copy_checks_the_table, xsa_500_entry_changes_during_copies,
+        maps_need_udmabuf, lying_backend_is_caught, destroyed_guest_is_released;
+    boundaries: sandbox_holds_nothing_else, seccomp_kills, control_api_is_dom0s_alone, wrong_roles;
+    fuzz: garbage_on_the_hypercall_socket;
 };
 
 fn main() {
@@ -58,7 +69,8 @@ fn main() {
             .output()
             .expect("running a test");
         let text = String::from_utf8_lossy(&output.stdout);
-        let note = text.lines().find(|l| l.starts_with("NOTE")).unwrap_or_default();
+        let notes: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("NOTE ")).collect();
+        let note = notes.join("; ");
         let took = started.elapsed();
         if output.status.success() {
             println!("test {name} ... ok ({took:.2?}) {note}");
