@@ -1,5 +1,6 @@
 //! What runs inside a process domain: commands from the driver, each a measurement or a step of setting one up.
 
+mod block;
 mod copy;
 mod events;
 mod load;
@@ -23,6 +24,7 @@ pub struct Guest {
     events: events::Events,
     copy: copy::Copy,
     store: store::Store,
+    block: block::Block,
     net: net::Net,
     loads: HashMap<String, load::Load>,
 }
@@ -41,6 +43,7 @@ pub fn run() -> Result<()> {
         events: events::Events::default(),
         copy: copy::Copy::default(),
         store: store::Store::default(),
+        block: block::Block::default(),
         net: net::Net::default(),
         loads: HashMap::new(),
         domain,
@@ -78,6 +81,10 @@ impl Guest {
             "copy" => self.copy.grant_copy(&self.domain, &copy::Job::from(command)?),
             "memcpy" => self.copy.memory_copy(&copy::Job::from(command)?),
             "store" => self.store.round_trips(&self.domain, command),
+            "block" => {
+                let client = self.store.client(&self.domain)?;
+                self.block.run(&self.domain, client, command)
+            }
             "stream" => locked(&*self.endpoint()?).stream_command(command),
             "ping_outside" => locked(&*self.endpoint()?).ping_command(command),
             "load" => self.load(text(command, "kind")?, command["on"].as_bool().unwrap_or(false)),
@@ -102,6 +109,11 @@ impl Guest {
                     let client = self.store.client(&self.domain)?.clone();
                     let path = format!("/local/domain/{}/name", self.domain.domid());
                     load::Load::start(move || client.read(&path).map(drop).map_err(Into::into))?
+                }
+                "block" => {
+                    let client = self.store.client(&self.domain)?;
+                    let disk = self.block.disk(&self.domain, client)?;
+                    load::Load::start(move || locked(&*disk).load_request())?
                 }
                 "net" => {
                     let endpoint = self.endpoint()?;
