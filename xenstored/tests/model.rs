@@ -25,8 +25,8 @@ use world::{HALF, RingPage, Stream, memory};
 use xenstored::engine::{Engine, Options};
 use xenstored::journal::mem::{Crash, Mem};
 use xenstored::store::{Class, ConnId};
-use xenstored::tree::View as _;
 use xenstored::transport::{ring, stream};
+use xenstored::tree::View as _;
 
 const CLIENTS: usize = 4;
 /// The client that speaks over a ring.
@@ -99,7 +99,16 @@ impl World {
             ..Client::default()
         });
         let clients = clients.collect();
-        Self { mem, engine: Some(engine), streams, page, clients, oracle: Oracle::new(CLIENTS), crashes: 0, resets: 0 }
+        Self {
+            mem,
+            engine: Some(engine),
+            streams,
+            page,
+            clients,
+            oracle: Oracle::new(CLIENTS),
+            crashes: 0,
+            resets: 0,
+        }
     }
 
     /// Runs something that may crash; if it does, brings the daemon back (which may crash too, `again` steps on).
@@ -152,7 +161,8 @@ impl World {
             let consumed = conn.consumed as usize;
             while client.judged < consumed {
                 let at = client.judged;
-                let len = client.requests[at + 12..at + 16].try_into().map(u32::from_ne_bytes).expect("length");
+                let len =
+                    client.requests[at + 12..at + 16].try_into().map(u32::from_ne_bytes).expect("length");
                 let end = at + 16 + len as usize;
                 self.oracle.request(i, &client.requests[at..end]);
                 client.judged = end;
@@ -172,7 +182,9 @@ impl World {
         for (path, value) in self.oracle.nodes() {
             match store.tree.find(path) {
                 xenstored::tree::Lookup::Node(node) => assert_eq!(node.value, &value[..]),
-                xenstored::tree::Lookup::Missing { .. } => panic!("{} is gone", String::from_utf8_lossy(path)),
+                xenstored::tree::Lookup::Missing { .. } => {
+                    panic!("{} is gone", String::from_utf8_lossy(path))
+                }
             }
             found += 1;
         }
@@ -196,7 +208,8 @@ impl World {
         let path = PATHS[rng.random_range(0..PATHS.len())];
         let leaf = PATHS[rng.random_range(0..PATHS.len() - 1)];
         let open = &mut self.clients[client].open_txs;
-        let tx = if open.is_empty() || rng.random_bool(0.4) { 0 } else { open[rng.random_range(0..open.len())] };
+        let tx =
+            if open.is_empty() || rng.random_bool(0.4) { 0 } else { open[rng.random_range(0..open.len())] };
         match rng.random_range(0..100) {
             0..25 => {
                 let size = if rng.random_bool(0.05) { 3000 } else { rng.random_range(0..40) };
@@ -339,12 +352,10 @@ impl World {
             assert_eq!(client.judged, client.requests.len(), "client {i}: all requests were carried out");
             let (got, want) = (messages(&client.received), messages(&self.oracle.output[i]));
             if let Some(at) = (0..got.len().max(want.len())).find(|n| got.get(*n) != want.get(*n)) {
-                let near = |list: &[String]| list[at.saturating_sub(5)..].iter().take(8).cloned().collect::<Vec<_>>();
-                panic!(
-                    "client {i} message {at}\ngot  {:#?}\nwant {:#?}",
-                    near(&got),
-                    near(&want)
-                );
+                let near = |list: &[String]| {
+                    list[at.saturating_sub(5)..].iter().take(8).cloned().collect::<Vec<_>>()
+                };
+                panic!("client {i} message {at}\ngot  {:#?}\nwant {:#?}", near(&got), near(&want));
             }
         }
         self.recover();
@@ -422,6 +433,8 @@ fn seeded_storms() {
         commits += outcome.oracle.commits;
         eagain += outcome.oracle.eagain;
     }
-    println!("{crashes} crashes, {compactions} compactions, {resets} ring resets, {commits} commits, {eagain} conflicts");
+    println!(
+        "{crashes} crashes, {compactions} compactions, {resets} ring resets, {commits} commits, {eagain} conflicts"
+    );
     assert!(crashes > 1000 && compactions > 100 && resets > 10 && commits > 100 && eagain > 20);
 }

@@ -50,7 +50,17 @@ impl Log {
         mem.store_u64(sb::HALF, half_size);
         mem.store_u64(sb::EXEC_CONN, 0);
         // The first compaction goes to half 0.
-        Self { mem, half_size, active: 1, epoch: 0, tail: 0, seq: 0, snapshot: 0, compact_at: 0, allocated: [0; 2] }
+        Self {
+            mem,
+            half_size,
+            active: 1,
+            epoch: 0,
+            tail: 0,
+            seq: 0,
+            snapshot: 0,
+            compact_at: 0,
+            allocated: [0; 2],
+        }
     }
 
     /// Sets after how many bytes the log is compacted.
@@ -84,7 +94,17 @@ impl Log {
         }
         let word = mem.load_u64(sb::ACTIVE);
         let (active, epoch) = ((word & 1) as usize, word >> 1);
-        let mut log = Self { mem, half_size, active, epoch, tail: 0, seq: 0, snapshot: 0, compact_at: 0, allocated: [0; 2] };
+        let mut log = Self {
+            mem,
+            half_size,
+            active,
+            epoch,
+            tail: 0,
+            seq: 0,
+            snapshot: 0,
+            compact_at: 0,
+            allocated: [0; 2],
+        };
         let base = log.base(active);
         let tail = log.mem.load_u64(base + half::TAIL);
         let limit = half_size - half::RECORDS as u64;

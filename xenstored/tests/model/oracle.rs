@@ -128,7 +128,13 @@ impl Oracle {
     }
 
     #[allow(clippy::type_complexity)]
-    fn carry_out(&mut self, client: usize, op: u32, tx: u32, payload: &[u8]) -> (u32, Vec<u8>, Option<(Path, Vec<u8>)>) {
+    fn carry_out(
+        &mut self,
+        client: usize,
+        op: u32,
+        tx: u32,
+        payload: &[u8],
+    ) -> (u32, Vec<u8>, Option<(Path, Vec<u8>)>) {
         let fail = |name: &str| (16, format!("{name}\0").into_bytes(), None);
         let ok = |op| (op, b"OK\0".to_vec(), None);
         let strings: Vec<&[u8]> = payload.split(|b| *b == 0).collect();
