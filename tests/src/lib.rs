@@ -7,10 +7,15 @@
 //! - [`kills`]: who is killed when, and what pause the guest saw
 //! - [`load_run`]: a guest under load while everything is killed
 //! - [`outcome`]: what that found, judged
+//! - [`inspect`], [`fds`]: what a process has and can reach, as the host's root sees it
+//! - [`probe`]: a domain that obeys orders
 
+pub mod fds;
+pub mod inspect;
 pub mod kills;
 pub mod load_run;
 pub mod outcome;
 pub mod outside;
+pub mod probe;
 pub mod progress;
 pub mod system;

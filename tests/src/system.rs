@@ -27,6 +27,8 @@ pub struct Config {
     pub net_mode: &'static str,
     /// Keep the directory (logs) at the end.
     pub keep: bool,
+    /// More text for the host file.
+    pub host_file_more: String,
 }
 
 impl Config {
@@ -39,7 +41,12 @@ impl Config {
         let dir = exe.parent().context("the program is in no folder")?;
         // Test programs lie in deps/ below the others.
         let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
-        Ok(Config { bin_dir: dir.into(), net_mode: "bridged", keep: std::env::var_os("BH_KEEP").is_some() })
+        Ok(Config {
+            bin_dir: dir.into(),
+            net_mode: "bridged",
+            keep: std::env::var_os("BH_KEEP").is_some(),
+            host_file_more: String::new(),
+        })
     }
 }
 
@@ -363,10 +370,12 @@ socket = "{root}/run/xenstored.sock"
 name = "{NETBACK}"
 uplink = "{uplink}"
 mode = "{mode}"
+{more}
 "#,
         bin = config.bin_dir.display(),
         root = root.display(),
         uplink = outside::UPLINK,
         mode = config.net_mode,
+        more = config.host_file_more,
     )
 }
