@@ -90,7 +90,7 @@ pub enum Cmd {
     Create(Box<Spec>, u16, Answer<Peer>),
     /// Take a domain down.
     Destroy(Peer, Answer<()>),
-    /// Start the process of a FAILED or SHUTDOWN domain.
+    /// Start the process of a CREATED (paused), FAILED or SHUTDOWN domain.
     Start(Peer, Answer<()>),
     /// Approve (listeners made here) and withdraw resources.
     SetResources(Peer, Vec<(hv_abi::Name, Resource)>, Vec<hv_abi::Name>, Answer<()>),
@@ -248,7 +248,7 @@ impl Lifecycle {
         {
             let mut table = self.hv.lock();
             let d = table.get_mut(peer).ok_or(LifecycleError::NotFound)?;
-            let stopped = matches!(d.state, dom_state::FAILED | dom_state::SHUTDOWN);
+            let stopped = matches!(d.state, dom_state::CREATED | dom_state::FAILED | dom_state::SHUTDOWN);
             if !stopped || d.process.is_some() {
                 return Err(LifecycleError::Precondition("its process is running or about to".into()));
             }

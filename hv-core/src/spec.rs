@@ -105,6 +105,8 @@ pub struct Spec {
     pub die_with_hypervisor: bool,
     /// System-call filter.
     pub seccomp: SeccompProfile,
+    /// The process is started by StartProcess, not at creation.
+    pub paused: bool,
 }
 
 /// Longest name of a domain: it is also a host name and a file's name.
@@ -369,6 +371,7 @@ impl Spec {
             capabilities,
             die_with_hypervisor: r.die_with_hypervisor,
             seccomp,
+            paused: r.paused,
         })
     }
 }

@@ -47,11 +47,12 @@ impl Lifecycle {
         open_program(&spec.program).map_err(LifecycleError::Invalid)?;
         let peer = Peer { domid, instance: self.next_instance };
         self.next_instance += 1;
-        let name = spec.name.clone();
+        let (name, paused) = (spec.name.clone(), spec.paused);
         let domain = self.build(peer, spec)?;
         self.hv.lock().domains.insert(domid, domain);
         self.event(Kind::Created, peer, "");
-        let started = self.set_up(peer).and_then(|()| self.start_process(peer));
+        let started =
+            self.set_up(peer).and_then(|()| if paused { Ok(()) } else { self.start_process(peer) });
         if let Err(reason) = started {
             tracing::warn!(domid, name, "creation undone: {reason}");
             self.forget(peer);
@@ -164,6 +165,11 @@ impl Lifecycle {
         }
         for (name, mut resource) in spec.resources {
             listen_if_listener(&mut resource)?;
+            if matches!(resource.kind, resource_kind::FILE_RO | resource_kind::FILE_RW) {
+                // Told to dom0 now, where a person reads it; nothing is kept of it.
+                resources::open(resource.kind, &resource.path)
+                    .map_err(|e| format!("resources.path: {}: {}", resource.path, e.desc()))?;
+            }
             if let Some(d) = self.hv.lock().get_mut(peer) {
                 d.resources.insert(name.0, resource);
             }
