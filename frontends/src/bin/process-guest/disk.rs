@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use domain_kit::Domain;
 use domain_kit::xs::XsClient;
+use frontends::blkfront::{BlkDisk, BlkFront};
 use workload::load::BlockDevice;
 
 /// Connects disk `id`.
@@ -12,10 +14,12 @@ use workload::load::BlockDevice;
 /// # Errors
 /// In words.
 pub fn connect(
-    _domain: &Domain,
-    _xs: &XsClient,
+    domain: &Domain,
+    xs: &XsClient,
     id: u32,
-    _timeout: Duration,
+    timeout: Duration,
 ) -> anyhow::Result<Arc<dyn BlockDevice>> {
-    anyhow::bail!("disk {id}: no block frontend in this build")
+    let front = BlkFront::connect(&domain.hv, xs, domain.domid(), id, timeout)
+        .with_context(|| format!("disk {id}"))?;
+    Ok(Arc::new(BlkDisk::new(front)?))
 }
