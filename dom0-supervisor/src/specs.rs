@@ -194,6 +194,7 @@ pub fn guest(host: &HostFile, guest: &Guest) -> CreateDomainRequest {
         restart: Some(RestartPolicy::default()),
         limits: Some(limits(config.limits)),
         env: logging(),
+        paused: true,
         ..CreateDomainRequest::default()
     };
     match config.guest_type {

@@ -155,18 +155,13 @@ impl Hv for World {
                     return Err(HvError::AlreadyExists("uuid in use".into()));
                 }
                 w.next += 1;
-                let fails = w.fails.as_ref() == Some(&request.name);
+                let state = if request.paused { DomainState::Created } else { DomainState::Running };
                 let domain = Domain {
                     domid: w.next as u32,
                     instance: 100 + w.next,
                     uuid: request.uuid.clone(),
                     name: request.name.clone(),
-                    state: if fails { DomainState::Failed as i32 } else { DomainState::Running as i32 },
-                    last_exit: if fails {
-                        "exit status 3: no hardware virtualization".into()
-                    } else {
-                        String::new()
-                    },
+                    state: state as i32,
                     generation: 1,
                     host_pid: 1000 + w.next as u32,
                     roles: request.roles.clone(),
@@ -204,11 +199,23 @@ impl Hv for World {
     }
 
     fn start(&self, domid: u16, instance: u64) -> Result<Domain, HvError> {
-        self.kill(domid, instance, 0)?;
-        let mut inner = self.lock();
-        let domain = inner.domains.iter_mut().find(|d| d.instance == instance).ok_or(HvError::NotFound)?;
-        domain.set_state(DomainState::Running);
-        Ok(domain.clone())
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let same = |d: &&mut Domain| (d.domid, d.instance) == (domid.into(), instance);
+                let domain = w.domains.iter_mut().find(same).ok_or(HvError::NotFound)?;
+                if domain.state() == DomainState::Running {
+                    return Err(HvError::Refused("it runs".into()));
+                }
+                domain.set_state(DomainState::Running);
+                domain.generation += 1;
+                if w.fails.as_ref() == Some(&domain.name) {
+                    domain.set_state(DomainState::Failed);
+                    domain.last_exit = "exit status 3: no hardware virtualization".into();
+                }
+                Ok(domain.clone())
+            },
+        )
     }
 
     fn has_store_ring(&self, _domid: u16) -> Result<bool, HvError> {

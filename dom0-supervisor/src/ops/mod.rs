@@ -30,10 +30,12 @@ use crate::state::{Guest, Phase, Saga, SagaKind, State};
 pub(crate) enum Step {
     /// Find the backends, make the guest's own ones.
     Backends,
-    /// Make the guest's domain and start its process.
+    /// Make the guest's domain, paused.
     Domain,
     /// Write its nodes and those of its devices.
     Nodes,
+    /// Start its process.
+    Start,
     /// Wait until backends took up the devices and the guest gave a sign of life.
     Ready,
     /// End the guest's domain.
@@ -56,7 +58,9 @@ const REMOVE: [Step; 6] =
 /// The steps of an operation.
 pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
     match (saga.phase, saga.kind) {
-        (Phase::Do, SagaKind::Create) => &[Step::Backends, Step::Domain, Step::Nodes, Step::Ready],
+        (Phase::Do, SagaKind::Create) => {
+            &[Step::Backends, Step::Domain, Step::Nodes, Step::Start, Step::Ready]
+        }
         (Phase::Do, SagaKind::Reboot) => &[
             Step::EndDomain,
             Step::CloseDevices,
@@ -65,6 +69,7 @@ pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
             Step::Backends,
             Step::Domain,
             Step::Nodes,
+            Step::Start,
             Step::Ready,
         ],
         (Phase::Do, SagaKind::Destroy) | (Phase::Undo, _) => &REMOVE,
@@ -160,6 +165,7 @@ impl Manager {
             Step::Backends => self.do_backends(guest),
             Step::Domain => self.do_domain(guest),
             Step::Nodes => self.do_nodes(guest),
+            Step::Start => self.do_start(guest),
             Step::Ready => self.do_ready(guest),
             Step::EndDomain => self.undo_domain(guest),
             Step::CloseDevices => self.undo_devices(guest),

@@ -122,6 +122,23 @@ impl Manager {
         Ok(super::nothing())
     }
 
+    /// Lets the guest run.
+    pub(super) fn do_start(&self, guest: &Guest) -> Result<Change, OpError> {
+        let found = match guest.domain {
+            Some(running) => find_instance(&*self.hv, running.domid, running.instance)?,
+            None => None,
+        };
+        let Some(domain) = found else {
+            return Err(OpError::Failed("its domain went away before it started".into()));
+        };
+        // Anything else: it was started before a kill, and what became of it is seen in the next step.
+        if domain.state() == DomainState::Created {
+            let running = numbers(&domain)?;
+            self.hv.start(running.domid, running.instance)?;
+        }
+        Ok(super::nothing())
+    }
+
     /// Writes a guest's nodes unless they are there; true if they were written.
     pub(crate) fn write_guest_nodes(&self, guest: &Guest) -> Result<bool, OpError> {
         let Some(domain) = guest.domain else { return Ok(false) };

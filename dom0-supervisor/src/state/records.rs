@@ -164,7 +164,7 @@ impl State {
 impl Guest {
     /// A guest that was not started yet.
     pub fn new(config: DomainFile, unix_ms: u64) -> Guest {
-        let uuid = config.uuid.unwrap_or_else(Uuid::new_v4);
+        let uuid = config.uuid.unwrap_or_else(random_uuid);
         Guest {
             uuid,
             domain: None,
@@ -192,6 +192,17 @@ impl Guest {
     pub fn mac(&self, index: usize) -> Mac {
         self.config.vif[index].mac.unwrap_or_else(|| Mac::generated(&self.uuid, index as u32))
     }
+}
+
+/// A random (version 4) uuid. std's hasher keys come from the kernel by system call; the usual crates look for /dev/random,
+/// which a sandbox has not.
+fn random_uuid() -> Uuid {
+    use std::hash::{BuildHasher, RandomState};
+    let half = || RandomState::new().hash_one(std::time::Instant::now()).to_ne_bytes();
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&half());
+    bytes[8..].copy_from_slice(&half());
+    uuid::Builder::from_random_bytes(bytes).into_uuid()
 }
 
 const SERVICES: Uuid = Uuid::from_u128(0x6275_6c6b_6865_6164_0000_7365_7276_6963);

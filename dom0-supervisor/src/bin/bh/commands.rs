@@ -276,7 +276,6 @@ async fn info(dom0: &Dom0, json: bool) -> Result<(), Failure> {
         ("guests", i.guests.to_string()),
         ("services", i.services.to_string()),
         ("not running", list(&i.failed_services)),
-        ("missing here", list(&i.missing)),
         ("under way", list(&i.operations)),
         ("host file", i.host_file),
         ("state", i.state_dir),
@@ -284,6 +283,9 @@ async fn info(dom0: &Dom0, json: bool) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     for (key, value) in rows {
         writeln!(out, "{key:<13} {value}")?;
+    }
+    for missing in &i.missing {
+        writeln!(out, "{:<13} {missing}", "missing here")?;
     }
     Ok(())
 }
@@ -343,7 +345,8 @@ fn show_event(event: &Event, json: bool) -> Result<(), Failure> {
     } else {
         format!("d{}", event.domid)
     };
-    writeln!(out, "{time}  {:<12}  {life:<8}  {:<20}  {}", event.kind, event.name, event.detail)?;
+    let line = format!("{time}  {:<12}  {life:<8}  {:<20}  {}", event.kind, event.name, event.detail);
+    writeln!(out, "{}", line.trim_end())?;
     Ok(())
 }
 
