@@ -7,6 +7,7 @@
 use std::ffi::CString;
 use std::io::{self, PipeWriter, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path};
 
 use landlock::{
@@ -17,7 +18,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 
-use super::proto::SpawnRequest;
+use super::proto::{BindSpec, SpawnRequest};
 use super::seccomp::{Filters, PROGRAM_FD};
 use crate::sys::{self, MountLimits};
 
@@ -62,6 +63,23 @@ fn c_strings<'s>(list: impl IntoIterator<Item = &'s String>) -> StepResult<Vec<C
     list.into_iter().map(|s| step("argument", CString::new(s.as_str()))).collect()
 }
 
+/// A host without udev keeps device nodes such as /dev/net/tun to root. The domain, to which dom0 gave the device, then gets a
+/// node of its own, in a file system that nobody else sees and that takes the place of the node's directory.
+fn own_node(bind: &BindSpec, meta: &std::fs::Metadata) -> io::Result<Bind> {
+    use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, mknodat};
+    let target = Path::new(&bind.target);
+    let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let mount = sys::detached_fs(c"tmpfs")?;
+    let mode = Mode::from_bits_truncate(0o666);
+    mknodat(&mount, name, SFlag::S_IFCHR, mode, meta.rdev())?;
+    fchmodat(&mount, name, mode, FchmodatFlags::FollowSymlink)?;
+    sys::limit_mount(mount.as_fd(), MountLimits { read_only: true, no_dev: false })?;
+    let target = CString::new(dir.to_str().unwrap_or_default())?;
+    Ok(Bind { mount, target, is_dir: true, read_only: bind.read_only })
+}
+
 /// True for an absolute path without "..", and not "/" itself.
 pub fn is_plain_absolute(path: &str) -> bool {
     let mut parts = Path::new(path).components();
@@ -93,6 +111,10 @@ impl<'a> Prepared<'a> {
             use std::os::unix::fs::FileTypeExt;
             let kind = meta.file_type();
             let is_device = kind.is_char_device() || kind.is_block_device();
+            if kind.is_char_device() && meta.mode() & 0o006 != 0o006 {
+                binds.push(step(&what, own_node(bind, &meta))?);
+                continue;
+            }
             let limits = MountLimits { read_only: bind.read_only, no_dev: !is_device };
             step(&what, sys::limit_mount(mount.as_fd(), limits))?;
             // Device nodes keep their owner: their modes are the host's statement. Everything else appears as root's own.
