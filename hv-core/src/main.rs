@@ -141,6 +141,18 @@ fn dom0_spec(args: &Args, run_dir: &Path) -> Result<spec::Spec, String> {
     Ok(spec)
 }
 
+/// hv-core holds the descriptors of all domains (ports, regions, maps, fd stores): as many as the kernel lets a process have.
+fn raise_file_limit() -> anyhow::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|t| t.trim().parse().ok());
+    let most: u64 = most.unwrap_or(hard).max(hard);
+    if setrlimit(Resource::RLIMIT_NOFILE, most, most).is_err() {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(())
+}
+
 /// Makes the run directory; the lock says that it is ours until we end.
 fn prepare_run_dir(dir: &Path) -> anyhow::Result<Flock<OwnedFd>> {
     for sub in ["", "ctl", "log"] {
@@ -164,6 +176,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     if !args.dom0.is_file() {
         bail!("--dom0 {}: no such program", args.dom0.display());
     }
+    raise_file_limit()?;
     let run_dir = std::path::absolute(&args.run_dir)?;
     let _lock = prepare_run_dir(&run_dir)?;
     let dom0 = dom0_spec(&args, &run_dir).map_err(anyhow::Error::msg)?;

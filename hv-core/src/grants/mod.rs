@@ -56,6 +56,9 @@ pub struct Map {
     pub pins: Option<PvhPins>,
 }
 
+/// Most maps of one domain: each may be a descriptor of hv-core's.
+const MAX_MAPS: usize = 8192;
+
 /// A domain's maps of others' pages.
 #[derive(Debug)]
 pub struct Maps {
@@ -77,6 +80,9 @@ impl Maps {
     /// # Errors
     /// `ENOSPC`.
     pub fn reserve(&mut self, pages: u32) -> Result<(), Errno> {
+        if self.maps.len() >= MAX_MAPS {
+            return Err(Errno::ENOSPC);
+        }
         let sum = self.pages.checked_add(pages).filter(|&s| s <= self.limit).ok_or(Errno::ENOSPC)?;
         self.pages = sum;
         Ok(())

@@ -14,6 +14,9 @@ use crate::sys::{self, shm::Shm};
 /// First grant reference of a process domain: the reserved ones of xen-abi's GNTTAB_NR_RESERVED_ENTRIES are not used.
 const FIRST_GREF: u32 = xen_abi::grant_table::GNTTAB_NR_RESERVED_ENTRIES;
 
+/// Most regions of one domain: each is a descriptor of hv-core's.
+const MAX_REGIONS: usize = 4096;
+
 /// A region's memory; lives as long as anyone maps it.
 #[derive(Debug)]
 pub struct RegionMem {
@@ -74,7 +77,7 @@ impl Regions {
         if pages == 0 || pages > MAX_REGION_PAGES {
             return Err(Errno::EINVAL);
         }
-        if self.pages + pages > self.limit {
+        if self.pages + pages > self.limit || self.by_gref.len() >= MAX_REGIONS {
             return Err(Errno::ENOSPC);
         }
         let first_gref = self.next_gref;

@@ -134,7 +134,7 @@ pub fn xsa_500_entry_changes_during_copies() {
             while !done.load(Ordering::Relaxed) {
                 // Page 6 is never granted while the entry says so: it is written only under "invalid".
                 guest.grant(8, GTF_INVALID, back.id, 6);
-                guest.grant(8, GTF_PERMIT_ACCESS | (n as u16 & 1) * GTF_READONLY, back.id, 4 + (n & 1));
+                guest.grant(8, GTF_PERMIT_ACCESS | ((n as u16 & 1) * GTF_READONLY), back.id, 4 + (n & 1));
                 n += 1;
             }
         });

@@ -83,8 +83,8 @@ impl System {
     }
 
     /// A call of dom0's.
-    pub fn call<'s, T, F: Future<Output = Result<tonic::Response<T>, tonic::Status>>>(
-        &'s mut self,
+    pub fn call<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status>>>(
+        &mut self,
         call: impl FnOnce(HvCoreClient<Channel>) -> F,
     ) -> Result<T, tonic::Status> {
         let client = self.client.clone();
