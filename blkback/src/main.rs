@@ -1,9 +1,9 @@
-//! `blkback --domain`: the block backend of one disk, run by hv-core as a process domain. See README.md.
+//! `blkback`: the block backend of one disk, run by hv-core as a process domain. See README.md.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use blkback::device::Shared;
 use blkback::disk::source::{self, Source, SourceError};
 use blkback::driver::{DiskState, Registry, Vbd};
@@ -31,7 +31,7 @@ enum Mode {
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// Run as a process domain (the only way to run).
+    /// Run as a process domain: the only way to run, so it need not be said.
     #[arg(long)]
     domain: bool,
     /// Whether the disk may be written.
@@ -80,9 +80,6 @@ fn keep_trying(
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    if !args.domain {
-        bail!("blkback runs as a process domain: hv-core starts it with --domain");
-    }
     if let Some(sector) = args.fault {
         fault::set_sector(sector);
     }
