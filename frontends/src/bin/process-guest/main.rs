@@ -10,7 +10,7 @@ mod work;
 
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -62,6 +62,7 @@ fn run(
 ) -> anyhow::Result<End> {
     let xs = connect_store(domain, Duration::from_secs(60)).context("xenstore")?;
     xs.set_timeout(Duration::from_secs(30));
+    wait_until_made(&xs, domain.domid())?;
     let (ends, end) = mpsc::channel();
     watch_shutdown(&xs, ends)?;
     let work = Work::start(options, domain, &xs, reporter)?;
@@ -72,6 +73,20 @@ fn run(
     let clean = work.stop(reporter);
     reporter.line("end", json!({"why": why.name(), "clean": clean}));
     Ok(why)
+}
+
+/// The toolstack learns the domid by making the domain, so this process can be ahead of its own nodes. They come all at once.
+fn wait_until_made(xs: &XsClient, domid: u16) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match xs.read(&format!("/local/domain/{domid}/vm")) {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() >= deadline => {
+                return Err(error).context("the toolstack does not make this domain's nodes");
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
 }
 
 /// Turns the toolstack's wishes into an end, as guests do: read, acknowledge by an empty value, act.
