@@ -40,3 +40,12 @@ pub fn or_missing(names: &[(&str, &str, &str)], lines: Result<Vec<Line>>) -> Vec
 pub(crate) fn borrowed(world: &mut Result<world::World>) -> Result<&mut world::World> {
     world.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))
 }
+
+/// The end of a system's log, on standard error: what went wrong is rarely in the error alone.
+pub(crate) fn show_log(system: &bulkhead_tests::system::System) {
+    let log = system.log_tail(8);
+    let tail: Vec<&str> = log.lines().rev().take(40).collect();
+    for line in tail.into_iter().rev() {
+        eprintln!("bench: log: {line}");
+    }
+}

@@ -61,7 +61,7 @@ backend = "{NETBACK}"
             .create(&domain_file)
             .and_then(|()| domid(&system))
             .and_then(|domid| Remote::connect(&super::pair::control_socket(system.dir(), domid), UP))
-            .with_context(|| system.log_tail(12))?;
+            .inspect_err(|_| crate::cases::show_log(&system))?;
         Ok(World { system, guest, disk, _dir: dir })
     }
 }

@@ -28,9 +28,9 @@ impl Helper {
     /// # Errors
     /// If this program cannot be started again.
     pub fn start(role: Role, input: OwnedFd, output: OwnedFd) -> Result<Helper> {
-        let program = std::env::current_exe().context("this program's path")?;
         let name = clap::ValueEnum::to_possible_value(&role).context("a role has a name")?;
-        let child = Command::new(program)
+        // Not by its path: a build may have replaced it meanwhile.
+        let child = Command::new("/proc/self/exe")
             .args(["peer", name.get_name()])
             .stdin(Stdio::from(input))
             .stdout(Stdio::from(output))

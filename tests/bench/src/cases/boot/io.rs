@@ -52,7 +52,7 @@ pub fn lines(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
     std::io::copy(&mut std::io::repeat(0xa5).take(DISK), &mut &file)?;
     let config = Config { bin_dir: settings.bin_dir.clone(), ..Config::of_this_build()? };
     let system = System::start(config)?;
-    let ours = debian(&system, image, &disk).with_context(|| system.log_tail(12))?;
+    let ours = debian(&system, image, &disk).inspect_err(|_| crate::cases::show_log(&system))?;
     let virtio_disk = dir.path().join("virtio.img");
     std::fs::copy(&disk, &virtio_disk)?;
     let virtio = microvm(&system.outside, image, &virtio_disk);

@@ -44,7 +44,7 @@ pub fn lines(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
             }),
         ],
     )
-    .with_context(|| system.log_tail(12))?;
+    .inspect_err(|_| crate::cases::show_log(&system))?;
     let [ours, limit]: [Series; 2] = series.try_into().ok().context("as many series as contestants")?;
     let boot = Line::beside(
         "create to userspace, PVH Debian",
