@@ -4,13 +4,19 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Size at which a file is put aside, bytes; a domain has at most twice that.
 const FILE_MAX: u64 = 1 << 20;
+/// Bytes kept of what a domain wrote last.
+const TAIL_MAX: usize = 2 << 10;
+
+type Tails = Arc<Mutex<HashMap<PathBuf, Vec<u8>>>>;
 
 /// Where domains' output goes.
 #[derive(Debug)]
@@ -25,6 +31,8 @@ pub enum Logs {
         add: Sender<(io::PipeReader, PathBuf)>,
         /// Wakes the thread.
         wake: OwnedFd,
+        /// What each wrote last.
+        tails: Tails,
     },
 }
 
@@ -36,12 +44,24 @@ impl Logs {
     pub fn files(dir: PathBuf) -> io::Result<Logs> {
         let (add, added) = channel();
         let wake = crate::sys::eventfd()?;
+        let tails = Tails::default();
         let waker = wake.try_clone()?;
         std::thread::Builder::new()
             .name("log".into())
             .stack_size(128 << 10)
-            .spawn(move || run(&added, &waker))?;
-        Ok(Logs::Files { dir, add, wake })
+            .spawn({
+                let tails = tails.clone();
+                move || run(&added, &waker, &tails)
+            })?;
+        Ok(Logs::Files { dir, add, wake, tails })
+    }
+
+    /// Why a domain's process ended, in its own words and one line: its last error (from `Error:` on), else its last line. It is the
+    /// domain's text: for people only.
+    pub fn last_words(&self, name: &str) -> Option<String> {
+        let Logs::Files { dir, tails, .. } = self else { return None };
+        let tails = tails.lock().unwrap_or_else(PoisonError::into_inner);
+        last_words(&String::from_utf8_lossy(tails.get(&dir.join(format!("{name}.log")))?))
     }
 
     /// The descriptor that becomes a domain's stdout and stderr.
@@ -51,7 +71,7 @@ impl Logs {
     pub fn open(&self, name: &str) -> Result<OwnedFd, String> {
         match self {
             Logs::Stderr => io::stderr().as_fd().try_clone_to_owned().map_err(|e| format!("stderr: {e}")),
-            Logs::Files { dir, add, wake } => {
+            Logs::Files { dir, add, wake, .. } => {
                 let (read, write) = io::pipe().map_err(|e| format!("log pipe: {e}"))?;
                 add.send((read, dir.join(format!("{name}.log")))).map_err(|_| "the log thread is gone")?;
                 crate::sys::kick(wake);
@@ -94,7 +114,26 @@ fn old(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd) {
+fn last_words(tail: &str) -> Option<String> {
+    let from = tail.rfind("\nError: ").map(|at| at + 1).or_else(|| tail.starts_with("Error: ").then_some(0));
+    let words = match from {
+        Some(at) => tail[at + "Error: ".len()..].to_owned(),
+        None => tail.lines().rev().find(|l| !l.trim().is_empty())?.to_owned(),
+    };
+    let words: Vec<&str> = words.split_whitespace().filter(|w| !w.chars().any(char::is_control)).collect();
+    let words: String = words.join(" ").replace(" Caused by: ", ": ").chars().take(300).collect();
+    (!words.is_empty()).then_some(words)
+}
+
+fn remember(tails: &Tails, path: &Path, bytes: &[u8]) {
+    let mut tails = tails.lock().unwrap_or_else(PoisonError::into_inner);
+    let tail = tails.entry(path.to_owned()).or_default();
+    tail.extend_from_slice(bytes);
+    let over = tail.len().saturating_sub(TAIL_MAX);
+    tail.drain(..over);
+}
+
+fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd, tails: &Tails) {
     let mut logs: Vec<Log> = Vec::new();
     let mut chunk = [0; 16 << 10];
     loop {
@@ -115,8 +154,12 @@ fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd) {
                 return true;
             }
             match log.pipe.read(&mut chunk) {
-                Ok(0) | Err(_) => false,
+                Ok(0) | Err(_) => {
+                    tails.lock().unwrap_or_else(PoisonError::into_inner).remove(&log.path);
+                    false
+                }
                 Ok(n) => {
+                    remember(tails, &log.path, &chunk[..n]);
                     // A full disk costs log lines, and never holds up a domain.
                     if let Err(e) = log.write(&chunk[..n]) {
                         tracing::debug!("{}: {e}", log.path.display());
@@ -132,6 +175,15 @@ fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn last_words_are_the_error() {
+        let all = "starting\nError: no KVM\n\nCaused by:\n    no such file\n";
+        assert_eq!(last_words(all).as_deref(), Some("no KVM: no such file"));
+        assert_eq!(last_words("Error: x").as_deref(), Some("x"));
+        assert_eq!(last_words("a\nb c\n\n").as_deref(), Some("b c"));
+        assert_eq!(last_words("\n"), None);
+    }
 
     #[test]
     fn a_talkative_domain_is_bounded() {

@@ -104,16 +104,30 @@ impl Lifecycle {
         drop(buffers);
         self.hv.release_maps(peer, maps);
         self.event(Kind::ProcessDied, peer, &text);
+        let text = if state == dom_state::FAILED { self.with_last_words(peer, text) } else { text };
         if let Some(wait) = restart_in {
             self.restarts.insert((now + wait, peer.domid), peer);
         }
         if state == dom_state::FAILED {
-            self.event(Kind::Failed, peer, &format!("{text}; not restarted"));
+            self.event(Kind::Failed, peer, &format!("{text} (not restarted)"));
             self.hv.lock().kick_dom_exc();
         }
         if state == dom_state::DYING {
             self.take_apart(peer, generation);
         }
+    }
+
+    /// A process that ended for good told why on its stderr: dom0 shows it to the user.
+    fn with_last_words(&self, peer: Peer, text: String) -> String {
+        let Some(name) = self.hv.lock().get(peer).map(|d| d.spec.name.clone()) else { return text };
+        // What it wrote is in the pipe; the log's thread has it in a moment. Nothing waits for a domain that failed.
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        let Some(words) = self.logs.last_words(&name) else { return text };
+        let text = format!("{text}: {words}");
+        if let Some(d) = self.hv.lock().get_mut(peer) {
+            d.last_exit = text.clone();
+        }
+        text
     }
 
     /// The backoff is over.
