@@ -93,6 +93,8 @@ impl Engine {
             opened.fresh = true;
             (Store::new(), Log::format(Rc::clone(&mem), options.half_size))
         };
+        let mut log = log;
+        log.compact_at(options.compact_at);
         let mut engine =
             Self { store, log, mem, free: Vec::new(), record: Writer::default(), message: Vec::new() };
         if opened.fresh {

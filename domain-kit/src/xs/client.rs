@@ -40,7 +40,10 @@ impl Inner {
     }
 
     pub(crate) fn call(&self, op: Op, tx_id: u32, parts: &[&[u8]]) -> Answer {
-        let timeout = self.timeout();
+        self.call_within(self.timeout(), op, tx_id, parts)
+    }
+
+    pub(crate) fn call_within(&self, timeout: Duration, op: Op, tx_id: u32, parts: &[&[u8]]) -> Answer {
         let deadline = Instant::now() + timeout;
         let (answer, wait) = sync_channel(1);
         let req_id = loop {

@@ -16,6 +16,9 @@ use super::wire::Op;
 /// Events a set keeps before it folds them: a slow consumer costs detail, never memory or a wake-up.
 const QUEUE_MAX: usize = 4096;
 
+/// How long dropping a set waits for each of its watches to be removed.
+const DROP_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// One watch event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WatchEvent {
@@ -188,11 +191,16 @@ impl AsFd for WatchSet {
 impl Drop for WatchSet {
     fn drop(&mut self) {
         let watches = std::mem::take(&mut *self.watches.lock().unwrap_or_else(PoisonError::into_inner));
-        for (path, _, wire) in watches {
-            self.client.watches.remove(&wire);
-            if let (Ok(path), Ok(wire)) = (nul(&path), nul(&wire)) {
-                // The connection may be gone; then so is the watch.
-                let _ = self.client.call(Op::Unwatch, 0, &[&path, &wire]);
+        for (_, _, wire) in &watches {
+            self.client.watches.remove(wire);
+        }
+        for (path, _, wire) in &watches {
+            let (Ok(path), Ok(wire)) = (nul(path), nul(wire)) else { continue };
+            // If the server is away its events go nowhere: nobody waits for long to be tidy.
+            if let Err(XsError::Timeout(_) | XsError::Disconnected | XsError::Closed) =
+                self.client.call_within(DROP_TIMEOUT, Op::Unwatch, 0, &[&path, &wire])
+            {
+                return;
             }
         }
     }
