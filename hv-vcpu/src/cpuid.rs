@@ -22,6 +22,12 @@ const HVM_VCPU_ID_PRESENT: u32 = 1 << 3;
 /// `XEN_HVM_CPUID_DOMID_PRESENT`: leaf 4 ecx holds the domid.
 const HVM_DOMID_PRESENT: u32 = 1 << 4;
 
+/// A leaf that is the same for every index (ecx).
+fn plain(function: u32, regs: [u32; 4]) -> kvm_cpuid_entry2 {
+    kvm_cpuid_entry2 { flags: 0, ..leaf(function, 0, regs) }
+}
+
+/// A leaf for one index.
 fn leaf(function: u32, index: u32, regs: [u32; 4]) -> kvm_cpuid_entry2 {
     kvm_cpuid_entry2 {
         function,
@@ -76,15 +82,15 @@ pub fn guest(supported: &[kvm_cpuid_entry2], vcpu: u32, vcpus: u32, domid: u16) 
         out.push(leaf(0xb, 2, [0, 0, 2, vcpu]));
     }
     let word = |b: &[u8; 4]| u32::from_le_bytes(*b);
-    out.push(leaf(XEN_BASE, 0, [XEN_MAX, word(b"XenV"), word(b"MMXe"), word(b"nVMM")]));
-    out.push(leaf(XEN_BASE + 1, 0, [XEN_MAJOR << 16 | XEN_MINOR, 0, 0, 0]));
-    out.push(leaf(XEN_BASE + 2, 0, [1, XEN_HYPERCALL_MSR, 0, 0]));
+    out.push(plain(XEN_BASE, [XEN_MAX, word(b"XenV"), word(b"MMXe"), word(b"nVMM")]));
+    out.push(plain(XEN_BASE + 1, [XEN_MAJOR << 16 | XEN_MINOR, 0, 0, 0]));
+    out.push(plain(XEN_BASE + 2, [1, XEN_HYPERCALL_MSR, 0, 0]));
     // Time: KVM fills in the scale where it knows these leaves.
     for index in 0..3 {
         out.push(leaf(XEN_BASE + 3, index, [0, 0, 0, 0]));
     }
     let features = HVM_X2APIC_VIRT | HVM_VCPU_ID_PRESENT | HVM_DOMID_PRESENT;
-    out.push(leaf(XEN_BASE + 4, 0, [features, vcpu, u32::from(domid), 0]));
+    out.push(plain(XEN_BASE + 4, [features, vcpu, u32::from(domid), 0]));
     out
 }
 
@@ -96,7 +102,7 @@ mod tests {
         let mut all = vec![
             leaf(0, 0, [0x1f, 0, 0, 0]),
             leaf(1, 0, [0x830f10, 0xff00_0800, u32::MAX, u32::MAX]),
-            leaf(4, 0, [u32::MAX & !0x1e, 0, 0, 0]),
+            leaf(4, 0, [!0x1e, 0, 0, 0]),
             leaf(7, 0, [0, u32::MAX, u32::MAX, 0]),
             leaf(0xb, 0, [9, 9, 9, 9]),
             leaf(0x8000_0001, 0, [0, 0, u32::MAX, 0]),
@@ -124,6 +130,7 @@ mod tests {
                     [sig.ebx, sig.ecx, sig.edx].iter().flat_map(|w| w.to_le_bytes()).collect();
                 assert_eq!(text, b"XenVMMXenVMM");
                 assert_eq!(get(&all, 0x4000_0001, 0).eax, 4 << 16 | 17);
+                assert_eq!(sig.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX, 0, "a guest may ask with any ecx");
                 let hvm = get(&all, 0x4000_0004, 0);
                 assert_eq!((hvm.ebx, hvm.ecx), (vcpu, 7));
                 let one = get(&all, 1, 0);
