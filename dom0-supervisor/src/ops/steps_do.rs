@@ -165,6 +165,9 @@ impl Manager {
                         GuestType::Pvh => "hv-vcpu",
                         GuestType::Process => "its program",
                     };
+                    // hv-core adds what the process said last a moment later.
+                    std::thread::sleep(self.timing.poll * 3);
+                    let domain = find_instance(&*self.hv, running.domid, running.instance)?.unwrap_or(domain);
                     return Err(OpError::Failed(format!("{runner} ended: {}", self.end_of(&domain))));
                 }
                 // Came up and went: what follows is the reconciler's.
