@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -162,6 +162,9 @@ pub struct Shared {
     pub handle: BackendHandle,
     /// Makes the test hook of each device, see `--fault`.
     pub fault: Option<fn() -> FaultHook>,
+    /// Devices whose predecessor's maps are not all claimed yet: until then hv-core must not be told of service, which drops
+    /// the unclaimed.
+    pub claiming: Arc<AtomicUsize>,
 }
 
 /// Connections of which a previous incarnation kept a journal, and which the frontend knows to be connected.
@@ -319,6 +322,7 @@ pub struct Starting {
     connected_at: usize,
     hv: Hypercall,
     handle: BackendHandle,
+    claiming: Arc<AtomicUsize>,
 }
 
 impl Starting {
@@ -402,6 +406,7 @@ impl Starting {
                 connected_at,
                 hv: channel,
                 handle: shared.handle.clone(),
+                claiming: shared.claiming.clone(),
             }),
             Err(e) => {
                 undo(ring);
@@ -436,14 +441,17 @@ impl Starting {
             paused: false.into(),
             in_flight: AtomicU32::new(0),
         });
-        let Starting { connection, stats, engine, ring, port, journal, connected_at, hv, handle } = self;
+        let Starting { connection, stats, engine, ring, port, journal, connected_at, hv, handle, claiming } =
+            self;
         let number = port.port;
         let theirs = control.clone();
         let key = connection.key;
+        // Counted down by its thread.
+        claiming.fetch_add(1, Relaxed);
         let thread = std::thread::Builder::new()
             .name(journal_name(key))
             .spawn(move || {
-                if let Err(error) = serve(engine, &port, &theirs, &hv, key) {
+                if let Err(error) = serve(engine, &port, &theirs, &hv, &claiming, key) {
                     handle.failed(key, error.to_string());
                 }
             })
@@ -458,9 +466,11 @@ fn serve(
     port: &Port,
     control: &Control,
     hv: &Hypercall,
+    claiming: &AtomicUsize,
     key: DeviceKey,
 ) -> Result<(), JournalError> {
     let mut served = false;
+    let mut claimed = false;
     // At re-attach and at the start: poll the ring whatever latched, then notify once.
     let mut notify_once = true;
     let result = loop {
@@ -476,14 +486,21 @@ fn serve(
             port.notify();
         }
         control.in_flight.store(engine.in_flight(), Relaxed);
-        if polled.more {
-            continue;
+        if !claimed {
+            // One in each round, so that requests do not wait for all.
+            claimed = !engine.guest().claim_one();
+            if claimed {
+                claiming.fetch_sub(1, Relaxed);
+            }
         }
-        if !served && engine.answered() > 0 {
+        if !served && engine.answered() > 0 && claiming.load(Relaxed) == 0 {
             served = true;
             if let Err(error) = hv.served() {
                 tracing::warn!(%error, "telling hv-core of service");
             }
+        }
+        if polled.more || !claimed {
+            continue;
         }
         let disk: &UringDisk = engine.disk();
         let mut fds = [
@@ -506,6 +523,9 @@ fn serve(
         }
     };
     control.in_flight.store(0, Relaxed);
+    if !claimed {
+        claiming.fetch_sub(1, Relaxed);
+    }
     // What the kernel still does must end before buffers and lock may go.
     let (mut guest, mut disk) = engine.into_parts();
     disk.finish();

@@ -1,10 +1,11 @@
 //! `blkback`: the block backend of one disk, run by hv-core as a process domain. See README.md.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context;
-use blkback::device::Shared;
+use blkback::device::{self, Shared};
 use blkback::disk::source::{self, Source, SourceError};
 use blkback::driver::{DiskState, Registry, Vbd};
 use blkback::fault;
@@ -102,16 +103,21 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let registry = Arc::new(Registry::default());
+    let claiming = Arc::new(AtomicUsize::new(0));
     let mut bus = Backend::new(
         |handle| {
             let fault = args.fault.map(|_| fault::hook as fn() -> _);
-            let shared = Shared { domain: domain.clone(), handle, fault };
+            let shared = Shared { domain: domain.clone(), handle, fault, claiming: claiming.clone() };
             Vbd::new(shared, disk.clone(), registry.clone(), args.mode == Mode::R)
         },
         domain.domid(),
     )
     .context("eventfd")?;
-    domain.hv.served().context("telling hv-core that blkback is up")?;
+    // With a predecessor's maps left to claim, the devices' threads say it when they have them; without a disk, and devices that
+    // wait for it, nobody does.
+    if claiming.load(Relaxed) == 0 && (disk.get().is_ok() || device::kept(&domain.hv)?.is_empty()) {
+        domain.hv.served().context("telling hv-core that blkback is up")?;
+    }
     let control = control::serve(&domain, registry).context("gRPC on descriptor 4")?;
     if disk.get().is_ok() {
         control.set_serving(true);

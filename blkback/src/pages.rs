@@ -52,7 +52,10 @@ pub struct GrantPages<J> {
     tag: u64,
     buffers: Arc<CopyBuffer>,
     persistent: bool,
-    maps: Vec<Map>,
+    maps: Vec<Option<Map>>,
+    /// Places in `maps`, and among the records.
+    free: Vec<u32>,
+    unclaimed: Vec<u32>,
     /// gref → (map, position in it).
     index: HashMap<u32, (u32, u32)>,
     records: J,
@@ -87,7 +90,9 @@ impl<J: RingMem> GrantPages<J> {
             tag: persistent_tag(device),
             buffers,
             persistent,
-            maps: Vec::new(),
+            maps: (0..MAX_MAPS).map(|_| None).collect(),
+            free: Vec::new(),
+            unclaimed: Vec::new(),
             index: HashMap::new(),
             records,
             records_at,
@@ -107,25 +112,24 @@ impl<J: RingMem> GrantPages<J> {
             .into_iter()
             .filter(|m| m.tag == self.tag && m.domid == self.domid)
             .collect();
-        for i in 0..MAX_MAPS {
+        for i in (0..MAX_MAPS).rev() {
             let at = self.records_at + i * RECORD;
-            let count = self.records.load_u32(at);
-            if count == 0 {
-                break;
-            }
             let handle = self.records.load_u64(at + 8);
-            let count = (count as usize).min(MAP_GREFS);
-            let valid = known.iter().any(|m| m.handle == handle && m.count as usize == count);
-            if valid {
-                for n in 0..count {
-                    let gref = self.records.load_u32(at + 16 + 4 * n);
-                    self.index.insert(gref, (i as u32, n as u32));
-                }
+            let count = (self.records.load_u32(at) as usize).min(MAP_GREFS);
+            if count == 0 || !known.iter().any(|m| m.handle == handle && m.count as usize == count) {
+                self.records.store_u32(at, 0);
+                self.free.push(i as u32);
+                continue;
             }
-            self.maps.push(Map { handle: if valid { handle } else { 0 }, mapped: None });
+            for n in 0..count {
+                let gref = self.records.load_u32(at + 16 + 4 * n);
+                self.index.insert(gref, (i as u32, n as u32));
+            }
+            self.maps[i] = Some(Map { handle, mapped: None });
+            self.unclaimed.push(i as u32);
         }
         for map in known {
-            if !self.maps.iter().any(|m| m.handle == map.handle) {
+            if !self.maps.iter().flatten().any(|m| m.handle == map.handle) {
                 self.hv.grant_unmap(map.handle)?;
             }
         }
@@ -141,26 +145,24 @@ impl<J: RingMem> GrantPages<J> {
     fn map_wanted(&mut self) {
         let wanted = std::mem::take(&mut self.wanted);
         for grefs in wanted.chunks(MAP_GREFS) {
-            if self.maps.len() >= MAX_MAPS {
-                break;
-            }
+            let Some(slot) = self.free.pop() else { break };
             let mapped = match MappedGrants::map(&self.hv, self.domid, grefs, self.tag) {
                 Ok(mapped) => mapped,
                 Err(error) => {
                     // A read-only or bad grant among them: the copies will tell which.
                     tracing::debug!(domid = self.domid, %error, "grants not mapped");
+                    self.free.push(slot);
                     continue;
                 }
             };
-            let i = self.maps.len();
-            let at = self.records_at + i * RECORD;
+            let at = self.records_at + slot as usize * RECORD;
             self.records.store_u64(at + 8, mapped.handle);
             for (n, &gref) in grefs.iter().enumerate() {
                 self.records.store_u32(at + 16 + 4 * n, gref);
-                self.index.insert(gref, (i as u32, n as u32));
+                self.index.insert(gref, (slot, n as u32));
             }
             self.records.store_u32(at, grefs.len() as u32);
-            self.maps.push(Map { handle: mapped.handle, mapped: Some(mapped) });
+            self.maps[slot as usize] = Some(Map { handle: mapped.handle, mapped: Some(mapped) });
         }
         self.wanted = wanted;
         self.wanted.clear();
@@ -168,38 +170,54 @@ impl<J: RingMem> GrantPages<J> {
     }
 
     /// The mapping that a gref lies in, claimed from the predecessor if need be.
-    fn locate(&mut self, gref: u32) -> Option<(u32, u32)> {
-        let (map, position) = *self.index.get(&gref)?;
-        let entry = &mut self.maps[map as usize];
-        if entry.mapped.is_none() {
-            match MappedGrants::claim(&self.hv, entry.handle) {
-                Ok(mapped) => entry.mapped = Some(mapped),
-                Err(error) => {
-                    tracing::warn!(domid = self.domid, handle = entry.handle, %error, "a kept map is lost: copying instead");
-                    self.index.retain(|_, (m, _)| *m != map);
-                    return None;
-                }
+    fn locate(&mut self, gref: u32) -> Option<(&MappedGrants, u32)> {
+        let (slot, position) = *self.index.get(&gref)?;
+        self.claim(slot);
+        let mapped = self.maps[slot as usize].as_ref()?.mapped.as_ref()?;
+        Some((mapped, position))
+    }
+
+    fn claim(&mut self, slot: u32) {
+        let Some(map) = &mut self.maps[slot as usize] else { return };
+        if map.mapped.is_some() {
+            return;
+        }
+        match MappedGrants::claim(&self.hv, map.handle) {
+            Ok(mapped) => map.mapped = Some(mapped),
+            Err(error) => {
+                tracing::warn!(domid = self.domid, handle = map.handle, %error, "a kept map is lost");
+                self.maps[slot as usize] = None;
+                self.records.store_u32(self.records_at + slot as usize * RECORD, 0);
+                self.free.push(slot);
+                self.index.retain(|_, (s, _)| *s != slot);
             }
         }
-        Some((map, position))
+    }
+
+    /// Claims one map that nothing has needed yet; false if there is none left. hv-core drops what is not claimed when the
+    /// service says that it serves.
+    pub fn claim_one(&mut self) -> bool {
+        let Some(slot) = self.unclaimed.pop() else { return false };
+        self.claim(slot);
+        true
     }
 
     /// Gives all maps back.
     pub fn unmap_all(&mut self) {
         self.index.clear();
-        for i in 0..self.maps.len() {
-            self.records.store_u32(self.records_at + i * RECORD, 0);
-        }
-        for map in self.maps.drain(..) {
+        self.unclaimed.clear();
+        for (slot, map) in self.maps.iter_mut().enumerate() {
+            let Some(map) = map.take() else { continue };
+            self.records.store_u32(self.records_at + slot * RECORD, 0);
             let result = match map.mapped {
                 Some(mapped) => mapped.unmap(&self.hv),
-                None if map.handle == 0 => Ok(()),
                 None => self.hv.grant_unmap(map.handle),
             };
             if let Err(error) = result {
                 tracing::warn!(domid = self.domid, %error, "grants not unmapped");
             }
         }
+        self.free = (0..MAX_MAPS as u32).rev().collect();
         self.count();
     }
 }
@@ -227,17 +245,15 @@ impl<J: RingMem> GuestPages for GrantPages<J> {
         self.owners.clear();
         for &slot in slots {
             let mut at = buffer_offset(slot);
+            let buffers = self.buffers.clone();
             for segment in &requests[slot.0 as usize].segments {
                 let len = usize::from(segment.len);
-                match self
-                    .locate(segment.gref)
-                    .and_then(|(m, n)| Some((self.maps[m as usize].mapped.as_ref()?, n)))
-                {
+                match self.locate(segment.gref) {
                     Some((mapped, position)) => {
                         let page = mapped.offset(position as usize) + usize::from(segment.offset);
                         match direction {
-                            Direction::Fetch => self.buffers.mem.copy_from(at, &mapped.mem, page, len),
-                            Direction::Store => mapped.mem.copy_from(page, &self.buffers.mem, at, len),
+                            Direction::Fetch => buffers.mem.copy_from(at, &mapped.mem, page, len),
+                            Direction::Store => mapped.mem.copy_from(page, &buffers.mem, at, len),
                         }
                     }
                     None => {
