@@ -125,7 +125,7 @@ impl Process {
         let memory = File::open(self.path("mem")).context("its memory")?;
         let mut found = Found { places: vec![Vec::new(); texts.len()], ..Found::default() };
         for map in self.maps()? {
-            if !map.mode.starts_with('r') || map.what == "[vvar]" || map.what == "[vsyscall]" {
+            if !map.mode.starts_with('r') || map.what.starts_with("[vvar") || map.what == "[vsyscall]" {
                 continue;
             }
             let at = format!("memory {} {}", map.mode, map.what);

@@ -17,11 +17,9 @@ pub struct Seen {
     pub boots: u64,
     /// Console text that is not progress, last lines first out; for failure reports.
     pub text: std::collections::VecDeque<String>,
-    /// The console ended.
-    pub ended: bool,
 }
 
-/// Reads a console on a thread of its own.
+/// What a guest's console told, and a way to wait for more.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
     shared: Arc<(Mutex<Seen>, Condvar)>,
@@ -31,24 +29,16 @@ pub struct Progress {
 const TEXT_LINES: usize = 200;
 
 impl Progress {
-    /// Follows `console` until it ends.
-    pub fn follow(console: impl BufRead + Send + 'static) -> Progress {
-        let progress = Progress::default();
-        let writer = progress.clone();
-        std::thread::spawn(move || {
-            let mut console = console;
-            let mut line = Vec::new();
-            loop {
-                line.clear();
-                match console.read_until(b'\n', &mut line) {
-                    Ok(0) | Err(_) => break,
-                    Ok(_) => writer.line(&String::from_utf8_lossy(&line)),
-                }
+    /// Takes a console's lines until it ends.
+    pub(crate) fn read(&self, mut console: impl BufRead) {
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match console.read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => self.line(&String::from_utf8_lossy(&line)),
             }
-            writer.lock().ended = true;
-            writer.shared.1.notify_all();
-        });
-        progress
+        }
     }
 
     fn line(&self, line: &str) {
@@ -86,7 +76,7 @@ impl Progress {
         self.shared.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Waits until `enough` says so; false if `timeout` went by or the console ended first.
+    /// Waits until `enough` says so; false if `timeout` went by first.
     pub fn wait(&self, timeout: Duration, mut enough: impl FnMut(&Seen) -> bool) -> bool {
         let deadline = Instant::now() + timeout;
         let mut seen = self.lock();
@@ -95,7 +85,7 @@ impl Progress {
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || seen.ended {
+            if left.is_zero() {
                 return false;
             }
             seen = self.shared.1.wait_timeout(seen, left).unwrap_or_else(|e| e.into_inner()).0;

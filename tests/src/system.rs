@@ -5,6 +5,7 @@ use std::fs;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -224,21 +225,38 @@ impl System {
         self.bh_ok(&["create", &path.display().to_string()]).map(drop)
     }
 
-    /// Follows a guest's console through `bh console`, which attaches again by itself when dom0 or the console backend
-    /// restarts.
-    ///
-    /// # Errors
-    /// If `bh` cannot be started.
-    pub fn console(&self, guest: &str) -> Result<(Progress, Console)> {
-        let mut child = self
-            .bh_command(&["console", guest])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("bh console")?;
-        let out = child.stdout.take().context("bh console has no output")?;
-        Ok((Progress::follow(BufReader::new(out)), Console(child)))
+    /// Follows a guest's console through `bh console`, started again whenever it ends, until the returned value is dropped.
+    pub fn console(&self, guest: &str) -> (Progress, Console) {
+        let progress = Progress::default();
+        let console = Console(Arc::default());
+        let (writer, state) = (progress.clone(), console.0.clone());
+        let errors = self.dir().join("console.err");
+        let mut command = self.bh_command(&["console", guest]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        std::thread::spawn(move || {
+            loop {
+                let stderr = fs::File::options().create(true).append(true).open(&errors);
+                let child = command.stderr(stderr.map_or_else(|_| Stdio::null(), Stdio::from)).spawn();
+                let Ok(mut child) = child else { break };
+                let out = child.stdout.take();
+                {
+                    let mut state = state.lock().unwrap_or_else(|e| e.into_inner());
+                    state.child = Some(child);
+                    if state.over {
+                        break;
+                    }
+                }
+                if let Some(out) = out {
+                    writer.read(BufReader::new(out));
+                }
+                std::thread::sleep(Duration::from_millis(100));
+                if state.lock().unwrap_or_else(|e| e.into_inner()).reap() {
+                    break;
+                }
+            }
+            state.lock().unwrap_or_else(|e| e.into_inner()).reap();
+        });
+        (progress, console)
     }
 
     /// Kills these services with SIGKILL in one moment; gives what they were.
@@ -299,6 +317,7 @@ impl System {
     /// The last lines of the system's log.
     pub fn log_tail(&self, lines: usize) -> String {
         let mut all = fs::read_to_string(self.dir().join("log")).unwrap_or_default();
+        all.push_str(&fs::read_to_string(self.dir().join("console.err")).unwrap_or_default());
         // Services log to files of their own below the run directory.
         for entry in fs::read_dir(self.dir().join("run/log")).into_iter().flatten().flatten() {
             let text =
@@ -340,15 +359,33 @@ impl Drop for System {
     }
 }
 
-/// A running `bh console`; detached when dropped.
+/// A followed console; let go when dropped.
 #[derive(Debug)]
-pub struct Console(Child);
+pub struct Console(Arc<Mutex<ConsoleState>>);
+
+#[derive(Debug, Default)]
+struct ConsoleState {
+    child: Option<Child>,
+    over: bool,
+}
+
+impl ConsoleState {
+    /// Ends `bh` if it still runs; true if the console was let go.
+    fn reap(&mut self) -> bool {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself: then both calls say so.
+            drop(child.kill());
+            drop(child.wait());
+        }
+        self.over
+    }
+}
 
 impl Drop for Console {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.0.kill());
-        drop(self.0.wait());
+        let mut state = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        state.over = true;
+        state.reap();
     }
 }
 

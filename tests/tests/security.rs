@@ -208,7 +208,7 @@ fn a_backend_cannot_call_what_is_not_its_own() {
     }
     // A handle of an earlier life is stale, and said to be.
     let before = system.kill(&[blkback_of("victim")]).unwrap();
-    assert!(hv.grant_list().is_err(), "the channel ends with the incarnation");
+    until(&system, "the channel ends with the incarnation", || hv.grant_list().is_err());
     system.wait_restarted(&before, SOON).unwrap();
     disk.write(0, &[1; 4096]).unwrap();
     let hv = speak_as(service_process(&system, &blkback_of("victim")));

@@ -1,0 +1,136 @@
+//! Linux guests through the whole system, in the lab. `cargo xtask test` runs them there.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
+use bulkhead_tests::progress::{Progress, Seen};
+use bulkhead_tests::system::{Config, System};
+use common::*;
+use serde_json::Value;
+
+/// The guest image of this name, with its kernel.
+fn linux(image: &str) -> (PathBuf, PathBuf) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/guest").join(image);
+    let found = (dir.join("vmlinuz"), dir.join("initrd.img"));
+    assert!(found.0.exists() && found.1.exists(), "{} is not made: cargo xtask guest-image", dir.display());
+    found
+}
+
+fn domain_file(image: &str, vcpus: u32, words: &str, disk: Option<&Path>) -> String {
+    let (kernel, initrd) = linux(image);
+    let disk = disk.map(|p| format!("[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n", p.display()));
+    format!(
+        "name = \"linux\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = 256\nvcpus = {vcpus}\n\
+         cmdline = \"console=hvc0 quiet panic=1 {words}\"\non_crash = \"preserve\"\n{}",
+        kernel.display(),
+        initrd.display(),
+        disk.unwrap_or_default()
+    )
+}
+
+fn boot(system: &System, file: &str) -> (Progress, bulkhead_tests::system::Console) {
+    let start = Instant::now();
+    create(system, file);
+    let (progress, console) = system.console("linux");
+    wait(system, &progress, "boot", |seen| seen.boots > 0);
+    println!("up after {:.1} s", start.elapsed().as_secs_f64());
+    (progress, console)
+}
+
+fn wait(system: &System, progress: &Progress, what: &str, enough: impl FnMut(&Seen) -> bool) {
+    if !progress.wait(Duration::from_secs(90), enough) {
+        let seen = progress.lock();
+        let text: Vec<&str> = seen.text.iter().map(String::as_str).collect();
+        let last = seen.lines.last().map(|l| l.1.to_string());
+        panic!("{what}: not in 90 s\n{}\n{last:?}\n{}", text.join("\n"), system.log_tail(25));
+    }
+}
+
+fn state(system: &System) -> String {
+    guest(system, "linux").map_or("gone".into(), |g| g["state"].as_str().unwrap_or_default().to_owned())
+}
+
+fn first(seen: &Seen, event: &str) -> Value {
+    seen.lines.iter().find(|l| l.1["ev"] == event).map(|l| l.1.clone()).unwrap_or_default()
+}
+
+/// Under load, with some kills of everything.
+fn kills(image: &str, vcpus: u32, kills: usize) {
+    let (kernel, initrd) = linux(image);
+    let plan = Run {
+        guest: Guest::Linux { name: image.into(), kernel, initrd, vcpus },
+        kills,
+        duration: Duration::ZERO,
+        seed: 4,
+    };
+    let outcome = run(&plan, Config::of_this_build().unwrap(), &Quiet).unwrap_or_else(|e| panic!("{e:#}"));
+    println!("{:#}", outcome.json());
+    let problems = outcome.problems();
+    assert!(problems.is_empty(), "{}\n{}", problems.join("\n"), outcome.evidence);
+    assert!(outcome.hypervisor.to_lowercase().contains("xen"), "{}", outcome.hypervisor);
+}
+
+#[test]
+#[ignore = "in the lab"]
+fn lab_debian13_under_kills() {
+    kills("debian13", 1, 10);
+}
+
+#[test]
+#[ignore = "in the lab"]
+fn lab_debian12_under_kills() {
+    kills("debian12", 1, 5);
+}
+
+/// Two vCPUs; then reboot, and a clean power-off, each asked for by `bh`.
+#[test]
+#[ignore = "in the lab"]
+fn lab_two_vcpus_reboot_and_poweroff() {
+    let system = start();
+    let disk = image(&system, "linux.img", 64 << 20);
+    let (progress, _console) = boot(&system, &domain_file("debian13", 2, "bh.work=disk", Some(&disk)));
+    wait(&system, &progress, "the disk's load", |seen| {
+        seen.last["disk"]["verified_bytes"].as_u64().unwrap_or(0) > 0
+    });
+    let row = guest(&system, "linux").unwrap();
+    assert_eq!((&row["state"], &row["vcpus"]), (&"running".into(), &2.into()), "{row}");
+    let boot_id = first(&progress.lock(), "boot")["boot_id"].clone();
+
+    system.bh_ok(&["reboot", "linux", "--wait", "--timeout", "60"]).unwrap_or_else(|e| panic!("{e:#}"));
+    until(&system, "it is up again", || guest(&system, "linux").is_some_and(|g| g["boots"] == 2));
+    let (again, _console) = system.console("linux");
+    wait(&system, &again, "second boot", |seen| seen.lines.iter().any(|l| l.1["ev"] == "ready"));
+    let second = again.lock().lines.iter().rfind(|l| l.1["ev"] == "boot").unwrap().1["boot_id"].clone();
+    assert_ne!(boot_id, second, "another boot");
+
+    system.bh_ok(&["shutdown", "linux", "--wait", "--timeout", "60"]).unwrap_or_else(|e| panic!("{e:#}"));
+    until(&system, "it is gone", || ["gone", "shutdown"].contains(&state(&system).as_str()));
+    let events = system.bh_ok(&["events"]).unwrap();
+    assert!(events.contains("poweroff"), "{events}");
+    assert!(!events.contains("crash"), "{events}");
+    until(&system, "its blkback is gone too", || {
+        system.services().is_ok_and(|s| !s.keys().any(|n| n.contains("linux")))
+    });
+}
+
+/// A panic is told as a crash, with its reason, and stays to be looked at.
+#[test]
+#[ignore = "in the lab"]
+fn lab_a_crash_is_told_as_one() {
+    let system = start();
+    // Without /init and root there is nothing to run: the kernel panics.
+    let file = domain_file("debian13", 1, "rdinit=/no-such-init root=/dev/none", None);
+    create(&system, &file.replace("panic=1", "panic=0"));
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while state(&system) == "running" {
+        assert!(Instant::now() < deadline, "still running\n{}", system.log_tail(25));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(state(&system), "crashed", "{:?}", guest(&system, "linux"));
+    assert!(system.bh_ok(&["events"]).unwrap().contains("crash"));
+    assert!(system.bh_ok(&["console", "linux", "--log"]).unwrap().contains("Kernel panic"));
+    system.bh_ok(&["destroy", "linux"]).unwrap();
+}
