@@ -29,8 +29,11 @@ const LONE_GRANT_FRAMES: u64 = 32;
 #[command(version)]
 struct Args {
     /// Run as a process domain of hv-core: kernel, initrd and KVM come as resources, memory from hv-core.
-    #[arg(long, conflicts_with = "lone", required_unless_present = "lone")]
+    #[arg(long, conflicts_with = "lone", required_unless_present_any = ["lone", "probe"])]
     domain: bool,
+    /// Only tell whether this machine can run a guest: exit status 0, or 1 and one line that says why not.
+    #[arg(long, conflicts_with_all = ["lone", "domain"])]
+    probe: bool,
     /// Run without hv-core: own memory, no devices, the console goes to stdout.
     #[arg(long)]
     lone: bool,
@@ -67,7 +70,11 @@ fn parse_size(text: &str) -> Result<u64, String> {
 
 fn main() {
     let args = Args::parse();
-    let result = if args.lone { run_lone(&args) } else { run_domain(&args) };
+    let result = match () {
+        () if args.probe => probe(),
+        () if args.lone => run_lone(&args),
+        () => run_domain(&args),
+    };
     match result {
         Ok(status) => std::process::exit(status),
         Err(e) => {
@@ -89,6 +96,19 @@ fn report(end: &kvm::vcpu::End, domid: u16) -> i32 {
     end.reason.exit_code()
 }
 
+/// Opens the KVM device of a machine that has one worth using.
+fn open_kvm() -> Result<kvm_ioctls::Kvm, KvmError> {
+    kvm::check_hardware()?;
+    let device = File::options().read(true).write(true).open("/dev/kvm").map_err(KvmError::NoDevice)?;
+    Ok(kvm::ioctl::kvm_from_fd(device.into()))
+}
+
+fn probe() -> anyhow::Result<i32> {
+    kvm::check_xen(&open_kvm()?)?;
+    println!("this machine can run PVH guests");
+    Ok(0)
+}
+
 fn run_lone(args: &Args) -> anyhow::Result<i32> {
     domain_kit::domain::init_logging("hv-vcpu");
     let open = |path: &PathBuf, what: &str| {
@@ -103,9 +123,7 @@ fn run_lone(args: &Args) -> anyhow::Result<i32> {
         uuid: [0; 16],
     };
     config.check()?;
-    kvm::check_hardware()?;
-    let device = File::options().read(true).write(true).open("/dev/kvm").map_err(KvmError::NoDevice)?;
-    let kvm = kvm::ioctl::kvm_from_fd(device.into());
+    let kvm = open_kvm()?;
 
     let mem: &'static GuestMemory =
         Box::leak(Box::new(GuestMemory::anonymous(&Layout::new(args.memory).ram())?));

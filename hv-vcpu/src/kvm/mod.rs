@@ -6,7 +6,7 @@ mod setup;
 pub mod vcpu;
 
 pub use platform::KvmPlatform;
-pub use setup::{Vm, check_hardware, create, pvh_entry};
+pub use setup::{Vm, check_hardware, check_xen, create, pvh_entry};
 
 /// Why there can be no guest on this machine. Each text names what is missing and the ways out.
 #[derive(Debug, thiserror::Error)]

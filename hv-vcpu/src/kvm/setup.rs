@@ -32,7 +32,7 @@ pub fn check_hardware() -> Result<(), KvmError> {
 }
 
 /// Checks KVM's Xen support; returns its flags.
-fn check_xen(kvm: &Kvm) -> Result<u32, KvmError> {
+pub fn check_xen(kvm: &Kvm) -> Result<u32, KvmError> {
     let flags = kvm.check_extension_raw(KVM_CAP_XEN_HVM.into());
     if flags <= 0 {
         return Err(KvmError::NoXen);
