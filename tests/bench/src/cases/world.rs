@@ -66,14 +66,29 @@ backend = "{NETBACK}"
     }
 }
 
+impl World {
+    /// Host process id of the guest.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn guest_pid(&self) -> Result<i32> {
+        let pid = listed(&self.system, GUEST)?["host_pid"].as_i64().and_then(|p| i32::try_from(p).ok());
+        pid.filter(|&pid| pid > 0).context("the guest has no process")
+    }
+}
+
 /// How long the guest may take to be there.
 const UP: Duration = Duration::from_secs(20);
 
-fn domid(system: &System) -> Result<u16> {
+/// What `bh list --json` says of a guest.
+pub(crate) fn listed(system: &System, name: &str) -> Result<serde_json::Value> {
     let list = system.bh_json(&["list"])?;
     let guests = list["guests"].as_array().or(list.as_array()).context("bh list --json: no list")?;
-    let guest = guests.iter().find(|g| g["name"] == GUEST).context("the guest is not in the list")?;
-    let domid = guest["domid"].as_u64().context("the guest has no domid")?;
+    guests.iter().find(|g| g["name"] == name).cloned().with_context(|| format!("{name} is not in the list"))
+}
+
+fn domid(system: &System) -> Result<u16> {
+    let domid = listed(system, GUEST)?["domid"].as_u64().context("the guest has no domid")?;
     Ok(u16::try_from(domid)?)
 }
 

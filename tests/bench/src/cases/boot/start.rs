@@ -11,6 +11,7 @@ use super::Image;
 use super::memory::resident_kib;
 use super::terminal::Terminal;
 use crate::cases::Settings;
+use crate::cases::world::listed;
 use crate::report::{Goal, Line};
 use crate::rounds::{Contestant, take_turns};
 use crate::stats::Series;
@@ -89,9 +90,7 @@ memory = {MEMORY}
     let seconds = start.elapsed().as_secs_f64();
     // Idle means settled: the agent has loaded its modules and waits.
     std::thread::sleep(Duration::from_secs(2));
-    let list = system.bh_json(&["list"])?;
-    let guests = list["guests"].as_array().or(list.as_array()).context("bh list --json: no list")?;
-    let guest = guests.iter().find(|g| g["name"] == "boot").context("the guest is gone")?;
+    let guest = listed(system, "boot")?;
     let pid = guest["host_pid"].as_i64().and_then(|p| i32::try_from(p).ok()).unwrap_or(0);
     ensure!(pid > 0, "the guest has no process");
     resident.borrow_mut().push(resident_kib(pid)? as f64 / 1024.0);
