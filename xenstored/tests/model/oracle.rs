@@ -4,12 +4,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 type Path = Vec<u8>;
+/// Message type and payload.
+type Reply = (u32, Vec<u8>);
+/// The same, with the path and token of an event that follows.
+type Outcome = (u32, Vec<u8>, Option<(Path, Vec<u8>)>);
 
 #[derive(Clone, Default)]
 struct Tx {
     written: BTreeMap<Path, Vec<u8>>,
     removed: BTreeSet<Path>,
-    steps: Vec<(u32, Vec<u8>, (u32, Vec<u8>))>,
+    steps: Vec<(u32, Vec<u8>, Reply)>,
     /// (path, was removed), each path once.
     changed: Vec<(Path, bool)>,
     start: u64,
@@ -127,14 +131,7 @@ impl Oracle {
         }
     }
 
-    #[allow(clippy::type_complexity)]
-    fn carry_out(
-        &mut self,
-        client: usize,
-        op: u32,
-        tx: u32,
-        payload: &[u8],
-    ) -> (u32, Vec<u8>, Option<(Path, Vec<u8>)>) {
+    fn carry_out(&mut self, client: usize, op: u32, tx: u32, payload: &[u8]) -> Outcome {
         let fail = |name: &str| (16, format!("{name}\0").into_bytes(), None);
         let ok = |op| (op, b"OK\0".to_vec(), None);
         let strings: Vec<&[u8]> = payload.split(|b| *b == 0).collect();
@@ -182,7 +179,7 @@ impl Oracle {
         }
     }
 
-    fn end(&mut self, client: usize, tx: u32, commit: bool) -> (u32, Vec<u8>, Option<(Path, Vec<u8>)>) {
+    fn end(&mut self, client: usize, tx: u32, commit: bool) -> Outcome {
         let Some(open) = self.txs.remove(&(client, tx)) else { return (16, b"ENOENT\0".to_vec(), None) };
         if commit {
             let mut again = open;
@@ -227,7 +224,7 @@ impl Oracle {
         self.nodes = after;
     }
 
-    fn node_op(&self, tx: &mut Tx, op: u32, payload: &[u8]) -> (u32, Vec<u8>) {
+    fn node_op(&self, tx: &mut Tx, op: u32, payload: &[u8]) -> Reply {
         let fail = |name: &str| (16, format!("{name}\0").into_bytes());
         let end = payload.iter().position(|b| *b == 0).expect("a path");
         let path = payload[..end].to_vec();
