@@ -1,13 +1,13 @@
 //! Domains' output: each has a pipe whose end one thread writes to `RUN/log/NAME.log`, of bounded size: when a file is full it
 //! becomes `NAME.log.1` and a new one begins. A domain cannot fill the disk, and loses its log not even when it dies.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -46,13 +46,10 @@ impl Logs {
         let wake = crate::sys::eventfd()?;
         let tails = Tails::default();
         let waker = wake.try_clone()?;
-        std::thread::Builder::new()
-            .name("log".into())
-            .stack_size(128 << 10)
-            .spawn({
-                let tails = tails.clone();
-                move || run(&added, &waker, &tails)
-            })?;
+        std::thread::Builder::new().name("log".into()).stack_size(128 << 10).spawn({
+            let tails = tails.clone();
+            move || run(&added, &waker, &tails)
+        })?;
         Ok(Logs::Files { dir, add, wake, tails })
     }
 

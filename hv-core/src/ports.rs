@@ -98,12 +98,14 @@ impl Port {
 pub struct PortTable {
     ports: BTreeMap<u32, Port>,
     limit: u32,
+    /// Every number below is in use.
+    first_maybe_free: u32,
 }
 
 impl PortTable {
     /// An empty table of at most `limit` ports.
     pub fn new(limit: u32) -> Self {
-        PortTable { ports: BTreeMap::new(), limit }
+        PortTable { ports: BTreeMap::new(), limit, first_maybe_free: 1 }
     }
 
     /// The port with this number.
@@ -125,8 +127,8 @@ impl PortTable {
         if self.ports.len() >= self.limit as usize {
             return Err(Errno::ENOSPC);
         }
-        let mut expected = 1;
-        for &number in self.ports.keys() {
+        let mut expected = self.first_maybe_free;
+        for &number in self.ports.range(expected..).map(|(n, _)| n) {
             if number != expected {
                 break;
             }
@@ -137,6 +139,7 @@ impl PortTable {
 
     fn insert(&mut self, port: Port) -> Result<(u32, &Port), Errno> {
         let number = self.free_number()?;
+        self.first_maybe_free = number + 1;
         Ok((number, self.ports.entry(number).or_insert(port)))
     }
 
@@ -183,7 +186,9 @@ impl PortTable {
     /// # Errors
     /// `ENOENT` there is none.
     pub fn close(&mut self, port: u32) -> Result<Closed, Errno> {
-        let port = self.ports.remove(&port).ok_or(Errno::ENOENT)?;
+        let number = port;
+        let port = self.ports.remove(&number).ok_or(Errno::ENOENT)?;
+        self.first_maybe_free = self.first_maybe_free.min(number);
         Ok(Closed {
             remote: if let State::Interdomain(peer, n) = port.state { Some((peer, n)) } else { None },
         })

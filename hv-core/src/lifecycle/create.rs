@@ -51,8 +51,7 @@ impl Lifecycle {
         let domain = self.build(peer, spec)?;
         self.hv.lock().domains.insert(domid, domain);
         self.event(Kind::Created, peer, "");
-        let started =
-            self.set_up(peer).and_then(|()| if paused { Ok(()) } else { self.start_process(peer) });
+        let started = self.set_up(peer).and_then(|()| if paused { Ok(()) } else { self.start_process(peer) });
         if let Err(reason) = started {
             tracing::warn!(domid, name, "creation undone: {reason}");
             self.forget(peer);

@@ -454,3 +454,91 @@ pub fn xsa_380_teardown_is_bounded() {
     }
     until("gone", || system.get(&big).is_none());
 }
+
+/// Destroyed while paused, running, waiting for its restart, failed, and shut down; its numbers are free again each time.
+pub fn destroyed_in_every_state() {
+    let mut system = System::start();
+    for (i, state) in [
+        DomainState::Created,
+        DomainState::Running,
+        DomainState::Restarting,
+        DomainState::Failed,
+        DomainState::Shutdown,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut request = System::request("x", &[Role::ProcessGuest]);
+        request.domid = 7;
+        request.paused = state == DomainState::Created;
+        if matches!(state, DomainState::Restarting | DomainState::Failed) {
+            request.args.push("exit".into());
+            let restart = state == DomainState::Restarting;
+            request.restart = Some(RestartPolicy {
+                restart,
+                backoff_ms: 60_000,
+                backoff_max_ms: 60_000,
+                ..Default::default()
+            });
+        }
+        let dom = system.create(request);
+        if state == DomainState::Shutdown {
+            dom.hv().shutdown(0).unwrap();
+        }
+        until("the state", || system.get(&dom).is_some_and(|d| d.state() == state));
+        system.destroy(&dom);
+        until("gone", || system.get(&dom).is_none());
+        assert!(!std::path::Path::new(&system.path("ctl/7.sock")).exists(), "round {i}");
+    }
+    let gone = DomainRef { domid: 7, instance: 0 };
+    let status = system.call(|mut c| async move { c.destroy_domain(gone).await }).unwrap_err();
+    assert_eq!(status.code(), tonic::Code::NotFound);
+}
+
+/// Kills of a service that has everything: maps, ports, channels, buffers, a store. Descriptors and threads of hv-core and its
+/// spawner are as many as before; what belongs to the domid is all there.
+pub fn hundreds_of_kills_leak_nothing() {
+    let kills = std::env::var("BH_KILLS").ok().and_then(|s| s.parse().ok()).unwrap_or(200u32);
+    let mut system = System::start();
+    let (front, back) = (system.guest("front"), system.backend("back"));
+    let f = front.hv();
+    let (info, _memfd) = f.region_create(back.id, 8, 0).unwrap();
+    let port = f.port_alloc_unbound(back.id).unwrap();
+    let b = back.hv();
+    let map = b.grant_map(front.id, &[info.first_gref], 0).unwrap().handle;
+    b.port_bind_interdomain(front.id, port.port).unwrap();
+    let (_mem, memfd) = SharedMem::create("kept", 4096).unwrap();
+    b.fd_put("kept", fd_kind::MEMFD, 0, &memfd).unwrap();
+    let pid = system.hv_core.id();
+    let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+    let settled = |system: &mut System| {
+        system.kill(&back);
+        let hv = back.hv();
+        hv.served().unwrap();
+        (count("fd"), count("task"))
+    };
+    b.grant_claim(map).unwrap();
+    settled(&mut system);
+    let before = (count("fd"), count("task"));
+    let mut worst = Duration::ZERO;
+    for _ in 0..kills {
+        let hv = back.hv();
+        let _channel = hv.new_channel().unwrap();
+        hv.buffer_register(&memfd, 4096).unwrap();
+        hv.grant_map(front.id, &[info.first_gref + 1], 0).unwrap();
+        let start = Instant::now();
+        system.kill(&back);
+        worst = worst.max(start.elapsed());
+        let hv = back.hv();
+        assert_eq!(hv.port_list().unwrap().len(), 1);
+        assert_eq!(hv.fd_list().unwrap().len(), 1);
+        hv.served().unwrap();
+        assert!(hv.grant_list().unwrap().is_empty());
+    }
+    until("as many descriptors and threads as before", || {
+        let now = (count("fd"), count("task"));
+        now.0 <= before.0 && now.1 <= before.1
+    });
+    println!("NOTE {kills} kills, the longest until the next incarnation ran {worst:?}");
+    assert_eq!(system.get(&back).unwrap().restarts, kills + 1);
+}

@@ -44,7 +44,9 @@ fn program() -> PathBuf {
 
 /// The command that starts hv-core in a run directory.
 pub fn hv_core_command(run_dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hv-core"));
+    // Another copy, for runs in the lab while this one may be built anew.
+    let binary = std::env::var("BH_HV_CORE").unwrap_or_else(|_| env!("CARGO_BIN_EXE_hv-core").into());
+    let mut command = Command::new(binary);
     command.arg("--run-dir").arg(run_dir).arg("--dom0").arg(program());
     command.args(["--dom0-arg", "agent", "--dom0-arg", "dom0", "--log", "stderr", "--memory-limit", "4096"]);
     command
