@@ -42,6 +42,8 @@ pub struct Connection {
     pub persistent: bool,
     /// Its writes are refused.
     pub read_only: bool,
+    /// Which domain of that domid it is (low bits of hv-core's serial number): a domid can be used again.
+    pub instance: u32,
 }
 
 impl Connection {
@@ -49,11 +51,11 @@ impl Connection {
         let flags = u32::from(self.abi == Abi::X86_32)
             | u32::from(self.persistent) << 1
             | u32::from(self.read_only) << 2;
-        [self.key.frontend.into(), self.key.id, self.ring_ref, self.remote_port, flags, 0]
+        [self.key.frontend.into(), self.key.id, self.ring_ref, self.remote_port, flags, self.instance]
     }
 
     fn from_identity(words: [u32; 6]) -> Option<Self> {
-        let [frontend, id, ring_ref, remote_port, flags, _] = words;
+        let [frontend, id, ring_ref, remote_port, flags, instance] = words;
         Some(Connection {
             key: DeviceKey { frontend: frontend.try_into().ok()?, id },
             ring_ref,
@@ -61,6 +63,7 @@ impl Connection {
             abi: if flags & 1 != 0 { Abi::X86_32 } else { Abi::X86_64 },
             persistent: flags & 2 != 0,
             read_only: flags & 4 != 0,
+            instance,
         })
     }
 
@@ -167,7 +170,21 @@ pub struct Shared {
     pub claiming: Arc<AtomicUsize>,
 }
 
-/// Connections of which a previous incarnation kept a journal, and which the frontend knows to be connected.
+/// Which domain has the domid now, as [`Connection::instance`] tells; `None` if none has, or it goes.
+///
+/// # Errors
+/// The hypercall's.
+pub fn instance(hv: &Hypercall, domid: u16) -> Result<Option<u32>, HvError> {
+    match hv.dom_info(domid) {
+        Ok(info) if info.state == hv_abi::dom_state::DYING => Ok(None),
+        Ok(info) => Ok(Some(info.instance as u32)),
+        Err(e) if e.is(Errno::ESRCH) || e.is(Errno::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Connections of which a previous incarnation kept a journal, and which the frontend knows to be connected. What was kept of
+/// domains that are gone is dropped.
 ///
 /// # Errors
 /// The hypercalls'.
@@ -176,6 +193,12 @@ pub fn kept(hv: &Hypercall) -> Result<Vec<Connection>, AttachError> {
     for info in hv.fd_list()? {
         let Some(name) = info.name.as_str().filter(|n| n.starts_with("vbd-")) else { continue };
         match find(hv, name) {
+            Ok(Some((connection, _)))
+                if instance(hv, connection.key.frontend)? != Some(connection.instance) =>
+            {
+                tracing::info!(device = %connection.key, "its domain is gone");
+                forget(hv, connection.key)?;
+            }
             Ok(Some((connection, memory))) => {
                 let at = connection.shape().bytes() - USER_BYTES as usize;
                 if memory.load_u32(at, std::sync::atomic::Ordering::Acquire) != 0 {
@@ -207,6 +230,7 @@ fn find(hv: &Hypercall, name: &str) -> Result<Option<(Connection, SharedMem)>, A
             abi,
             persistent: false,
             read_only: false,
+            instance: 0,
         };
         if let Ok(journal) = RingJournal::open(&memory, probe.shape())
             && let Some(connection) = Connection::from_identity(journal.identity())
@@ -334,7 +358,7 @@ impl Starting {
         fresh: bool,
     ) -> Result<Self, AttachError> {
         let hv = &shared.domain.hv;
-        let Connection { key, ring_ref, remote_port, abi, persistent, read_only } = connection;
+        let Connection { key, ring_ref, remote_port, abi, persistent, read_only, .. } = connection;
         let stats = Arc::new(Stats::default());
         stats.drain_us.store(source.drain.as_micros() as u64, Relaxed);
         let tag = ring_tag(key.id);

@@ -124,7 +124,11 @@ impl Vbd {
             Some(gref) => gref,
             None => node.front_number("ring-ref0")?.ok_or_else(|| missing(node::RING_REF))?,
         };
+        let instance = device::instance(&self.shared.domain.hv, node.key.frontend)
+            .map_err(|e| DeviceError::NotReady(e.to_string()))?
+            .ok_or_else(|| DeviceError::NotReady(format!("there is no domain {}", node.key.frontend)))?;
         Ok(Connection {
+            instance,
             key: node.key,
             ring_ref,
             remote_port: node

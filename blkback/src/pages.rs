@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use domain_kit::grants::{CopyBatch, CopyBuffer, MappedGrants};
+use domain_kit::grants::{CopyBatch, CopyBuffer, GrantError, MappedGrants};
 use domain_kit::hypercall::{CopyEntryExt, HvResult, Hypercall};
 use domain_kit::journal::Slot;
 use domain_kit::ring::RingMem;
 use hv_abi::CopyEntry;
+use nix::errno::Errno;
 
 use crate::disk::uring::buffer_offset;
 use crate::engine::{Direction, GuestPages};
@@ -149,9 +150,14 @@ impl<J: RingMem> GrantPages<J> {
             let mapped = match MappedGrants::map(&self.hv, self.domid, grefs, self.tag) {
                 Ok(mapped) => mapped,
                 Err(error) => {
+                    self.free.push(slot);
+                    if !matches!(&error, GrantError::Hypercall(e) if e.is(Errno::EACCES)) {
+                        tracing::warn!(domid = self.domid, %error, "grants cannot be mapped: all further ones are copied");
+                        self.persistent = false;
+                        break;
+                    }
                     // A read-only or bad grant among them: the copies will tell which.
                     tracing::debug!(domid = self.domid, %error, "grants not mapped");
-                    self.free.push(slot);
                     continue;
                 }
             };

@@ -20,7 +20,7 @@ use domain_kit::ring::{FrontRing, RingLayout};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -29,6 +29,7 @@ use xen_abi::io::blkif::*;
 const ABI: Abi = Abi::X86_64;
 const SECTORS: u64 = 2048;
 const PAGES: usize = 32;
+const POISON: u64 = 1000;
 
 /// Guest pages without grants: gref n is page n.
 struct PlainPages {
@@ -74,7 +75,7 @@ struct Shared {
 }
 
 /// One incarnation. Never returns.
-fn incarnation(s: &Shared) -> ! {
+fn incarnation(s: &Shared, own_fault: bool, poison: Option<u64>) -> ! {
     let file = File::options().read(true).write(true).open(&s.path).expect("open");
     let source = Arc::new(source::open(file.into(), false, Duration::from_secs(10)).expect("fence"));
     let (ring, unanswered) = JournaledRing::reattach(
@@ -83,7 +84,7 @@ fn incarnation(s: &Shared) -> ! {
         s.journal.clone(),
         s.shape,
         BlkifFormat(ABI),
-        false,
+        own_fault,
     )
     .expect("a sound journal");
     let (buffers, _fd) = SharedMem::create("buffers", 32 * MAX_REQUEST_BYTES).expect("buffers");
@@ -91,6 +92,13 @@ fn incarnation(s: &Shared) -> ! {
     let disk = UringDisk::new(source, buffers.clone(), 32).expect("io_uring");
     let guest = PlainPages { guest: s.guest.clone(), buffers };
     let mut engine = Engine::new(ring, ABI, unanswered, guest, disk, Arc::new(Stats::default()));
+    if let Some(poison) = poison {
+        engine.set_fault_hook(Box::new(move |request| {
+            if request.offset == poison * 512 {
+                std::process::abort();
+            }
+        }));
+    }
     let mut first = true;
     loop {
         let polled = engine.poll().expect("an honest frontend");
@@ -109,11 +117,11 @@ fn incarnation(s: &Shared) -> ! {
     }
 }
 
-fn start(s: &Shared) -> Pid {
+fn start(s: &Shared, own_fault: bool, poison: Option<u64>) -> Pid {
     // SAFETY: the child only runs the engine, on memory of its own and shared mappings, and is killed. Other threads of the test
     // process hold no lock that it needs: allocation after fork is safe with glibc.
     match unsafe { fork() }.expect("fork") {
-        ForkResult::Child => incarnation(s),
+        ForkResult::Child => incarnation(s, own_fault, poison),
         ForkResult::Parent { child } => child,
     }
 }
@@ -216,28 +224,38 @@ impl Front {
     }
 }
 
-#[test]
-fn kills_lose_nothing() {
-    let kills: u32 = std::env::var("BLKBACK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
-    let disk = tempfile::NamedTempFile::new().unwrap();
-    disk.as_file().set_len(SECTORS * 512).unwrap();
+fn shared(path: &std::path::Path) -> Shared {
     let layout = RingLayout::new(1, ABI.entry_size(), ABI.response_size());
     let shape = JournaledRing::<Arc<SharedMem>, Arc<SharedMem>, BlkifFormat>::shape(&layout, 0, 0);
     let memory = |len| Arc::new(SharedMem::create("kill-test", len).unwrap().0);
     let eventfd =
         || EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-    let s = Shared {
+    Shared {
         ring: memory(4096),
         journal: memory(shape.bytes()),
         guest: memory(PAGES * 4096),
         to_back: eventfd(),
         to_front: eventfd(),
-        path: disk.path().to_owned(),
+        path: path.to_owned(),
         layout,
         shape,
-    };
+    }
+}
+
+/// An empty journal for the first incarnation to take up.
+fn create(s: &Shared) {
+    let (ring, journal) = (s.ring.clone(), s.journal.clone());
+    drop(JournaledRing::create(ring, s.layout, journal, s.shape, [0; 6], BlkifFormat(ABI)).unwrap());
+}
+
+#[test]
+fn kills_lose_nothing() {
+    let kills: u32 = std::env::var("BLKBACK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(SECTORS * 512).unwrap();
+    let s = shared(disk.path());
     let mut front = Front {
-        ring: FrontRing::init(s.ring.clone(), layout),
+        ring: FrontRing::init(s.ring.clone(), s.layout),
         guest: s.guest.clone(),
         pending: HashMap::new(),
         free_pages: (0..PAGES).collect(),
@@ -246,12 +264,9 @@ fn kills_lose_nothing() {
         answered: 0,
         read_back: 0,
     };
-    drop(
-        JournaledRing::create(s.ring.clone(), layout, s.journal.clone(), shape, [0; 6], BlkifFormat(ABI))
-            .unwrap(),
-    );
+    create(&s);
     let mut rng = SmallRng::seed_from_u64(1);
-    let mut child = start(&s);
+    let mut child = start(&s, false, None);
     let mut pauses = Vec::new();
     for round in 0..=kills {
         let until = Instant::now() + Duration::from_micros(rng.random_range(0..6000));
@@ -277,7 +292,7 @@ fn kills_lose_nothing() {
         let killed = Instant::now();
         kill(child, Signal::SIGKILL).unwrap();
         waitpid(child, None).unwrap();
-        child = start(&s);
+        child = start(&s, false, None);
         let before = front.answered;
         while front.answered == before && !front.pending.is_empty() {
             let mut fds = [PollFd::new(s.to_front.as_fd(), PollFlags::POLLIN)];
@@ -309,4 +324,59 @@ fn kills_lose_nothing() {
         pauses.get(pauses.len() / 2),
         pauses.last()
     );
+}
+
+/// A request that makes the service crash is run three times, then answered with an error; all others are served.
+#[test]
+fn a_poison_request_is_given_up_after_three_crashes() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(SECTORS * 512).unwrap();
+    let s = shared(disk.path());
+    let mut ring = FrontRing::init(s.ring.clone(), s.layout);
+    create(&s);
+    for id in 0..8u64 {
+        let request = BlkifRequest {
+            operation: BLKIF_OP_WRITE,
+            nr_segments: 1,
+            id,
+            sector_number: if id == 5 { POISON } else { id },
+            seg: [BlkifRequestSegment::new(id as u32, 0, 0); 11],
+            ..Default::default()
+        };
+        ring.put(&ABI.encode(&Request::Direct(request)));
+    }
+    ring.push();
+    let mut crashes = 0;
+    let mut own_fault = false;
+    let mut statuses = HashMap::new();
+    while statuses.len() < 8 {
+        let child = start(&s, own_fault, Some(POISON));
+        loop {
+            let mut fds = [PollFd::new(s.to_front.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::from(20u16)).unwrap();
+            let _ = s.to_front.read();
+            while ring.unconsumed().unwrap() > 0 {
+                let mut bytes = [0; 16];
+                ring.take(&mut bytes);
+                let response = ABI.decode_response(&bytes);
+                assert!(statuses.insert(response.id, response.status).is_none(), "answered twice");
+            }
+            let _asks_for_an_event = ring.final_check().unwrap();
+            if statuses.len() == 8 {
+                kill(child, Signal::SIGKILL).unwrap();
+                waitpid(child, None).unwrap();
+                break;
+            }
+            if let WaitStatus::Signaled(_, signal, _) = waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap() {
+                assert_eq!(signal, Signal::SIGABRT);
+                crashes += 1;
+                own_fault = true;
+                break;
+            }
+        }
+    }
+    assert_eq!(crashes, 3);
+    for (id, status) in statuses {
+        assert_eq!(status, if id == 5 { BLKIF_RSP_ERROR } else { BLKIF_RSP_OKAY }, "request {id}");
+    }
 }
