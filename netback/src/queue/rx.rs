@@ -261,7 +261,11 @@ impl<R: RingMem, J: RingMem> RxQueue<R, J> {
     fn fill(&mut self, world: &mut impl World) -> Result<bool, QueueError> {
         let mut worked = false;
         self.blocked = false;
-        while self.notes < MAX_PACKETS && self.free + MAX_READ <= ARENA_END {
+        // Bounded also if nothing of it can be delivered: tx has its turn too.
+        for _ in 0..MAX_PACKETS {
+            if self.notes == MAX_PACKETS || self.free + MAX_READ > ARENA_END {
+                break;
+            }
             if self.needed >= self.available()? {
                 self.blocked = true;
                 break;

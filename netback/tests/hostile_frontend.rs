@@ -1,0 +1,320 @@
+//! Frontends that do what they must not. Each class of `hazards.md` that touches the rings has a test named after it; those of
+//! slots and headers stand beside the parsers.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use domain_kit::grants::CopyBatch;
+use domain_kit::hypercall::HvError;
+use domain_kit::ring::{FrontRing, HeapMem, RingMem};
+use hv_abi::COPY_TO_GRANT;
+use netback::offload::VNET_HDR_LEN;
+use netback::queue::rx::{self, RxQueue};
+use netback::queue::tx::{self, TxQueue};
+use netback::queue::{ARENA_BYTES, QueueError, World};
+use netback::slots::MAX_RX_PACKET;
+use netback::stats::Stats;
+use netback::tap::Offloads;
+use proptest::prelude::*;
+use xen_abi::io::netif::*;
+use xen_abi::io::ring::{REQ_PROD_OFFSET, RING_OFFSET, RSP_PROD_OFFSET};
+
+type Mem = Rc<HeapMem>;
+
+/// An outside that has always one more packet, and a hypervisor that refuses every third page.
+struct Outside {
+    arena: Mem,
+    /// Bytes of each packet for the frontend.
+    packet: usize,
+    received: usize,
+    sent: Vec<Vec<u8>>,
+    copied_to_guest: usize,
+    refuse: bool,
+    turn: usize,
+}
+
+impl Outside {
+    fn new(packet: usize, refuse: bool) -> Outside {
+        // The arena is large and its content does not matter from one test to the next.
+        thread_local!(static ARENA: Mem = Rc::new(HeapMem::new(ARENA_BYTES)));
+        let arena = ARENA.with(Rc::clone);
+        Outside { arena, packet, received: 0, sent: Vec::new(), copied_to_guest: 0, refuse, turn: 0 }
+    }
+}
+
+impl World for Outside {
+    type Arena = Mem;
+    fn arena(&self) -> &Mem {
+        &self.arena
+    }
+    fn copy_ids(&self) -> (u16, u32) {
+        (5, 1)
+    }
+    fn receive(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
+        assert!(offset + len <= ARENA_BYTES / 2, "reads stay in their half");
+        if self.packet == 0 {
+            return Ok(None);
+        }
+        self.arena.copy_in(offset, &[0; VNET_HDR_LEN]);
+        self.received += 1;
+        Ok(Some(VNET_HDR_LEN + self.packet))
+    }
+    fn send(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
+        assert!(offset >= ARENA_BYTES / 2 && offset + len <= ARENA_BYTES, "writes stay in their half");
+        let mut packet = vec![0; len - VNET_HDR_LEN];
+        self.arena.copy_out(offset + VNET_HDR_LEN, &mut packet);
+        self.sent.push(packet);
+        Ok(Some(len))
+    }
+    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
+        batch.statuses.clear();
+        for e in &batch.entries {
+            assert!(usize::from(e.offset) + usize::from(e.len) <= 4096, "pieces stay in their page");
+            assert!(e.buffer_offset as usize + usize::from(e.len) <= ARENA_BYTES);
+            if e.flags == COPY_TO_GRANT {
+                self.copied_to_guest += usize::from(e.len);
+            } else {
+                let piece = vec![e.gref as u8; e.len.into()];
+                self.arena.copy_in(e.buffer_offset as usize, &piece);
+            }
+            self.turn += 1;
+            batch.statuses.push(if self.refuse && self.turn.is_multiple_of(3) { -2 } else { 0 });
+        }
+        Ok(())
+    }
+}
+
+fn txq<M: RingMem>(ring: M) -> TxQueue<M, Mem> {
+    let journal = Rc::new(HeapMem::new(tx::shape(&tx::layout()).bytes()));
+    TxQueue::create(ring, tx::layout(), journal, [0; 6], Arc::new(Stats::default())).unwrap()
+}
+
+fn rxq(ring: Mem, sg: bool) -> RxQueue<Mem, Mem> {
+    let journal = Rc::new(HeapMem::new(rx::shape(&rx::layout()).bytes()));
+    let offloads = Offloads { csum: true, sg, ..Offloads::default() };
+    RxQueue::create(ring, rx::layout(), journal, [0; 6], offloads, Arc::new(Stats::default())).unwrap()
+}
+
+fn ring() -> Mem {
+    Rc::new(HeapMem::new(4096))
+}
+
+/// Counts how often each byte of the ring is copied out.
+struct Counting {
+    inner: Mem,
+    copies: Rc<RefCell<HashMap<usize, u32>>>,
+    flips: Cell<u8>,
+}
+
+impl RingMem for Counting {
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+    fn load_u32(&self, offset: usize) -> u32 {
+        assert!(offset < RING_OFFSET, "entries are copied, never read field by field");
+        self.inner.load_u32(offset)
+    }
+    fn store_u32(&self, offset: usize, value: u32) {
+        self.inner.store_u32(offset, value);
+    }
+    fn load_u64(&self, offset: usize) -> u64 {
+        self.inner.load_u64(offset)
+    }
+    fn store_u64(&self, offset: usize, value: u64) {
+        self.inner.store_u64(offset, value);
+    }
+    fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        self.inner.copy_out(offset, into);
+        for i in 0..into.len() {
+            *self.copies.borrow_mut().entry(offset + i).or_default() += 1;
+        }
+        // The frontend changes the slot behind our back.
+        self.flips.set(self.flips.get().wrapping_add(1));
+        self.inner.copy_in(offset, &vec![self.flips.get(); into.len()]);
+    }
+    fn copy_in(&self, offset: usize, from: &[u8]) {
+        self.inner.copy_in(offset, from);
+    }
+}
+
+#[test]
+fn xsa_155_double_fetch() {
+    let mem = ring();
+    let mut front = FrontRing::init(mem.clone(), tx::layout());
+    for i in 0..10 {
+        let request = NetifTxRequest { gref: 100 + i, offset: 0, flags: 0, id: i as u16, size: 60 };
+        front.put(&TxSlot::from(request).0);
+    }
+    front.push();
+    let copies = Rc::<RefCell<HashMap<usize, u32>>>::default();
+    let counting = Counting { inner: mem, copies: copies.clone(), flips: Cell::new(0) };
+    let mut queue = txq(counting);
+    let mut outside = Outside::new(0, false);
+    queue.run(&mut outside).unwrap();
+    assert!(copies.borrow().values().all(|&n| n == 1), "a byte of a request was read twice");
+    assert_eq!(copies.borrow().len(), 120);
+    let sent: Vec<Vec<u8>> = (0..10).map(|i| vec![100 + i; 60]).collect();
+    assert_eq!(outside.sent, sent, "what was judged is what was sent");
+    for id in 0..10 {
+        let mut response = [0; 4];
+        front.take(&mut response);
+        assert_eq!(response, [id, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn xsa_216_no_byte_of_ours_in_a_response() {
+    let mem = ring();
+    let mut front = FrontRing::init(mem.clone(), tx::layout());
+    for i in 0..256u32 {
+        let request =
+            NetifTxRequest { gref: 0xaaaa_aaaa, offset: 0xaaaa, flags: 0, id: i as u16, size: 0xaaaa };
+        front.put(&TxSlot::from(request).0);
+    }
+    front.push();
+    let mut queue = txq(mem.clone());
+    queue.run(&mut Outside::new(0, false)).unwrap();
+    let bytes = mem.snapshot();
+    for slot in bytes[RING_OFFSET..RING_OFFSET + 256 * TX_ENTRY_SIZE].chunks(TX_ENTRY_SIZE).enumerate() {
+        let (id, slot) = (slot.0 as u16, slot.1);
+        assert_eq!(slot[..2], id.to_le_bytes());
+        assert_eq!(slot[2..4], NETIF_RSP_ERROR.to_le_bytes());
+        // Behind the response's four bytes stand the frontend's own.
+        assert_eq!(slot[4..8], [0xaa, 0xaa, 0, 0]);
+        assert_eq!(slot[8..10], id.to_le_bytes());
+    }
+    // An rx response fills its slot, so every byte of it is made for it.
+    assert_eq!(rx::layout().rsp_size, rx::layout().entry_size);
+}
+
+#[test]
+fn xsa_392_a_guest_that_posts_no_slots() {
+    let mem = ring();
+    let mut front = FrontRing::init(mem.clone(), rx::layout());
+    let mut queue = rxq(mem, true);
+    let mut outside = Outside::new(9000, false);
+    for _ in 0..1000 {
+        queue.run(&mut outside).unwrap();
+        assert!(queue.blocked() && !queue.final_check().unwrap());
+    }
+    assert_eq!(outside.received, 0, "nothing is read that cannot be delivered");
+    // Two slots for packets of three: one packet is held, no more.
+    for id in 0..2 {
+        front.put(&[id, 0, 0, 0, id, 0, 0, 0]);
+    }
+    front.push();
+    for _ in 0..1000 {
+        queue.run(&mut outside).unwrap();
+        assert!(queue.blocked() && !queue.final_check().unwrap());
+    }
+    assert_eq!((outside.received, outside.copied_to_guest), (1, 0));
+    front.put(&[2, 0, 0, 0, 2, 0, 0, 0]);
+    assert!(front.push(), "the missing slot raises an event");
+    assert!(queue.final_check().unwrap());
+    queue.run(&mut outside).unwrap();
+    assert_eq!((outside.copied_to_guest, front.unconsumed()), (9000, Ok(3)));
+}
+
+#[test]
+fn without_scatter_gather_only_single_slots() {
+    let mem = ring();
+    let mut front = FrontRing::init(mem.clone(), rx::layout());
+    for id in 0..250 {
+        front.put(&[id, 0, 0, 0, id, 0, 0, 0]);
+    }
+    front.push();
+    let mut queue = rxq(mem, false);
+    let mut outside = Outside::new(4097, false);
+    // Every packet is dropped, and there is always one more: still a round ends.
+    assert!(queue.run(&mut outside).unwrap().worked);
+    assert!(outside.received > 0);
+    assert_eq!(outside.copied_to_guest, 0);
+    assert_eq!(front.unconsumed(), Ok(0));
+}
+
+#[test]
+fn indices_of_every_kind() {
+    for req_prod in [257, 300, 0x8000_0000, u32::MAX] {
+        let (tx, rx) = (ring(), ring());
+        let mut txq = txq(tx.clone());
+        let mut rxq = rxq(rx.clone(), true);
+        tx.store_u32(REQ_PROD_OFFSET, req_prod);
+        rx.store_u32(REQ_PROD_OFFSET, req_prod);
+        let mut outside = Outside::new(60, false);
+        assert!(matches!(txq.run(&mut outside), Err(QueueError::Journal(_))), "{req_prod}");
+        assert!(matches!(rxq.run(&mut outside), Err(QueueError::Journal(_))), "{req_prod}");
+    }
+    // rsp_prod is ours: what the frontend writes there is not read while we live.
+    let tx = ring();
+    let mut front = FrontRing::init(tx.clone(), tx::layout());
+    let mut queue = txq(tx.clone());
+    let request = NetifTxRequest { gref: 1, offset: 0, flags: 0, id: 9, size: 60 };
+    front.put(&TxSlot::from(request).0);
+    front.push();
+    tx.store_u32(RSP_PROD_OFFSET, 200);
+    queue.run(&mut Outside::new(0, false)).unwrap();
+    assert_eq!(tx.load_u32(RSP_PROD_OFFSET), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    /// Rings full of anything, over and over: no panic, nothing outside of its bounds (the world asserts it), and what is
+    /// taken is answered, or the queue has given up.
+    #[test]
+    fn any_ring_content(
+        rounds in proptest::collection::vec(
+            (proptest::collection::vec(any::<[u8; 12]>(), 0..200), any::<[u8; 12]>(), 0u8..4), 1..5),
+        packet in prop_oneof![Just(0usize), 14usize..=MAX_RX_PACKET], refuse: bool,
+    ) {
+        let (tx, rx) = (ring(), ring());
+        let mut front = FrontRing::init(tx.clone(), tx::layout());
+        let mut rx_front = FrontRing::init(rx.clone(), rx::layout());
+        let (mut txq, mut rxq) = (txq(tx), rxq(rx, true));
+        let mut outside = Outside::new(packet, refuse);
+        for (slots, last, shape) in rounds {
+            for mut slot in slots {
+                // Mostly sizes and flags that lead somewhere.
+                if shape > 0 {
+                    slot[6] &= 0x0f;
+                    slot[7] = 0;
+                    slot[5] &= 0x0f;
+                    slot[11] &= 0x0f;
+                }
+                if shape > 1 {
+                    slot[6] &= 0x03;
+                }
+                if front.free() == 0 {
+                    break;
+                }
+                front.put(&slot);
+                if rx_front.free() > 0 {
+                    rx_front.put(&slot[..8]);
+                }
+            }
+            if front.free() > 0 {
+                let mut end = last;
+                end[6] = 0;
+                end[0] = 1;
+                front.put(&end);
+            }
+            front.push();
+            rx_front.push();
+            match txq.run(&mut outside) {
+                Ok(_) => prop_assert_eq!(front.unconsumed(), Ok(front.pending())),
+                Err(QueueError::Fatal(_)) => break,
+                Err(e) => prop_assert!(false, "{e}"),
+            }
+            for _ in 0..front.unconsumed().unwrap() {
+                front.take(&mut [0; 4]);
+            }
+            prop_assert!(rxq.run(&mut outside).is_ok());
+            for _ in 0..rx_front.unconsumed().unwrap() {
+                rx_front.take(&mut [0; 8]);
+            }
+        }
+        prop_assert!(outside.sent.iter().all(|p| (14..=65535).contains(&p.len())));
+    }
+}
