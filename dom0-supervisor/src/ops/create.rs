@@ -34,12 +34,15 @@ impl Manager {
         let id = {
             let mut inner = self.inner();
             conflicts(&inner.state, &self.host, &guest).map_err(|e| e.at(&format!("guest {name}")))?;
-            inner.change(|state| {
+            let id = inner.change(|state| {
                 state.guests.insert(name.clone(), guest);
                 state.begin(&name, SagaKind::Create, None)
-            })?
+            })?;
+            // Under the same lock, or a pass of the reconciler takes it up first.
+            inner.active.insert(id);
+            id
         };
-        self.run(id).map_err(|e| e.at(&format!("guest {name}")))?;
+        self.run_claimed(id).map_err(|e| e.at(&format!("guest {name}")))?;
         Ok(name)
     }
 
@@ -98,6 +101,7 @@ impl Manager {
             match inner.state.saga_of(&name).map(|(id, saga)| (id, saga.clone())) {
                 None => {
                     let id = inner.change(|state| state.begin(&name, SagaKind::Destroy, None))?;
+                    inner.active.insert(id);
                     (name, id, false)
                 }
                 Some((id, saga)) if saga.phase == Phase::Do && saga.kind != SagaKind::Destroy => {
@@ -113,9 +117,9 @@ impl Manager {
                 Some((id, _)) => (name, id, true),
             }
         };
-        let done = match self.run(id) {
+        let done = match if wait { self.run(id) } else { self.run_claimed(id) } {
             // Another thread carries it out: wait for it.
-            Err(OpError::Busy(_)) if wait => self.await_saga(id),
+            Err(OpError::Busy(_)) => self.await_saga(id),
             // An undone operation is what was asked for here.
             Err(OpError::Failed(_)) if self.inner().state.find(&name).is_none() => Ok(()),
             done => done,

@@ -176,7 +176,8 @@ impl<D: BackendDriver> Backend<D> {
                         all_at = Some(now + RETRY);
                     }
                 }
-                due.extend(self.devices.keys());
+                // Those that are gone from the list, too: one that was only offered is in `watched` alone.
+                due.extend(self.devices.keys().chain(&self.watched));
             }
             for key in std::mem::take(&mut due) {
                 let again = match self.look(xs, &watches, key) {
