@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::HostFile;
 use crate::events::Events;
@@ -74,7 +74,7 @@ impl From<HvError> for OpError {
         match e {
             HvError::NotFound => OpError::NotFound(e.to_string()),
             HvError::AlreadyExists(text) => OpError::Exists(text),
-            HvError::Refused(text) => OpError::Failed(text),
+            HvError::Refused(text) => OpError::Failed(plain(&text)),
             HvError::Busy(_) => OpError::Unavailable(e.to_string()),
             HvError::Gone => OpError::Killed,
         }
@@ -143,6 +143,8 @@ pub(crate) struct Known {
     pub homes: HashSet<(u16, u64)>,
     /// Why a service is not there.
     pub service_notes: HashMap<String, String>,
+    /// When a service that can't be made is tried again, and how long is waited after that.
+    pub service_retry: HashMap<String, (Instant, Duration)>,
     /// What the last event of a domain said about its end.
     pub ends: HashMap<(u16, u64), String>,
     /// The host's own nodes were made.
@@ -245,6 +247,14 @@ impl Manager {
             (false, true) => exit,
             (false, false) => format!("{exit}: {detail}"),
         }
+    }
+}
+
+/// hv-core names the field that is wrong; a person has named a file.
+fn plain(text: &str) -> String {
+    match text.strip_prefix("resources.path: ") {
+        Some(rest) => format!("{rest}; check the path"),
+        None => text.to_owned(),
     }
 }
 

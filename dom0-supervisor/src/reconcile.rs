@@ -2,6 +2,7 @@
 //! their domain file says. One pass looks at everything; what takes long runs in threads of its own.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proto::hvcore::{Domain, DomainState};
 
@@ -16,6 +17,10 @@ use crate::xs_layout;
 /// A guest that ends sooner after its start than this, so often in a row, is not started again.
 const QUICK_MS: u64 = 10_000;
 const QUICK_ENDS: u32 = 5;
+
+/// A service that can't be made is tried again after this, then after twice as long, up to the second.
+const RETRY: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// sched.h: what a domain says when it shuts down.
 mod reason {
@@ -51,6 +56,14 @@ impl Manager {
             let there = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&service.request.uuid));
             let result = match there {
                 Some(domain) => super::ops_numbers(domain),
+                None if self
+                    .known()
+                    .service_retry
+                    .get(&service.name)
+                    .is_some_and(|r| r.0 > Instant::now()) =>
+                {
+                    continue;
+                }
                 None => self.make_service(&service),
             };
             let result = result.and_then(|domain| {
@@ -61,10 +74,14 @@ impl Manager {
             match result {
                 Ok(()) => {
                     known.service_notes.remove(&service.name);
+                    known.service_retry.remove(&service.name);
                 }
                 // Its domain is there; the store is on its way.
                 Err(OpError::Unavailable(_)) if there.is_some() => {}
                 Err(e) => {
+                    let wait =
+                        known.service_retry.get(&service.name).map_or(RETRY, |r| (r.1 * 2).min(RETRY_MAX));
+                    known.service_retry.insert(service.name.clone(), (Instant::now() + wait, wait));
                     let new = known.service_notes.insert(service.name.clone(), e.to_string());
                     drop(known);
                     if new.as_deref() != Some(e.to_string().as_str()) {

@@ -243,7 +243,7 @@ mod tests {
             let net = service.kind == ServiceKind::Netback;
             assert_eq!(!r.capabilities.is_empty(), net, "{}", r.name);
             assert_eq!(!r.netdevs.is_empty(), net, "{}", r.name);
-            assert_eq!(r.resources.iter().any(|r| r.kind() == Kind::Device), false, "{}", r.name);
+            assert!(!r.resources.iter().any(|r| r.kind() == Kind::Device), "{}", r.name);
         }
         assert_eq!(services[2].request.resources[0].name, "disk");
     }

@@ -18,6 +18,8 @@ mod steps_do;
 mod steps_undo;
 
 #[cfg(test)]
+mod bad_input_tests;
+#[cfg(test)]
 mod kill_tests;
 
 use std::time::Instant;
