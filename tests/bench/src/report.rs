@@ -169,6 +169,7 @@ pub fn table(lines: &[Line]) -> String {
     let dash = || "-".to_owned();
     let mut rows = vec![["", "unit", "ours", "limit", "ratio (p10-p90)", "goal", ""].map(String::from)];
     let mut notes = String::new();
+    let mut number = 0;
     for line in lines {
         let mut name = line.name.clone();
         let others = line.peers.iter().filter(|(_, v)| Some(**v) != line.limit);
@@ -177,9 +178,9 @@ pub fn table(lines: &[Line]) -> String {
         let remarks: Vec<String> =
             p99.into_iter().chain(others).chain(Some(line.note.clone()).filter(|n| !n.is_empty())).collect();
         if !remarks.is_empty() {
-            let number = notes.lines().count() + 1;
+            number += 1;
             let _ = write!(name, " [{number}]");
-            let _ = writeln!(notes, "  [{number}] {}", remarks.join("; "));
+            let _ = writeln!(notes, "  [{number}] {}", remarks.join("; ").replace('\n', " | "));
         }
         let ratio = match (line.ratio, line.ratio_spread) {
             (Some(r), Some((low, high))) => format!("{r:.2} ({low:.2}-{high:.2})"),

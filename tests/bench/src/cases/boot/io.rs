@@ -13,7 +13,7 @@ use bulkhead_tests::outside::{ADDRESS, Outside, PREFIX};
 use bulkhead_tests::system::{Config, NETBACK, System};
 
 use super::Image;
-use super::start::{BOOT, USERSPACE, microvm_command};
+use super::start::{BOOT, USERSPACE, console, microvm_command};
 use super::terminal::Terminal;
 use crate::cases::Settings;
 use crate::report::{Goal, Line};
@@ -117,7 +117,7 @@ backend = "{NETBACK}"
         image.initrd.display(),
         disk.display(),
     ))?;
-    let terminal = Terminal::start(system.bh_command(&["console", "io"]))?;
+    let terminal = console(system, "io", USERSPACE)?;
     Guest { terminal: RefCell::new(terminal), disk: "/dev/xvda", peer: ADDRESS }.up()
 }
 
@@ -133,14 +133,15 @@ fn microvm(outside: &Outside, image: &Image, disk: &Path) -> Result<Guest> {
         .args(["-device", "virtio-blk-device,drive=d"])
         .args(["-netdev", &format!("tap,id=n,ifname={TAP},script=no,downscript=no")])
         .args(["-device", "virtio-net-device,netdev=n"]);
-    let terminal = outside.run(move || Terminal::start(command))??;
+    let mut terminal = outside.run(move || Terminal::start(command))??;
+    terminal.expect(USERSPACE, BOOT)?;
     Guest { terminal: RefCell::new(terminal), disk: "/dev/vda", peer: MICROVM_PEER }.up()
 }
 
 impl Guest {
     fn up(self) -> Result<Guest> {
         let mut terminal = self.terminal.borrow_mut();
-        terminal.expect(USERSPACE, BOOT)?;
+        terminal.type_line("")?;
         terminal.expect("guest#", BOOT)?;
         // No progress lines and no echo between us.
         terminal.run("busybox stty -echo", TURN)?;

@@ -85,8 +85,7 @@ memory = {MEMORY}
     );
     let start = Instant::now();
     system.create(&domain_file)?;
-    let mut console = Terminal::start(system.bh_command(&["console", "boot"]))?;
-    console.expect(USERSPACE, BOOT)?;
+    let console = console(system, "boot", USERSPACE)?;
     let seconds = start.elapsed().as_secs_f64();
     // Idle means settled: the agent has loaded its modules and waits.
     std::thread::sleep(Duration::from_secs(2));
@@ -97,6 +96,19 @@ memory = {MEMORY}
     drop(console);
     system.bh_ok(&["destroy", "boot"])?;
     Ok(seconds)
+}
+
+/// A guest's console, `mark` having been seen on it. It is not there yet when a guest has just been made.
+pub(super) fn console(system: &System, guest: &str, mark: &str) -> Result<Terminal> {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        let mut terminal = Terminal::start(system.bh_command(&["console", guest]))?;
+        match terminal.expect(mark, deadline.saturating_duration_since(Instant::now())) {
+            Ok(_) => return Ok(terminal),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 /// A QEMU microvm without anything but a serial console.
