@@ -133,6 +133,7 @@ fn run_lone(args: &Args) -> anyhow::Result<i32> {
     let (_, port) = prepared.add_ring(Ring::Console, 0)?;
     let console = prepared.guest.layout.console_gfn();
     hv.drain_console(mem, console, port).context("console")?;
+    prepared.load(&config)?;
 
     let end = prepared.run()?;
     hv_vcpu::lone::drain(mem, console * hv_vcpu::mem::PAGE_SIZE);

@@ -114,7 +114,8 @@ pub enum Ring {
     Console,
 }
 
-/// Loads the guest and makes its VM. Memory, tables and the guest itself are leaked: the process ends with its guest.
+/// Makes the guest's VM, without anything in its memory yet. Memory, tables and the guest itself are leaked: the
+/// process ends with its guest.
 pub fn prepare(
     kvm: &Kvm,
     config: &Config,
@@ -123,46 +124,21 @@ pub fn prepare(
     hv: &'static dyn Hypervisor,
 ) -> Result<Prepared, RunError> {
     config.check()?;
-    let layout = Layout::new(config.memory);
-    let loaded = {
-        let image = kernel::read_image(&config.kernel)?;
-        kernel::load(&image, mem, layout::KERNEL_LOW, layout.usable_low_end())?
-    };
-    let initrd = match &config.initrd {
-        None => None,
-        Some(file) => {
-            let len = file.metadata().map_err(RunError::Initrd)?.len();
-            let at = layout
-                .initrd_gpa(len, loaded.end)
-                .ok_or(RunError::InitrdTooLarge(len, config.memory >> 20))?;
-            mem.load_file(at, file, len).map_err(|e| match e {
-                MemError::Read(e) => RunError::Initrd(e),
-                e => RunError::Memory(e),
-            })?;
-            (len > 0).then_some((at, len))
-        }
-    };
-    // What unpacking needed is given back before the guest starts.
-    mem::trim_heap();
-    let start_info = boot::write_start_info(mem, &layout, &config.cmdline, initrd, config.vcpus as u8)?;
-
     let shared_info: &'static SharedPages = Box::leak(Box::new(SharedPages::new("shared-info", 1)?));
     let vm = kvm::create(kvm, mem, shared_info, config.vcpus, hv.domid())?;
     let platform: &'static KvmPlatform = Box::leak(Box::new(vm.platform));
-    if let Some(boot_vcpu) = vm.vcpus.first() {
-        kvm::pvh_entry(boot_vcpu, loaded.entry, start_info)?;
-    }
     let guest = Box::leak(Box::new(Guest {
         mem,
         shared_info,
         grants,
-        layout,
+        layout: Layout::new(config.memory),
         vcpus: config.vcpus,
         uuid: config.uuid,
         platform,
         hv,
         state: Mutex::new(State::new(config.vcpus)),
     }));
+    tracing::debug!(vcpus = config.vcpus, "VM made");
     Ok(Prepared { guest, platform, vcpus: vm.vcpus })
 }
 
@@ -202,6 +178,37 @@ impl Prepared {
         self.guest.set_param(pfn_param, gfn);
         self.guest.set_param(port_param, port.into());
         Ok((gref, port))
+    }
+
+    /// Loads the kernel and what it finds beside it, and puts the boot vCPU at the kernel's entry.
+    pub fn load(&self, config: &Config) -> Result<(), RunError> {
+        let (mem, layout) = (self.guest.mem, &self.guest.layout);
+        let loaded = {
+            let image = kernel::read_image(&config.kernel)?;
+            kernel::load(&image, mem, layout::KERNEL_LOW, layout.usable_low_end())?
+        };
+        tracing::debug!(entry = loaded.entry, start = loaded.start, end = loaded.end, "kernel loaded");
+        let initrd = match &config.initrd {
+            None => None,
+            Some(file) => {
+                let len = file.metadata().map_err(RunError::Initrd)?.len();
+                let at = layout
+                    .initrd_gpa(len, loaded.end)
+                    .ok_or(RunError::InitrdTooLarge(len, config.memory >> 20))?;
+                mem.load_file(at, file, len).map_err(|e| match e {
+                    MemError::Read(e) => RunError::Initrd(e),
+                    e => RunError::Memory(e),
+                })?;
+                (len > 0).then_some((at, len))
+            }
+        };
+        // What unpacking needed is given back before the guest starts.
+        mem::trim_heap();
+        let start_info = boot::write_start_info(mem, layout, &config.cmdline, initrd, config.vcpus as u8)?;
+        if let Some(boot_vcpu) = self.vcpus.first() {
+            kvm::pvh_entry(boot_vcpu, loaded.entry, start_info)?;
+        }
+        Ok(())
     }
 
     /// Runs the guest to its end.

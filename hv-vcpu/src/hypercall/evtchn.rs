@@ -110,6 +110,10 @@ impl Guest {
             let _ = self.hv.close(port);
             return Err(Errno::ENOSPC);
         }
+        // hv-core answers a second bind with the port that is there; in Xen the remote one is then no longer free.
+        if self.state().ports.contains_key(&port) {
+            return Err(Errno::EINVAL);
+        }
         let routed = self.platform.route_out(port, fds.tx.as_fd()).and_then(|()| {
             self.platform.route_in(port, 0, fds.rx.as_fd()).inspect_err(|_| self.platform.unroute_out(port))
         });
