@@ -28,6 +28,9 @@ const PRIORITY: Duration = Duration::from_millis(10);
 /// How long to wait before a full journal is tried again.
 const STALL: Duration = Duration::from_millis(100);
 
+/// How long after a failure a domain's ring is asked for again.
+const RESCAN: Duration = Duration::from_millis(200);
+
 const LISTENER: u64 = 0;
 const DOMAINS: u64 = 1;
 const STOP: u64 = 2;
@@ -93,6 +96,8 @@ pub struct Daemon<K, D> {
     priority: Option<(ConnId, Instant)>,
     rest_until: Instant,
     stalled: bool,
+    /// A domain's ring could not be had: asked for again then.
+    rescan_at: Option<Instant>,
     stats: Arc<Stats>,
 }
 
@@ -128,6 +133,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             priority: None,
             rest_until: Instant::now(),
             stalled: false,
+            rescan_at: None,
             stats: Arc::default(),
         };
         daemon.take_up_sockets()?;
@@ -203,6 +209,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 }
             }
             self.serve()?;
+            if self.rescan_at.is_some_and(|at| Instant::now() >= at) {
+                self.scan_domains()?;
+            }
         }
     }
 
@@ -227,7 +236,13 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             return EpollTimeout::from(STALL.as_millis() as u16);
         }
         match &self.priority {
-            _ if self.runnable.is_empty() => EpollTimeout::NONE,
+            _ if self.runnable.is_empty() => match self.rescan_at {
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+                    EpollTimeout::from(left.min(1000) as u16)
+                }
+                None => EpollTimeout::NONE,
+            },
             Some((_, until)) if self.runnable.iter().all(|id| self.has_to_wait(*id)) => {
                 let left = until.saturating_duration_since(Instant::now()).as_millis() + 1;
                 EpollTimeout::from(left.min(1000) as u16)
@@ -437,7 +452,15 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             }
             Some(Link::Ring(ring)) => {
                 let page = Arc::clone(&ring.page);
-                match ring::push(&mut self.engine, id, &*page)? {
+                let pushed = match ring::push(&mut self.engine, id, &*page) {
+                    Ok(pushed) => pushed,
+                    Err(e) => {
+                        tracing::error!(error = %e, conn = id.0, "the journal is full, output waits");
+                        ring.port.notify();
+                        return Ok(());
+                    }
+                };
+                match pushed {
                     Ok((_, moved)) => {
                         if moved {
                             ring.port.notify();
@@ -496,6 +519,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
 
     /// Compares hv-core's list of domains with what the store knows.
     fn scan_domains(&mut self) -> Result<(), DaemonError> {
+        self.rescan_at = None;
         if self.domains.changed_fd().is_none() {
             return Ok(());
         }
@@ -503,6 +527,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             Ok(seen) => seen,
             Err(e) => {
                 tracing::error!(error = %e, "no list of domains");
+                self.rescan_at = Some(Instant::now() + RESCAN);
                 return Ok(());
             }
         };
@@ -525,7 +550,8 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         }
         for seen in seen.iter().filter(|s| !s.dying) {
             if let Err(e) = self.take_up_domain(seen) {
-                tracing::error!(domid = seen.domid, error = %e, "domain's store ring");
+                tracing::warn!(domid = seen.domid, error = %e, "domain's store ring can't be had yet");
+                self.rescan_at = Some(Instant::now() + RESCAN);
             }
         }
         self.flush_touched()
@@ -535,7 +561,8 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         if seen.shutdown && self.engine.store.domain(seen.domid).is_some_and(|d| !d.shutdown) {
             self.engine.domain_shutdown(seen.domid)?;
         }
-        let Some(ring_at) = seen.ring.filter(|_| !self.engine.store.was_released(seen.instance)) else {
+        let Some(ring_at) = seen.ring.filter(|_| !self.engine.store.was_released(seen.domid, seen.instance))
+        else {
             return Ok(());
         };
         let known = self.engine.store.domain(seen.domid).cloned();

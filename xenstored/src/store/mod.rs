@@ -142,8 +142,8 @@ pub struct Store {
     pub watches: WatchIndex,
     conns: BTreeMap<ConnId, Conn>,
     domains: BTreeMap<u16, Domain>,
-    /// Instances that RELEASE cut off while they live.
-    released: BTreeSet<u64>,
+    /// Living domains that RELEASE cut off: the instance by domid, until another domain has the domid.
+    released: BTreeMap<u16, u64>,
     next_conn: u64,
     next_tag: u64,
     limits: Limits,
@@ -171,7 +171,7 @@ impl Store {
             watches: WatchIndex::default(),
             conns: BTreeMap::new(),
             domains: BTreeMap::new(),
-            released: BTreeSet::new(),
+            released: BTreeMap::new(),
             next_conn: 1,
             next_tag: 1,
             limits: Limits::default(),
@@ -245,8 +245,8 @@ impl Store {
     }
 
     /// Whether RELEASE cut this living domain off.
-    pub fn was_released(&self, instance: u64) -> bool {
-        self.released.contains(&instance)
+    pub fn was_released(&self, domid: u16, instance: u64) -> bool {
+        self.released.get(&domid) == Some(&instance)
     }
 
     /// The id that the next connection gets.
@@ -321,6 +321,7 @@ impl Store {
     }
 
     fn domain_up(&mut self, domid: u16, instance: u64, ring: (u32, u32), class: Class, slot: u32) {
+        self.released.remove(&domid);
         let known = self.domains.get(&domid).map(|d| (d.instance, d.conn));
         match known {
             // Introduced by request before its ring was known.

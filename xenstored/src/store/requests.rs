@@ -97,7 +97,7 @@ impl Store {
             Op::Release => {
                 let domid = self.known_domain(payload)?;
                 if let Some(instance) = self.domains.get(&domid).map(|d| d.instance).filter(|i| *i != 0) {
-                    self.released.insert(instance);
+                    self.released.insert(domid, instance);
                 }
                 self.release(domid);
             }

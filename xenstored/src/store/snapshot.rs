@@ -68,7 +68,8 @@ pub fn write_snapshot<E>(
     store.limits.guest.encode(&mut out);
     store.limits.service.encode(&mut out);
     out.u32(store.released.len() as u32);
-    for instance in &store.released {
+    for (domid, instance) in &store.released {
+        out.u16(*domid);
         out.u64(*instance);
     }
     sink(&out.0)?;
@@ -264,7 +265,7 @@ impl Loader {
                 self.root_generation = input.u64()?;
                 self.store.limits = Limits { guest: Quota::decode(input)?, service: Quota::decode(input)? };
                 for _ in 0..input.u32()? {
-                    self.store.released.insert(input.u64()?);
+                    self.store.released.insert(input.u16()?, input.u64()?);
                 }
             }
             NODES => {
