@@ -35,7 +35,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { half_size: 256 << 20, compact_at: 4 << 20, salvage: false, limits: None, own_fault: false }
+        Self { half_size: 256 << 20, compact_at: 512 << 10, salvage: false, limits: None, own_fault: false }
     }
 }
 
