@@ -168,7 +168,20 @@ impl SharedMem {
 
     /// Copies `len` bytes between two mappings (which may be the same if the ranges do not overlap).
     pub fn copy_from(&self, offset: usize, source: &SharedMem, source_offset: usize, len: usize) {
-        let mut done = 0;
+        self.check(offset, len, 1);
+        source.check(source_offset, len, 1);
+        // Whole words where both ends are aligned, which sectors and pages are: once through a register.
+        let words = if (offset | source_offset).is_multiple_of(8) { len / 8 } else { 0 };
+        for i in 0..words {
+            let at = 8 * i;
+            // SAFETY: in bounds (checked) and aligned to 8, only touched as atomics.
+            unsafe {
+                let from = AtomicU64::from_ptr(source.map.as_mut_ptr().add(source_offset + at).cast());
+                let to = AtomicU64::from_ptr(self.map.as_mut_ptr().add(offset + at).cast());
+                to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+        let mut done = 8 * words;
         let mut chunk = [0; 512];
         while done < len {
             let n = (len - done).min(chunk.len());
