@@ -208,6 +208,9 @@ fn start_domain(
         let (gref, port) = prepared.add_ring(Ring::Console, hello.console_domid)?;
         call.set_console_ring(gref, port).context("announcing the console ring")?;
     }
+    prepared.load(&config)?;
+    // dom0 takes it as the sign that there is a guest.
+    call.served().context("telling hv-core that the guest starts")?;
     tracing::info!(
         domid = hello.domid,
         vcpus = args.vcpus,

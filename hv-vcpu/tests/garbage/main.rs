@@ -7,11 +7,14 @@ use std::process::{Command, Stdio};
 use xen_abi::errno::{self, EFAULT, EINVAL, ENOSYS, EPERM};
 
 /// Answers of one ring, by number, first argument, pointer and shape.
-struct Answers<'a>(&'a [i32]);
+struct Answers<'a> {
+    words: &'a [i32],
+    pointers: usize,
+}
 
 impl Answers<'_> {
     fn at(&self, nr: usize, op: usize, pointer: usize, shape: usize) -> i32 {
-        self.0[((nr * OPS + op) * POINTERS + pointer) * SHAPES + shape]
+        self.words[((nr * OPS + op) * self.pointers + pointer) * SHAPES + shape]
     }
 }
 
@@ -39,9 +42,11 @@ fn lab_garbage_hypercalls_confuse_nobody() {
 
     let words: Vec<i32> =
         out.stdout.chunks_exact(4).map(|w| i32::from_le_bytes(w.try_into().unwrap())).collect();
-    let each = NUMBERS * OPS * POINTERS * SHAPES;
-    assert_eq!(words.len(), 2 * each, "every call was answered in both rings");
-    let (kernel, user) = (Answers(&words[..each]), Answers(&words[each..]));
+    // Ring 3 tries the first pointer only.
+    let (calls, each) = (NUMBERS * OPS * SHAPES, NUMBERS * OPS * POINTERS * SHAPES);
+    assert_eq!(words.len(), each + calls, "every call was answered in both rings");
+    let kernel = Answers { words: &words[..each], pointers: POINTERS };
+    let user = Answers { words: &words[each..], pointers: 1 };
     let mut by_answer = std::collections::BTreeMap::new();
     for nr in 0..NUMBERS {
         for op in 0..OPS {
@@ -53,7 +58,9 @@ fn lab_garbage_hypercalls_confuse_nobody() {
                     *by_answer.entry(answer.min(0)).or_insert(0) += 1;
                     let skipped = nr == 29 && (op == 2 || op == 3);
                     let wanted = if skipped { 0 } else { -EPERM };
-                    assert_eq!(user.at(nr, op, pointer, shape), wanted, "ring 3: {what}");
+                    if pointer == 0 {
+                        assert_eq!(user.at(nr, op, pointer, shape), wanted, "ring 3: {what}");
+                    }
                 }
             }
         }
@@ -74,6 +81,6 @@ fn lab_garbage_hypercalls_confuse_nobody() {
     assert_eq!(kernel.at(12, 7, 0, 0), -EPERM, "another domain's memory");
     assert_eq!(kernel.at(32, 6, 6, 0), 0, "a port of its own");
     assert_eq!(kernel.at(32, 11, 6, 0), -ENOSYS, "FIFO events");
-    assert_eq!(kernel.at(63, 0, 0, 0), -ENOSYS);
+    assert_eq!(kernel.at(43, 0, 0, 0), -ENOSYS);
     assert_eq!(kernel.at(36, 0, 0, 0), -EPERM, "domctl");
 }
