@@ -45,22 +45,25 @@ impl Port {
     /// That of poll(2), EINTR excepted.
     pub fn wait(&self, timeout: Option<Duration>) -> io::Result<bool> {
         let deadline = timeout.map(|t| std::time::Instant::now() + t);
+        let mut left = timeout;
         loop {
-            if self.clear() {
-                return Ok(true);
-            }
-            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
-            if left.is_some_and(|l| l.is_zero()) {
-                return Ok(false);
-            }
             let wait = match left {
                 None => PollTimeout::NONE,
+                Some(Duration::ZERO) => PollTimeout::ZERO,
                 // Rounded up, so that a rest below a millisecond does not spin.
                 Some(l) => PollTimeout::try_from(l.as_millis() + 1).unwrap_or(PollTimeout::MAX),
             };
+            // Not looked at before: who waits mostly has to, and each system call counts in a round trip.
             match poll(&mut [PollFd::new(self.rx.as_fd(), PollFlags::POLLIN)], wait) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(e) => return Err(e.into()),
+            }
+            if self.clear() {
+                return Ok(true);
+            }
+            left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
+            if left.is_some_and(|l| l.is_zero()) {
+                return Ok(false);
             }
         }
     }
