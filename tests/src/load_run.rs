@@ -81,8 +81,8 @@ impl Observer for Quiet {
 pub fn run(run: &Run, config: Config, screen: &dyn Observer) -> Result<Outcome> {
     screen
         .stage("starting hv-core, which starts dom0-supervisor, xenstored, netback and the console backend");
-    let bin_dir = config.bin_dir.clone();
     let system = System::start(config)?;
+    let bin_dir = system.bin_dir().to_path_buf();
     let peer = Peer::start(&system)?;
 
     let disk = system.dir().join("demo.img");

@@ -143,5 +143,6 @@ fn ignored_tests() -> Result<()> {
     script.push_str("test -z \"$failed\" || { echo \"failed:$failed\"; exit 1; }\n");
     let mut args = LabArgs::new(["sh", "-c", &script]);
     args.timeout = 900;
+    args.env.push(format!("BH_BIN_DIR={}", lab::programs()?.display()));
     expect(&args, 0)
 }

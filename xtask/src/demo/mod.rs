@@ -117,7 +117,7 @@ pub fn run(args: &DemoArgs) -> Result<i32> {
 /// Runs it on this machine (which may be the lab's).
 fn here(args: &DemoArgs, guest: load_run::Guest) -> Result<i32> {
     let screen = draw::Screen::new();
-    let config = Config { bin_dir: paths::bin_dir(), keep: args.keep, ..Config::of_this_build()? };
+    let config = Config { keep: args.keep, ..Config::of_this_build()? };
     let duration = Duration::from_secs(args.seconds());
     let outcome =
         load_run::run(&Run { guest, kills: args.kills, duration, seed: args.seed }, config, &screen)?;
@@ -179,6 +179,7 @@ fn in_lab(args: &DemoArgs, kernel: PathBuf, initrd: PathBuf) -> Result<i32> {
     }
     let mut lab_args = lab::LabArgs::new(command);
     lab_args.timeout = args.seconds() + 240;
+    lab_args.env.push(format!("BH_BIN_DIR={}", lab::programs()?.display()));
     lab_args.tty = std::io::stdout().is_terminal();
     let code = lab::run(&lab_args)?;
     if let Some(report) = &args.report

@@ -8,7 +8,9 @@ use crate::{debian, paths, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub use qemu::Outcome;
@@ -221,4 +223,34 @@ pub(crate) fn deadline(args: &LabArgs) -> Instant {
 /// Whether cargo's target directory lies inside the working tree.
 pub(crate) fn target_inside_tree() -> bool {
     paths::target().starts_with(paths::root())
+}
+
+/// The system's programs without symbols, as the lab wants them: it reads them at every start, through an emulated machine's
+/// view of the working tree. Gives the folder, for `BH_BIN_DIR`.
+///
+/// # Errors
+/// When a program cannot be read or the folder not written.
+pub fn programs() -> Result<PathBuf> {
+    let from = paths::bin_dir();
+    let to = paths::lab().join("bin");
+    fs::create_dir_all(&to).with_context(|| format!("cannot create {}", to.display()))?;
+    for entry in fs::read_dir(&from).with_context(|| format!("cannot read {}", from.display()))? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        let program = meta.is_file() && meta.permissions().mode() & 0o111 != 0;
+        let target = to.join(entry.file_name());
+        let fresh =
+            fs::metadata(&target).and_then(|t| Ok(t.modified()? >= meta.modified()?)).unwrap_or(false);
+        if !program || fresh {
+            continue;
+        }
+        let part = to.join(format!("{}.{}", entry.file_name().display(), std::process::id()));
+        let strip = Command::new("strip").arg("-o").arg(&part).arg(entry.path()).status();
+        if !strip.is_ok_and(|s| s.success()) {
+            // binutils came with the C linker; without it the symbols stay in.
+            fs::copy(entry.path(), &part)?;
+        }
+        fs::rename(&part, &target)?;
+    }
+    Ok(to)
 }
