@@ -224,6 +224,9 @@ async fn watch_events(hv: Arc<GrpcHv>, manager: Arc<Manager>, wake: Arc<Notify>)
                         manager.note_end(event.domid as u16, event.instance, &event.detail);
                     }
                     let routine = matches!(event.kind(), Kind::Served);
+                    if routine {
+                        manager.note_served(event.domid as u16, event.instance);
+                    }
                     manager.events.add(translate(event));
                     if !routine {
                         wake.notify_one();

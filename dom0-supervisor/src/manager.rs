@@ -147,6 +147,8 @@ pub(crate) struct Known {
     pub service_retry: HashMap<String, (Instant, Duration)>,
     /// What the last event of a domain said about its end.
     pub ends: HashMap<(u16, u64), String>,
+    /// Domains that told hv-core that they serve.
+    pub served: HashSet<(u16, u64)>,
     /// The host's own nodes were made.
     pub dom0_nodes: bool,
 }
@@ -233,6 +235,15 @@ impl Manager {
             known.ends.clear();
         }
         known.ends.insert((domid, instance), one_line(detail));
+    }
+
+    /// Notes that a domain told that it serves.
+    pub fn note_served(&self, domid: u16, instance: u64) {
+        let mut known = self.known();
+        if known.served.len() > 4096 {
+            known.served.clear();
+        }
+        known.served.insert((domid, instance));
     }
 
     /// How a domain's process ended, in words.

@@ -160,15 +160,12 @@ impl Manager {
                 return Err(OpError::Failed("its domain went away while it started".into()));
             };
             match domain.state() {
-                DomainState::Failed => {
-                    let runner = match guest.config.guest_type {
-                        GuestType::Pvh => "hv-vcpu",
-                        GuestType::Process => "its program",
-                    };
-                    // hv-core adds what the process said last a moment later.
-                    std::thread::sleep(self.timing.poll * 3);
-                    let domain = find_instance(&*self.hv, running.domid, running.instance)?.unwrap_or(domain);
-                    return Err(OpError::Failed(format!("{runner} ended: {}", self.end_of(&domain))));
+                DomainState::Failed => return Err(self.runner_ended(guest, running)),
+                // It crashed before it was a guest: what the domain file says of crashes is about guests.
+                DomainState::Shutdown
+                    if domain.shutdown_reason == xen_abi::sched::SHUTDOWN_CRASH && !self.served(running) =>
+                {
+                    return Err(self.runner_ended(guest, running));
                 }
                 // Came up and went: what follows is the reconciler's.
                 DomainState::Shutdown => return Ok(super::nothing()),
@@ -194,6 +191,31 @@ impl Manager {
                     device.backend,
                     self.timing.ready.as_secs()
                 )));
+            }
+            std::thread::sleep(self.timing.poll);
+        }
+    }
+
+    fn served(&self, running: RunningDomain) -> bool {
+        self.known().served.contains(&(running.domid, running.instance))
+    }
+
+    fn runner_ended(&self, guest: &Guest, running: RunningDomain) -> OpError {
+        let runner = match guest.config.guest_type {
+            GuestType::Pvh => "hv-vcpu",
+            GuestType::Process => "its program",
+        };
+        // The process may still be on its way out, and hv-core adds what it said last a moment later.
+        let end = Instant::now() + self.timing.poll * 20;
+        loop {
+            let found = find_instance(&*self.hv, running.domid, running.instance).ok().flatten();
+            let told = found.as_ref().is_some_and(|d| d.last_exit.contains(": "));
+            if told || Instant::now() > end {
+                let how = found.map_or_else(|| "no reason known".into(), |d| self.end_of(&d));
+                // What a runner says begins with its own name; how it was ended then matters to nobody.
+                let words = how.split_once(": ").map_or(how.as_str(), |(_, words)| words);
+                let words = words.strip_prefix(&format!("{runner}: ")).unwrap_or(words);
+                return OpError::Failed(format!("{runner} ended: {words}"));
             }
             std::thread::sleep(self.timing.poll);
         }

@@ -31,7 +31,8 @@ impl Manager {
     pub(super) fn undo_devices(&self, guest: &Guest) -> Result<Change, OpError> {
         let devices = xs_layout::device_paths(guest);
         let changes: Vec<StoreChange> = devices.iter().flat_map(xs_layout::close_device).collect();
-        if changes.is_empty() {
+        let reused = guest.domain.is_some_and(|running| self.reused(running).unwrap_or(true));
+        if changes.is_empty() || reused {
             return Ok(nothing());
         }
         self.store.apply(&changes)?;

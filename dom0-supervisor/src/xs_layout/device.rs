@@ -161,11 +161,11 @@ pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
     out
 }
 
-/// Asks a backend to let go of a device, as a toolstack does.
+/// Asks a backend to let go of a device whose guest has ended: a frontend that is no more cannot say so itself.
 pub fn close_device(device: &DevicePaths) -> Vec<Change> {
     let set =
-        |key: &str, value: &str| Change::Set { path: format!("{}/{key}", device.back), value: value.into() };
-    vec![set("online", "0"), set("state", "5")]
+        |dir: &str, key: &str, value: &str| Change::Set { path: format!("{dir}/{key}"), value: value.into() };
+    vec![set(&device.back, "online", "0"), set(&device.front, "state", "6"), set(&device.back, "state", "5")]
 }
 
 /// Removes the backend's directory of a device; the frontend's goes with the guest.

@@ -10,6 +10,9 @@ use crate::grants::Map;
 use crate::ports::Peer;
 use crate::resources::Resource;
 
+/// SHUTDOWN_crash of sched.h.
+const SHUTDOWN_CRASH: u32 = 3;
+
 /// How a wait status reads.
 fn exit_info(status: i32, faults_before: u32) -> (ExitInfo, String) {
     const OWN_FAULT_SIGNALS: [i32; 7] =
@@ -76,7 +79,7 @@ impl Lifecycle {
     /// An incarnation is over: reaped, and none of its calls is left.
     fn over(&mut self, peer: Peer) {
         let now = Instant::now();
-        let (buffers, maps, text, generation, restart_in, state) = {
+        let (buffers, maps, text, generation, restart_in, state, crashed) = {
             let mut table = self.hv.lock();
             let going: Vec<Peer> = {
                 let dying = table.domains.values().filter(|d| d.state == dom_state::DYING);
@@ -99,12 +102,14 @@ impl Lifecycle {
                     d.state = if restart_in.is_some() { dom_state::RESTARTING } else { dom_state::FAILED };
                 }
             }
-            (d.buffers.take(), maps, text, d.generation, restart_in, d.state)
+            let crashed = d.state == dom_state::SHUTDOWN && d.shutdown_reason == SHUTDOWN_CRASH;
+            (d.buffers.take(), maps, text, d.generation, restart_in, d.state, crashed)
         };
         drop(buffers);
         self.hv.release_maps(peer, maps);
         self.event(Kind::ProcessDied, peer, &text);
-        let text = if state == dom_state::FAILED { self.with_last_words(peer, text) } else { text };
+        let for_good = state == dom_state::FAILED || crashed;
+        let text = if for_good { self.with_last_words(peer, text) } else { text };
         if let Some(wait) = restart_in {
             self.restarts.insert((now + wait, peer.domid), peer);
         }
