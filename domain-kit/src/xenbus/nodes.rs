@@ -10,7 +10,7 @@ use xen_abi::xenbus::XenbusState;
 
 use crate::Domain;
 use crate::mem::Page;
-use crate::xs::{RingTransport, XsClient, XsError, XsOps};
+use crate::xs::{RingTransport, XsClient, XsErrno, XsError, XsOps};
 
 /// Names one device of a backend: whose, and which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -90,7 +90,11 @@ pub(super) fn number<T: FromStr>(dir: &str, name: &str, text: Option<String>) ->
 }
 
 pub(super) fn state(xs: &impl XsOps, dir: &str) -> Result<XenbusState, XsError> {
-    Ok(xs.read_opt(&format!("{dir}/state"))?.map_or(XenbusState::Unknown, |text| XenbusState::parse(&text)))
+    match xs.read_opt(&format!("{dir}/state")) {
+        // A node that is gone together with its parents: what the store looks at then is a node that is not ours to read.
+        Err(e) if e.is(XsErrno::EACCES) => Ok(XenbusState::Unknown),
+        text => Ok(text?.map_or(XenbusState::Unknown, |text| XenbusState::parse(&text))),
+    }
 }
 
 /// A domain's own directory.
