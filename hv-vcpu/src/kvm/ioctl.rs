@@ -252,6 +252,18 @@ pub fn hypercall_of(vcpu: &mut VcpuFd) -> Option<Call> {
     Some(Call { nr: hcall.input, args: hcall.params, cpl: hcall.cpl, long_mode: hcall.longmode != 0 })
 }
 
+/// What KVM says of an internal error (`KVM_INTERNAL_ERROR_*` and data); `None` if the exit is something else.
+pub fn internal_error_of(vcpu: &mut VcpuFd) -> Option<String> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+        return None;
+    }
+    // SAFETY: the exit reason says that the kernel filled this member; it holds integers only.
+    let error = unsafe { run.__bindgen_anon_1.internal };
+    let data = error.data.get(..error.ndata as usize).unwrap_or(&error.data);
+    Some(format!(" (suberror {}, data {data:x?})", error.suberror))
+}
+
 /// Sets what the guest gets from the hypercall; the kernel puts it into rax on the next run.
 pub fn set_hypercall_result(vcpu: &mut VcpuFd, result: i64) {
     vcpu.get_kvm_run().__bindgen_anon_1.xen.u.hcall.result = result as u64;

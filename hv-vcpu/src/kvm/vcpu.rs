@@ -81,7 +81,12 @@ pub fn run(id: u32, vcpu: &mut VcpuFd, guest: &Guest, platform: &KvmPlatform) ->
         match step {
             Step::Go => {}
             Step::End(end) => return Some(end),
-            Step::Fail(what, reason) => return Some(broken(id, vcpu, guest, what, reason)),
+            Step::Fail(mut what, reason) => {
+                if let Some(error) = ioctl::internal_error_of(vcpu) {
+                    what.push_str(&error);
+                }
+                return Some(broken(id, vcpu, guest, what, reason));
+            }
             Step::Xen => {
                 let Some(call) = ioctl::hypercall_of(vcpu) else {
                     let what = format!("unknown exit {}", vcpu.get_kvm_run().exit_reason);
