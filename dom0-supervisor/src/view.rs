@@ -53,6 +53,11 @@ impl Manager {
             (Some(saga), _) if saga.kind == SagaKind::Reboot => "rebooting",
             (Some(_), _) => "creating",
             (None, Some(DomainState::Failed)) => "crashed",
+            (None, Some(DomainState::Shutdown))
+                if domain.is_some_and(|d| d.shutdown_reason == xen_abi::sched::SHUTDOWN_CRASH) =>
+            {
+                "crashed"
+            }
             (None, Some(s)) => state_word(s),
             (None, None) => "gone",
         };

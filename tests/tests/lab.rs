@@ -5,6 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::inspect::{Found, Process};
 use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
 use bulkhead_tests::progress::{Progress, Seen};
 use bulkhead_tests::system::{Config, System};
@@ -133,4 +134,45 @@ fn lab_a_crash_is_told_as_one() {
     assert!(system.bh_ok(&["events"]).unwrap().contains("crash"));
     assert!(system.bh_ok(&["console", "linux", "--log"]).unwrap().contains("Kernel panic"));
     system.bh_ok(&["destroy", "linux"]).unwrap();
+}
+
+/// What a real guest has in its RAM and did not grant is out of its blkback's reach, granted pages (by udmabuf) are not.
+#[test]
+#[ignore = "in the lab"]
+fn lab_a_backend_sees_only_granted_pages_of_linux() {
+    let system = start();
+    // In the kernel's memory and in that of the guest's init: its command line. Half of it here, so that no one else has it whole.
+    let secret = format!("UNGRANTED-{:016x}", std::process::id().wrapping_mul(0x9e37_79b1));
+    let disk = image(&system, "linux.img", 16 << 20);
+    let words = format!("bh.work=disk secret={secret}");
+    let (progress, _console) = boot(&system, &domain_file("debian13", 1, &words, Some(&disk)));
+    wait(&system, &progress, "the disk's load", |seen| {
+        seen.last["disk"]["verified_bytes"].as_u64().unwrap_or(0) > 1 << 20
+    });
+    let secret = secret.into_bytes();
+    // Each block that the load writes begins with this.
+    let block = b"BULKHEAD".as_slice();
+    let backend = service_process(&system, &blkback_of("linux"));
+    let hv = speak_as(backend);
+    let mut by_calls = Found::default();
+    search_by_calls(&hv, &[&secret, block], &mut by_calls);
+    let in_maps = by_calls.places[1].iter().filter(|p| p.starts_with("grant map")).count();
+    assert!(in_maps > 0, "no block of the guest's in the pages that it granted: {by_calls:?}");
+    let mut found = backend.search_memory(&[&secret, block]).unwrap();
+    assert!(!found.places[1].is_empty(), "no block of the guest's in the memory of its backend");
+    // What the host cannot read there are the granted pages themselves, which were looked at above.
+    let other: Vec<_> = found.unread.iter().filter(|m| !m.what.contains("dmabuf")).collect();
+    assert!(other.is_empty(), "not looked at: {other:?}");
+    backend.search_files(&[&secret, block], &mut found).unwrap();
+    assert!(
+        by_calls.places[0].is_empty() && found.places[0].is_empty(),
+        "{:?} {:?}",
+        by_calls.places[0],
+        found.places[0]
+    );
+    // It is where it may be: with the guest's own runner.
+    let runner = Process(guest(&system, "linux").unwrap()["host_pid"].as_i64().unwrap() as i32);
+    assert!(!runner.search_memory(&[&secret]).unwrap().places[0].is_empty(), "the guest's RAM holds it");
+    let granted: usize = hv.grant_list().unwrap().iter().map(|m| m.count as usize).sum();
+    println!("{granted} of {} pages are within the backend's reach", 256 << 8);
 }

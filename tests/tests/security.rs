@@ -4,23 +4,18 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
-use bulkhead_tests::fds;
-use bulkhead_tests::inspect::{Found, Process, search_bytes, search_file};
+use bulkhead_tests::inspect::Process;
 use bulkhead_tests::outside::ADDRESS;
 use common::*;
-use domain_kit::Hypercall;
 use domain_kit::grants::Region;
 use domain_kit::hypercall::CopyEntryExt;
 use domain_kit::mem::SharedMem;
-use hv_abi::{CopyEntry, DOMID_INVALID, HYPERCALL_FD, PAGE_SIZE, fd_kind};
+use hv_abi::{CopyEntry, DOMID_INVALID, PAGE_SIZE};
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 /// Text that is nowhere else.
 fn text(what: &str) -> Vec<u8> {
@@ -31,39 +26,6 @@ fn text(what: &str) -> Vec<u8> {
 fn fill(region: &Region, text: &[u8]) {
     for page in 0..region.info.pages as usize {
         region.mem.copy_in(page * PAGE_SIZE + 100, text);
-    }
-}
-
-/// The service's own hypercalls: a channel of its identity. It is stopped meanwhile, so that no answer goes astray.
-fn speak_as(process: Process) -> Hypercall {
-    kill(Pid::from_raw(process.0), Signal::SIGSTOP).unwrap();
-    let channel = Hypercall::new(fds::of_process(process.0, HYPERCALL_FD).unwrap()).new_channel();
-    kill(Pid::from_raw(process.0), Signal::SIGCONT).unwrap();
-    channel.unwrap()
-}
-
-/// Searches all that the identity can have again by calls: its regions, its grant maps, its fd store.
-fn search_by_calls(hv: &Hypercall, texts: &[&[u8]], found: &mut Found) {
-    let mut memory = |at: String, fd, pages: usize| {
-        let mapped = SharedMem::map(fd, pages * PAGE_SIZE).unwrap();
-        let mut bytes = vec![0; mapped.len()];
-        mapped.copy_out(0, &mut bytes);
-        search_bytes(&at, &bytes, texts, found);
-    };
-    for info in hv.region_list().unwrap() {
-        let (info, fd) = hv.region_fetch(info.region).unwrap();
-        memory(format!("own region {}", info.region), fd, info.pages as usize);
-    }
-    for map in hv.grant_list().unwrap() {
-        let raw = hv.grant_claim(map.handle).unwrap();
-        memory(format!("grant map of domain {}", map.domid), raw.fd, raw.fd_pages as usize);
-    }
-    for info in hv.fd_list().unwrap() {
-        let name = info.name.as_str().unwrap_or("?").to_owned();
-        let (info, fd) = hv.fd_get(&name).unwrap();
-        if info.kind == fd_kind::MEMFD {
-            search_file(&format!("fd store {name}"), &File::from(fd), texts, found).unwrap();
-        }
     }
 }
 

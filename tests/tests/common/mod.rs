@@ -6,13 +6,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::inspect::Process;
+use bulkhead_tests::fds;
+use bulkhead_tests::inspect::{Found, Process, search_bytes, search_file};
 use bulkhead_tests::probe::Probe;
 use bulkhead_tests::system::{Config, NETBACK, System};
+use domain_kit::mem::SharedMem;
 use domain_kit::xenbus::connect_store;
 use domain_kit::xs::XsClient;
 use domain_kit::{Domain, Hypercall};
 use frontends::blkfront::{BlkDisk, BlkFront};
+use hv_abi::{HYPERCALL_FD, PAGE_SIZE, fd_kind};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// How long anything may take here.
@@ -146,13 +151,13 @@ impl Brain {
 /// The bytes that a guest of [`loaded_guest_file`] has verified, from its console so far; and whether anything went wrong.
 pub fn verified(system: &System, name: &str) -> (u64, u64) {
     let text = system.bh_ok(&["console", name, "--log"]).unwrap_or_default();
-    let last = text.lines().filter_map(|l| {
+    let mut last = text.lines().filter_map(|l| {
         let json: Value = serde_json::from_str(l[l.rfind("BH: ")? + 4..].trim()).ok()?;
         let disk = &json["disk"];
         let bad = disk["errors"].as_u64()? + disk["corrupt"].as_u64()?;
         Some((disk["verified_bytes"].as_u64()?, bad))
     });
-    last.last().unwrap_or((0, 0))
+    last.next_back().unwrap_or((0, 0))
 }
 
 /// Panics unless the guest's load goes on, without errors.
@@ -161,6 +166,39 @@ pub fn still_works(system: &System, name: &str) {
     until(system, &format!("the load of {name} goes on"), || verified(system, name).0 > before);
     let (_, bad) = verified(system, name);
     assert_eq!(bad, 0, "errors or wrong blocks of {name}\n{}", system.log_tail(25));
+}
+
+/// The service's own hypercalls: a channel of its identity. It is stopped meanwhile, so that no answer goes astray.
+pub fn speak_as(process: Process) -> Hypercall {
+    kill(Pid::from_raw(process.0), Signal::SIGSTOP).unwrap();
+    let channel = Hypercall::new(fds::of_process(process.0, HYPERCALL_FD).unwrap()).new_channel();
+    kill(Pid::from_raw(process.0), Signal::SIGCONT).unwrap();
+    channel.unwrap()
+}
+
+/// Searches all that the identity can have again by calls: its regions, its grant maps, its fd store.
+pub fn search_by_calls(hv: &Hypercall, texts: &[&[u8]], found: &mut Found) {
+    let mut memory = |at: String, fd, pages: usize| {
+        let mapped = SharedMem::map(fd, pages * PAGE_SIZE).unwrap();
+        let mut bytes = vec![0; mapped.len()];
+        mapped.copy_out(0, &mut bytes);
+        search_bytes(&at, &bytes, texts, found);
+    };
+    for info in hv.region_list().unwrap() {
+        let (info, fd) = hv.region_fetch(info.region).unwrap();
+        memory(format!("own region {}", info.region), fd, info.pages as usize);
+    }
+    for map in hv.grant_list().unwrap() {
+        let raw = hv.grant_claim(map.handle).unwrap();
+        memory(format!("grant map of domain {}", map.domid), raw.fd, raw.fd_pages as usize);
+    }
+    for info in hv.fd_list().unwrap() {
+        let name = info.name.as_str().unwrap_or("?").to_owned();
+        let (info, fd) = hv.fd_get(&name).unwrap();
+        if info.kind == fd_kind::MEMFD {
+            search_file(&format!("fd store {name}"), &File::from(fd), texts, found).unwrap();
+        }
+    }
 }
 
 /// The name of netback, for symmetry.
