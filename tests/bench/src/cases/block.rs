@@ -1,7 +1,7 @@
 //! Random 4 KiB reads and writes through blkfront, ring, journal and blkback, beside io_uring on the same file.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
@@ -36,8 +36,11 @@ pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
 
 fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
     let direct = backend_is_direct(world)?;
-    let flags = if direct { libc::O_DIRECT } else { 0 };
-    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&world.disk)?;
+    let open = |direct: bool| {
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(&world.disk)
+    };
+    let (file, other_file) = (open(direct)?, open(!direct)?);
     let guest = RefCell::new(&mut world.guest);
     let mut lines = Vec::new();
     for write in [false, true] {
@@ -46,26 +49,28 @@ fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
             let command = json!({
                 "cmd": "block", "write": write, "depth": depth, "ms": TURN.as_millis() as u64,
             });
-            let mut limit = limit(&file, depth)?;
+            let (mut limit, mut other) =
+                (Disk::new(&file, DISK, depth)?, Disk::new(&other_file, DISK, depth)?);
             let series = take_turns(
                 settings.rounds,
                 &mut [
                     Contestant::new("blkback", || guest.borrow_mut().number(&command, "iops")),
                     Contestant::new("io_uring", || limit.run(write, TURN)),
+                    Contestant::new("io_uring, other mode", || other.run(write, TURN)),
                 ],
             )?;
-            let [ours, limit]: [Series; 2] =
+            let [ours, limit, other]: [Series; 3] =
                 series.try_into().ok().context("as many series as contestants")?;
             let goal = if depth == 32 { Goal::RatioAtLeast(GOAL) } else { Goal::None };
-            let mode = if direct { "both with O_DIRECT" } else { "both through the page cache" };
-            lines.push(Line::beside(&name, "IOPS", &ours, ("io_uring", &limit), goal).note(mode));
+            let (mode, other_mode) = match direct {
+                true => ("both with O_DIRECT", "io_uring through the page cache"),
+                false => ("both through the page cache", "io_uring with O_DIRECT"),
+            };
+            let line = Line::beside(&name, "IOPS", &ours, ("io_uring", &limit), goal);
+            lines.push(line.peer(other_mode, &other).note(mode));
         }
     }
     Ok(lines)
-}
-
-fn limit(file: &File, depth: u32) -> Result<Disk> {
-    Disk::new(file, DISK, depth)
 }
 
 /// Whether the process that serves the disk has it open with O_DIRECT: the limit must do the same.

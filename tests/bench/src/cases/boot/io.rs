@@ -159,8 +159,10 @@ impl Guest {
             false => format!("dd if={disk} of=/dev/null bs=4096 count={REQUESTS} iflag=direct"),
             true => format!("dd if=/dev/zero of={disk} bs=4096 count={REQUESTS} oflag=direct"),
         };
-        let said = self.terminal.borrow_mut().run(&command, TURN)?;
-        let seconds = dd_seconds(&said).with_context(|| format!("dd said: {said}"))?;
+        let clock = "cat /proc/uptime";
+        let said = self.terminal.borrow_mut().run(&format!("{clock}; {command} 2>&1; {clock}"), TURN)?;
+        ensure!(said.contains(&format!("{REQUESTS}+0 records out")), "dd said: {said}");
+        let seconds = seconds_between(&said).with_context(|| format!("no times in: {said}"))?;
         Ok(f64::from(REQUESTS) * 4096.0 / f64::from(1 << 20) / seconds)
     }
 
@@ -214,10 +216,17 @@ impl Guest {
     }
 }
 
-/// The seconds in busybox dd's last line: "… copied, 0.123456 seconds, …".
-fn dd_seconds(said: &str) -> Option<f64> {
-    let (_, rest) = said.split_once("copied, ")?;
-    rest.split_whitespace().next()?.parse().ok().filter(|s| *s > 0.0)
+/// Between the two /proc/uptime lines ("SECONDS IDLE") in a text; they count hundredths of a second.
+fn seconds_between(said: &str) -> Option<f64> {
+    let times: Vec<f64> = said
+        .lines()
+        .filter_map(|line| match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [up, idle] if idle.parse::<f64>().is_ok() => up.parse().ok(),
+            _ => None,
+        })
+        .collect();
+    let [from, to] = times[..] else { return None };
+    (to > from).then_some(to - from)
 }
 
 fn ip(args: &[&str]) -> Result<()> {
@@ -228,11 +237,12 @@ fn ip(args: &[&str]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::dd_seconds;
+    use super::seconds_between;
 
     #[test]
-    fn dd_is_understood() {
-        assert_eq!(dd_seconds("8192000 bytes (7.8MB) copied, 0.250000 seconds, 31.2MB/s\r\n"), Some(0.25));
-        assert_eq!(dd_seconds("dd: invalid argument"), None);
+    fn uptimes_are_found() {
+        let said = "10.50 9.80\r\n2000+0 records in\r\n2000+0 records out\r\n11.75 9.90\r\ndone";
+        assert_eq!(seconds_between(said), Some(1.25));
+        assert_eq!(seconds_between("10.50 9.80\n"), None);
     }
 }
