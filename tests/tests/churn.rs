@@ -121,7 +121,9 @@ fn thirty_guests_come_and_go() {
         round(&mut domids);
     }
     let more = |now: &BTreeMap<String, usize>| -> Vec<String> {
-        let grown = now.iter().filter(|(name, n)| **n > before[*name]);
+        // dom0 keeps threads for as many callers as there were at once; one for each guest would be a leak.
+        let slack = |name: &str| if name == "threads of dom0-supervisor" { ROUNDS / 3 } else { 0 };
+        let grown = now.iter().filter(|(name, n)| **n > before[*name] + slack(name));
         grown.map(|(name, n)| format!("{name}: {} before, {n} now", before[name])).collect()
     };
     // What ends late (releases, threads that notice) has a moment.
