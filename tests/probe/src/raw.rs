@@ -34,7 +34,8 @@ fn run(entry: &squeue::Entry) -> io::Result<i32> {
 /// Opens for reading by io_uring.
 pub fn uring_open(path: &str) -> io::Result<()> {
     let path = CString::new(path)?;
-    run(&opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).flags(libc::O_RDONLY).build()).map(drop)
+    run(&opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).flags(libc::O_RDONLY).build())
+        .map(drop)
 }
 
 /// A TCP socket made and connected by io_uring.

@@ -198,7 +198,8 @@ impl Guest {
                     }
                     // The guest closes when it has read everything.
                     stream.shutdown(std::net::Shutdown::Write)?;
-                    stream.read(&mut buffer)?;
+                    let left = stream.read(&mut buffer)?;
+                    ensure!(left == 0, "the guest answered {left} bytes where it should have closed");
                 }
                 ensure!(moved >= STREAM, "the stream ended after {moved} bytes");
                 Ok(moved as f64 / f64::from(1 << 20) / start.elapsed().as_secs_f64())
