@@ -276,7 +276,7 @@ fn close_port_to(hv: &Hypercall, domid: u16, remote_port: u32) -> Result<(), HvE
 }
 
 impl Device {
-    /// Serves a connection that a frontend has just offered. The engine starts at [`Device::start`] of the result.
+    /// Serves a connection that a frontend has just offered. The engine starts at `start` of the result.
     ///
     /// # Errors
     /// [`AttachError`]; nothing is left behind.

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::outside::{self, Outside};
 use crate::progress::Progress;
 
-/// Name of the NIC's backend in [`Config::host_file`].
+/// Name of the NIC's backend in the host file.
 pub const NETBACK: &str = "netback-up0";
 
 /// What a system is started with.

@@ -92,7 +92,8 @@ fn clippy() -> Result<()> {
 }
 
 fn rustdoc() -> Result<()> {
-    let env = [("RUSTDOCFLAGS", "-D warnings")];
+    // Private items are documented for maintainers, so links to them are wanted.
+    let env = [("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links")];
     cargo(900, &["doc", "--workspace", "--no-deps", "--document-private-items"], &env)
 }
 
