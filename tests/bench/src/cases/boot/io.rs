@@ -222,7 +222,8 @@ fn seconds_between(said: &str) -> Option<f64> {
     let times: Vec<f64> = said
         .lines()
         .filter_map(|line| match line.split_whitespace().collect::<Vec<_>>()[..] {
-            [up, idle] if idle.parse::<f64>().is_ok() => up.parse().ok(),
+            // The shell's prompt may stand before them.
+            [.., up, idle] if idle.parse::<f64>().is_ok() => up.parse().ok(),
             _ => None,
         })
         .collect();
@@ -242,7 +243,7 @@ mod tests {
 
     #[test]
     fn uptimes_are_found() {
-        let said = "10.50 9.80\r\n2000+0 records in\r\n2000+0 records out\r\n11.75 9.90\r\ndone";
+        let said = "guest# 10.50 9.80\r\n2000+0 records in\r\n2000+0 records out\r\n11.75 9.90\r\ndone";
         assert_eq!(seconds_between(said), Some(1.25));
         assert_eq!(seconds_between("10.50 9.80\n"), None);
     }

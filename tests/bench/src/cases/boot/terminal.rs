@@ -47,13 +47,16 @@ impl Terminal {
         Ok(Terminal { child, input, output, text: String::new() })
     }
 
-    /// Waits until `mark` was seen; gives all text up to and with the rest of what came.
+    /// Waits until `mark` was seen; gives the text up to its end. What came after it stays for the next call.
     ///
     /// # Errors
     /// It did not come in time, or the program ended; with the last lines.
     pub fn expect(&mut self, mark: &str, timeout: Duration) -> Result<String> {
         let deadline = Instant::now() + timeout;
-        while !self.text.contains(mark) {
+        let end = loop {
+            if let Some(at) = self.text.find(mark) {
+                break at + mark.len();
+            }
             match self.output.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(bytes) => self.text.push_str(&String::from_utf8_lossy(&bytes)),
                 Err(why) => {
@@ -66,8 +69,9 @@ impl Terminal {
                     bail!("{mark:?} on the guest's console {why}:\n{}", tail.join("\n"));
                 }
             }
-        }
-        Ok(std::mem::take(&mut self.text))
+        };
+        let rest = self.text.split_off(end);
+        Ok(std::mem::replace(&mut self.text, rest))
     }
 
     /// Types a line.
