@@ -242,7 +242,7 @@ fn recorded(state: &State, domain: &Domain) -> bool {
     state.guests.values().any(|g| domain.uuid.eq_ignore_ascii_case(&g.uuid.to_string()))
 }
 
-/// A guest that runs without a record: the state directory was lost. It can be looked at and destroyed.
+/// A guest that runs without a record: the state directory was lost. It is shown, but no operation takes it yet.
 fn unmanaged(domain: &Domain) -> GuestView {
     GuestView {
         name: domain.name.clone(),
