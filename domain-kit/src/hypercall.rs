@@ -116,11 +116,6 @@ impl Answer<'_> {
         Ok(out)
     }
 
-    fn list<T: FromBytes>(&self) -> HvResult<Vec<T>> {
-        let count = self.head::<CountRep>()?.count;
-        self.entries::<CountRep, T>(count)
-    }
-
     fn fd(&mut self) -> HvResult<OwnedFd> {
         if self.fds.is_empty() {
             return Err(HvError::Malformed { op: self.op, what: "a file descriptor is missing" });
@@ -200,6 +195,31 @@ impl Hypercall {
         self.call(op, &[req.as_bytes()], &[])
     }
 
+    /// A whole list, however many messages it takes; `next` makes of an entry the request for what follows it.
+    fn list<T: FromBytes, Req: IntoBytes + Immutable>(
+        &self,
+        op: Op,
+        next: impl Fn(&T) -> Req,
+    ) -> HvResult<Vec<T>> {
+        let mut all = Vec::new();
+        loop {
+            let from = all.last().map(&next);
+            let body: &[&[u8]] = match &from {
+                Some(req) => &[req.as_bytes()],
+                None => &[],
+            };
+            let answer = self.call(op, body, &[])?;
+            let head: ListRep = answer.head()?;
+            all.extend(answer.entries::<ListRep, T>(head.count)?);
+            if head.more == 0 {
+                return Ok(all);
+            }
+            if head.count == 0 {
+                return Err(HvError::Malformed { op, what: "more is said to follow nothing" });
+            }
+        }
+    }
+
     fn name_req(op: Op, name: &str) -> HvResult<NameReq> {
         let name =
             Name::new(name).ok_or(HvError::Argument { op, what: "name is empty, too long or not ASCII" })?;
@@ -234,7 +254,7 @@ impl Hypercall {
 
     /// [`Op::RegionList`].
     pub fn region_list(&self) -> HvResult<Vec<RegionInfo>> {
-        self.call(Op::RegionList, &[], &[])?.list()
+        self.list(Op::RegionList, |r: &RegionInfo| ListReq { after: r.region.into() })
     }
 
     /// [`Op::RegionFetch`].
@@ -279,7 +299,7 @@ impl Hypercall {
 
     /// [`Op::PortList`].
     pub fn port_list(&self) -> HvResult<Vec<PortInfo>> {
-        self.call(Op::PortList, &[], &[])?.list()
+        self.list(Op::PortList, |r: &PortInfo| ListReq { after: r.port.into() })
     }
 
     /// [`Op::PortFetch`].
@@ -316,7 +336,7 @@ impl Hypercall {
 
     /// [`Op::GrantList`].
     pub fn grant_list(&self) -> HvResult<Vec<GrantMapInfo>> {
-        self.call(Op::GrantList, &[], &[])?.list()
+        self.list(Op::GrantList, |r: &GrantMapInfo| ListReq { after: r.handle })
     }
 
     /// [`Op::GrantClaim`].
@@ -372,7 +392,7 @@ impl Hypercall {
 
     /// [`Op::FdList`].
     pub fn fd_list(&self) -> HvResult<Vec<FdInfo>> {
-        self.call(Op::FdList, &[], &[])?.list()
+        self.list(Op::FdList, |r: &FdInfo| NameReq { name: r.name })
     }
 
     /// [`Op::FdDelete`].
@@ -388,7 +408,7 @@ impl Hypercall {
 
     /// [`Op::ResourceList`].
     pub fn resource_list(&self) -> HvResult<Vec<ResourceInfo>> {
-        self.call(Op::ResourceList, &[], &[])?.list()
+        self.list(Op::ResourceList, |r: &ResourceInfo| NameReq { name: r.name })
     }
 
     /// [`Op::SetStoreRing`].
@@ -408,7 +428,7 @@ impl Hypercall {
 
     /// [`Op::DomList`].
     pub fn dom_list(&self) -> HvResult<Vec<DomInfo>> {
-        self.call(Op::DomList, &[], &[])?.list()
+        self.list(Op::DomList, |r: &DomInfo| ListReq { after: r.domid.into() })
     }
 
     /// [`Op::Shutdown`].

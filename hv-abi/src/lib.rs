@@ -64,7 +64,7 @@ pub enum Op {
     /// [`RegionReq`] → nothing. The grant references are gone for new maps; existing maps of the peer stay until it
     /// unmaps them.
     RegionDelete = 11,
-    /// No body → [`CountRep`] then an array of [`RegionInfo`]: the caller's own regions.
+    /// [`ListReq`] or no body → [`ListRep`] then an array of [`RegionInfo`]: the caller's own regions, by number.
     RegionList = 12,
     /// [`RegionReq`] → [`RegionInfo`], fds \[memfd\]: an own region again, after a restart. Idempotent.
     RegionFetch = 13,
@@ -81,7 +81,7 @@ pub enum Op {
     PortBindIpi = 23,
     /// [`PortReq`] → nothing. The remote's port becomes unbound. Idempotent in effect: a free port gives `ENOENT`.
     PortClose = 24,
-    /// No body → [`CountRep`] then an array of [`PortInfo`].
+    /// [`ListReq`] or no body → [`ListRep`] then an array of [`PortInfo`], by port.
     PortList = 25,
     /// [`PortReq`] → [`PortInfo`], fds \[rx, tx\] (VIRQ: \[rx\]; IPI: none): an own port again. Idempotent.
     PortFetch = 26,
@@ -94,7 +94,8 @@ pub enum Op {
     /// [`MapReq`] → nothing. The caller must have unmapped and closed everything of it first; a caller that has not is
     /// restarted. `ESTALE` for a handle that is no more.
     GrantUnmap = 31,
-    /// No body → [`CountRep`] then an array of [`GrantMapInfo`]: maps of this domid, its predecessors' included.
+    /// [`ListReq`] or no body → [`ListRep`] then an array of [`GrantMapInfo`], by handle: maps of this domid, its predecessors'
+    /// included.
     GrantList = 32,
     /// [`MapReq`] → [`GrantMapRep`] + offsets, fds \[mapping\]: takes over a map of a predecessor. Idempotent.
     GrantClaim = 33,
@@ -110,15 +111,15 @@ pub enum Op {
     FdPut = 40,
     /// [`NameReq`] → [`FdInfo`], fds \[dup\]. Stays in the store. `ENOENT`.
     FdGet = 41,
-    /// No body → [`CountRep`] then an array of [`FdInfo`].
+    /// [`NameReq`] or no body → [`ListRep`] then an array of [`FdInfo`], by name.
     FdList = 42,
     /// [`NameReq`] → nothing. `ENOENT`.
     FdDelete = 43,
 
     /// [`NameReq`] → [`ResourceInfo`], fds \[a fresh open file description, or a dup for listeners\]. `ENOENT` no such resource
-    /// approved, else the errno of open(2).
+    /// approved, `EBUSY` too many opens of the caller's have not come back from the kernel, else the errno of open(2).
     ResourceOpen = 50,
-    /// No body → [`CountRep`] then an array of [`ResourceInfo`].
+    /// [`NameReq`] or no body → [`ListRep`] then an array of [`ResourceInfo`], by name.
     ResourceList = 51,
 
     /// [`RingReq`] → nothing: where the caller's xenstore ring is (gref granted to, port allocated for the xenstore domain).
@@ -127,7 +128,7 @@ pub enum Op {
     SetConsoleRing = 61,
     /// [`DomReq`] → [`DomInfo`]. Roles xenstore, console, dom0: any domain, rings included; others: rings are hidden.
     DomInfo = 62,
-    /// No body → [`CountRep`] then an array of [`DomInfo`]. Roles xenstore, console, dom0.
+    /// [`ListReq`] or no body → [`ListRep`] then an array of [`DomInfo`], by domid. Roles xenstore, console, dom0.
     DomList = 63,
     /// [`ShutdownReq`] → nothing: the caller's domain shuts down (SCHEDOP_shutdown, sched.h reasons). hv-core will not restart
     /// the process; dom0 decides what follows.
@@ -241,6 +242,25 @@ pub struct CountReq {
 }
 /// A number of entries that follow in an answer.
 pub type CountRep = CountReq;
+
+/// Request of the calls that list things by number. A list that is longer than one message comes in several: no body asks for
+/// its beginning, this for what follows. What comes and goes between two calls is in the list or not; the rest is there once.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ListReq {
+    /// The last number (port, region, handle, domid) that the caller has.
+    pub after: u64,
+}
+
+/// Answer of the calls that list things; the entries follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ListRep {
+    /// Entries that follow.
+    pub count: u32,
+    /// 1: there are more after the last one.
+    pub more: u32,
+}
 
 /// Request of [`Op::RegionCreate`].
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -1,9 +1,10 @@
 //! The control API: gRPC for dom0 alone, over the stream that its process inherits.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hv_abi::*;
+use nix::errno::Errno;
 use proto::hvcore::hv_core_server::{HvCore, HvCoreServer};
 use proto::hvcore::*;
 use tokio::net::UnixStream;
@@ -13,11 +14,17 @@ use tonic::{Request, Response, Status};
 
 use crate::lifecycle::{Cmd, LifecycleError};
 use crate::ports::Peer;
+use crate::program;
+use crate::resources::{self, Opens};
 use crate::spec::{self, Spec};
 use crate::table::{self, Hv};
 
 /// Longest that a call waits for the life-cycle thread; everything there has shorter deadlines of its own.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+/// How long the files of a domain to be made may take to open.
+const FILES_DEADLINE: Duration = Duration::from_secs(5);
+/// Most creations whose files are being looked at.
+const MAX_LOOKS: u32 = 64;
 /// Events sent ahead of a slow watcher.
 const WATCH_AHEAD: usize = 64;
 
@@ -25,6 +32,8 @@ const WATCH_AHEAD: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Control {
     hv: Arc<Hv>,
+    /// Looks at files of domains to be made.
+    opens: Opens,
 }
 
 impl From<LifecycleError> for Status {
@@ -42,8 +51,9 @@ impl From<LifecycleError> for Status {
 
 /// Serves every stream that comes in by `streams`: one for each incarnation of dom0.
 pub async fn serve(hv: Arc<Hv>, mut streams: mpsc::UnboundedReceiver<UnixStream>) {
+    let opens = Opens::new(MAX_LOOKS);
     while let Some(stream) = streams.recv().await {
-        let service = HvCoreServer::new(Control { hv: hv.clone() });
+        let service = HvCoreServer::new(Control { hv: hv.clone(), opens: opens.clone() });
         // tonic gives the connection a task of its own, which ends with the stream.
         let incoming = tokio_stream::once(Ok::<_, std::io::Error>(stream));
         let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
@@ -133,6 +143,41 @@ impl Control {
         table.get(peer).map(wire_domain).ok_or_else(|| Status::not_found("it is gone already"))
     }
 
+    /// What a person can set right is told here, before anything is made. Nothing is kept of the files: each incarnation opens
+    /// them anew. Not in the life-cycle thread: an open can hang.
+    async fn check_files(&self, spec: &Spec) -> Result<(), Status> {
+        let opens = self.opens.clone();
+        let program = spec.program.clone();
+        let files = spec.resources.iter().map(|(_, r)| (r.kind, r.path.clone()));
+        let files: Vec<_> = files
+            .filter(|(kind, _)| matches!(*kind, resource_kind::FILE_RO | resource_kind::FILE_RW))
+            .collect();
+        let checked = tokio::task::spawn_blocking(move || {
+            let deadline = Instant::now() + FILES_DEADLINE;
+            let all = move || -> Result<(), String> {
+                program::open(&program)?;
+                for (kind, path) in files {
+                    resources::open(kind, &path)
+                        .map_err(|e| format!("resources.path: {path}: {}", e.desc()))?;
+                }
+                Ok(())
+            };
+            opens.run(all, || Instant::now() > deadline)
+        });
+        match checked.await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(text))) => Err(Status::invalid_argument(text)),
+            Ok(Err(Errno::EBUSY)) => {
+                Err(Status::unavailable("too many files that do not open are waited for"))
+            }
+            Ok(Err(_)) => Err(Status::invalid_argument(format!(
+                "program and resources do not open within {} s; is the server of their file system away?",
+                FILES_DEADLINE.as_secs()
+            ))),
+            Err(e) => Err(Status::internal(e.to_string())),
+        }
+    }
+
     async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, LifecycleError>>) -> Cmd,
@@ -164,6 +209,7 @@ impl HvCore for Control {
         let request = request.into_inner();
         let spec = Spec::parse(&request).map_err(Status::invalid_argument)?;
         let domid = request.domid as u16; // parse has checked its range
+        self.check_files(&spec).await?;
         let peer = self.ask(|answer| Cmd::Create(Box::new(spec), domid, answer)).await?;
         Ok(Response::new(self.describe(peer)?))
     }

@@ -1,6 +1,7 @@
 //! The fd store: descriptors that a domain keeps across its incarnations. hv-core never maps, reads or polls them.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -80,12 +81,10 @@ impl FdStore {
         self.entries.remove(&name.0)
     }
 
-    /// What is in it.
-    pub fn list(&self) -> Vec<FdInfo> {
-        self.entries
-            .iter()
-            .map(|(name, e)| FdInfo { name: Name(*name), kind: e.kind, pad: 0, tag: e.tag })
-            .collect()
+    /// What is in it from there on, by name.
+    pub fn list(&self, from: Bound<[u8; hv_abi::NAME_LEN]>) -> impl Iterator<Item = FdInfo> {
+        let rest = self.entries.range((from, Bound::Unbounded));
+        rest.map(|(name, e)| FdInfo { name: Name(*name), kind: e.kind, pad: 0, tag: e.tag })
     }
 
     /// How many.

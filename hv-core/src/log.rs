@@ -145,6 +145,7 @@ fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd, tails: &Tail
             let _cleared = nix::unistd::read(wake, &mut [0; 8]);
         }
         let mut index = 0;
+        let mut ended = Vec::new();
         logs.retain_mut(|log| {
             index += 1;
             if !ready[index] {
@@ -152,7 +153,7 @@ fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd, tails: &Tail
             }
             match log.pipe.read(&mut chunk) {
                 Ok(0) | Err(_) => {
-                    tails.lock().unwrap_or_else(PoisonError::into_inner).remove(&log.path);
+                    ended.push(std::mem::take(&mut log.path));
                     false
                 }
                 Ok(n) => {
@@ -166,6 +167,10 @@ fn run(added: &Receiver<(io::PipeReader, PathBuf)>, wake: &OwnedFd, tails: &Tail
             }
         });
         logs.extend(added.try_iter().map(|(pipe, path)| Log { pipe, path, file: None }));
+        // The pipe ends with the domain. What it wrote last goes too, unless another has its name by now.
+        for path in ended.into_iter().filter(|path| !logs.iter().any(|log| log.path == *path)) {
+            tails.lock().unwrap_or_else(PoisonError::into_inner).remove(&path);
+        }
     }
 }
 
@@ -180,6 +185,33 @@ mod tests {
         assert_eq!(last_words("Error: x").as_deref(), Some("x"));
         assert_eq!(last_words("a\nb c\n\n").as_deref(), Some("b c"));
         assert_eq!(last_words("\n"), None);
+    }
+
+    #[test]
+    fn last_words_go_with_the_domain_and_stay_for_its_namesake() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = Logs::files(dir.path().into()).unwrap();
+        let until = |what: &str, done: &dyn Fn() -> bool| {
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while !done() {
+                assert!(std::time::Instant::now() < end, "{what}");
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        };
+        let mut first = File::from(logs.open("x").unwrap());
+        first.write_all(b"first\n").unwrap();
+        until("heard", &|| logs.last_words("x").as_deref() == Some("first"));
+        let mut second = File::from(logs.open("x").unwrap());
+        second.write_all(b"second\n").unwrap();
+        until("heard", &|| logs.last_words("x").as_deref() == Some("second"));
+        drop(first);
+        // Whatever the thread does with the first one's end is done before it hears of this.
+        let mut other = File::from(logs.open("y").unwrap());
+        other.write_all(b"other\n").unwrap();
+        until("heard", &|| logs.last_words("y").is_some());
+        assert_eq!(logs.last_words("x").as_deref(), Some("second"));
+        drop((second, other));
+        until("nothing is kept", &|| logs.last_words("x").is_none() && logs.last_words("y").is_none());
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod lifecycle;
 mod log;
 mod netdev;
 mod ports;
+mod program;
 mod resources;
 mod server;
 mod spawner;

@@ -2,10 +2,13 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use hv_abi::resource_kind;
 use nix::errno::Errno;
@@ -78,19 +81,83 @@ pub fn open(kind: u32, path: &str) -> Result<OwnedFd, Errno> {
     Ok(file.into())
 }
 
-/// The same inside a network namespace: a TAP belongs to the namespace in which /dev/net/tun was opened.
-///
-/// # Errors
-/// As [`open`], and as setns(2).
-pub fn open_in_netns(kind: u32, path: &str, netns: &(impl AsFd + Sync)) -> Result<OwnedFd, Errno> {
-    std::thread::scope(|scope| {
-        // A thread of its own: it ends in the other namespace, so none of ours can be left there.
-        let opened = scope.spawn(|| {
-            nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
-            open(kind, path)
+/// How often a caller that waits for one is asked whether it still does.
+const GIVE_UP_LOOK: Duration = Duration::from_millis(20);
+/// Stack of the thread of an open, bytes.
+const STACK: usize = 64 << 10;
+
+/// An owner's opens. open(2) of a file on a server that is away does not come back and cannot be ended: each runs in a thread of
+/// its own, so that nobody else waits for it.
+#[derive(Clone, Debug)]
+pub struct Opens {
+    out: Arc<AtomicU32>,
+    most: u32,
+}
+
+impl Opens {
+    /// At most `most` that have not come back.
+    pub fn new(most: u32) -> Opens {
+        Opens { out: Arc::default(), most }
+    }
+
+    /// As [`open`]; `netns`: inside this network namespace (a TAP belongs to that in which /dev/net/tun was opened). Comes back as
+    /// soon as `give_up` is true; what the kernel gives later is closed.
+    ///
+    /// # Errors
+    /// As [`open`] and setns(2); `EBUSY` too many have not come back, `ETIMEDOUT` given up, `EAGAIN` no thread.
+    pub fn open(
+        &self,
+        kind: u32,
+        path: &str,
+        netns: Option<Arc<OwnedFd>>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<OwnedFd, Errno> {
+        self.run(
+            {
+                let path = path.to_owned();
+                move || {
+                    // The thread ends in the other namespace, so none of ours can be left there.
+                    netns.map_or(Ok(()), |ns| nix::sched::setns(ns, nix::sched::CloneFlags::CLONE_NEWNET))?;
+                    open(kind, &path)
+                }
+            },
+            give_up,
+        )?
+    }
+
+    /// Runs what may hang in the kernel.
+    ///
+    /// # Errors
+    /// As [`Opens::open`], but for the open itself.
+    pub fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+        give_up: impl Fn() -> bool,
+    ) -> Result<T, Errno> {
+        let counted =
+            self.out.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < self.most).then_some(n + 1));
+        counted.map_err(|_| Errno::EBUSY)?;
+        let (done, result) = std::sync::mpsc::channel();
+        let count = self.out.clone();
+        let spawned = std::thread::Builder::new().name("open".into()).stack_size(STACK).spawn(move || {
+            let result = work();
+            count.fetch_sub(1, Ordering::Relaxed);
+            // Nobody waits any more: closed here.
+            let _given_up = done.send(result);
         });
-        opened.join().unwrap_or(Err(Errno::EIO))
-    })
+        if spawned.is_err() {
+            self.out.fetch_sub(1, Ordering::Relaxed);
+            return Err(Errno::EAGAIN);
+        }
+        loop {
+            match result.recv_timeout(GIVE_UP_LOOK) {
+                Ok(result) => return Ok(result),
+                Err(RecvTimeoutError::Timeout) if give_up() => return Err(Errno::ETIMEDOUT),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Errno::EIO),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -124,6 +191,26 @@ mod tests {
         let fifo = format!("{dir}/fifo");
         nix::unistd::mkfifo(fifo.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert_eq!(open(resource_kind::FILE_RO, &fifo).unwrap_err(), Errno::EINVAL, "and does not block");
+    }
+
+    #[test]
+    fn an_open_that_hangs_is_given_up_and_counted() {
+        let opens = Opens::new(3);
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(held));
+        for _ in 0..3 {
+            let held = held.clone();
+            let hung = move || held.lock().map(|h| h.recv().is_err()).unwrap_or(true);
+            assert_eq!(opens.run(hung, || true).unwrap_err(), Errno::ETIMEDOUT);
+        }
+        let null = |give_up| opens.open(resource_kind::DEVICE, "/dev/null", None, move || give_up);
+        assert_eq!(null(false).unwrap_err(), Errno::EBUSY);
+        drop(hold);
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while null(false).is_err() {
+            assert!(std::time::Instant::now() < until, "they came back and are not counted any more");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::grants::udmabuf::DmaBufs;
 use crate::grants::{Map, Maps};
 use crate::lifecycle::Cmd;
 use crate::ports::{Closed, Peer, PortTable};
-use crate::resources::Resource;
+use crate::resources::{Opens, Resource};
 use crate::spec::Spec;
 use crate::sys;
 
@@ -106,6 +106,8 @@ pub struct Domain {
     pub fds: FdStore,
     /// Approved resources.
     pub resources: BTreeMap<[u8; NAME_LEN], Resource>,
+    /// Its opens of them that the kernel has not answered.
+    pub opens: Opens,
     /// xenstore ring: gref, port.
     pub store_ring: Option<(u32, u32)>,
     /// Console ring: gref, port.

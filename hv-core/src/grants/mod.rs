@@ -17,6 +17,7 @@ pub mod release;
 pub mod udmabuf;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -135,17 +136,15 @@ impl Maps {
     }
 
     /// As the ABI tells them.
-    pub fn list(&self, generation: u32) -> Vec<GrantMapInfo> {
-        self.maps
-            .iter()
-            .map(|(handle, m)| GrantMapInfo {
-                handle: *handle,
-                tag: m.tag,
-                domid: m.granter.domid,
-                mine: (m.generation == generation).into(),
-                count: m.pages.len() as u32,
-            })
-            .collect()
+    pub fn list(&self, generation: u32, after: u64) -> impl Iterator<Item = GrantMapInfo> {
+        let rest = self.maps.range((Bound::Excluded(after), Bound::Unbounded));
+        rest.map(move |(handle, m)| GrantMapInfo {
+            handle: *handle,
+            tag: m.tag,
+            domid: m.granter.domid,
+            mine: (m.generation == generation).into(),
+            count: m.pages.len() as u32,
+        })
     }
 
     /// Takes out all maps that fit.

@@ -6,8 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use hv_abi::*;
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
 use proto::hvcore::event::Kind;
 
 use super::{Lifecycle, LifecycleError};
@@ -18,15 +16,18 @@ use crate::grants::copy::Buffers;
 use crate::grants::pvh::Pvh;
 use crate::grants::region::Regions;
 use crate::ports::{Peer, PortTable};
-use crate::resources::{self, Resource};
+use crate::resources::{self, Opens, Resource};
 use crate::spawner::proto::{CgroupLimits, SpawnRequest};
 use crate::spec::{DOMID_MAX, Spec};
 use crate::sys::sock;
 use crate::table::{Domain, Kept, Process};
-use crate::{events, netdev, server};
+use crate::{events, netdev, program, server};
 
 /// Permission bits of a domain's control socket: only dom0's bind of its directory shows it to anyone.
 const CONTROL_MODE: u32 = 0o600;
+
+/// Most opens of resources of one domain that have not come back from the kernel.
+const MAX_OPENS: u32 = 8;
 
 /// Makes a listener's socket.
 pub(super) fn listen_if_listener(resource: &mut Resource) -> Result<(), String> {
@@ -36,15 +37,12 @@ pub(super) fn listen_if_listener(resource: &mut Resource) -> Result<(), String> 
     Ok(())
 }
 
-fn open_program(path: &str) -> Result<OwnedFd, String> {
-    open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(|e| format!("program {path}: {e}"))
-}
-
 impl Lifecycle {
     /// Makes a domain and starts its process; all or nothing.
     pub(super) fn create(&mut self, spec: Spec, domid: u16, is_dom0: bool) -> Result<Peer, LifecycleError> {
+        let any = domid == 0 && !is_dom0;
         let domid = self.check_new(&spec, domid, is_dom0)?;
-        open_program(&spec.program).map_err(LifecycleError::Invalid)?;
+        program::open(&spec.program).map_err(LifecycleError::Invalid)?;
         let peer = Peer { domid, instance: self.next_instance };
         self.next_instance += 1;
         let (name, paused) = (spec.name.clone(), spec.paused);
@@ -57,11 +55,15 @@ impl Lifecycle {
             self.forget(peer);
             return Err(LifecycleError::Invalid(reason));
         }
+        // Only now: the number of one that never lived is free for the next.
+        if any {
+            self.next_domid = if u32::from(domid) >= DOMID_MAX { 1 } else { domid + 1 };
+        }
         self.hv.lock().kick_dom_exc();
         Ok(peer)
     }
 
-    fn check_new(&mut self, spec: &Spec, domid: u16, is_dom0: bool) -> Result<u16, LifecycleError> {
+    fn check_new(&self, spec: &Spec, domid: u16, is_dom0: bool) -> Result<u16, LifecycleError> {
         let table = self.hv.lock();
         if table.has_uuid(spec.uuid) {
             return Err(LifecycleError::Exists(format!("uuid {} is in use", spec.uuid)));
@@ -91,14 +93,9 @@ impl Lifecycle {
             };
         }
         // Round and round, so that a number comes back as late as possible.
-        for _ in 0..DOMID_MAX {
-            let candidate = self.next_domid;
-            self.next_domid = if u32::from(candidate) >= DOMID_MAX { 1 } else { candidate + 1 };
-            if !table.domains.contains_key(&candidate) {
-                return Ok(candidate);
-            }
-        }
-        Err(LifecycleError::Exhausted("no domid is free".into()))
+        let mut from_here = (self.next_domid..=DOMID_MAX as u16).chain(1..self.next_domid);
+        let free = from_here.find(|candidate| !table.domains.contains_key(candidate));
+        free.ok_or_else(|| LifecycleError::Exhausted("no domid is free".into()))
     }
 
     fn build(&self, peer: Peer, spec: Spec) -> Result<Domain, LifecycleError> {
@@ -131,6 +128,7 @@ impl Lifecycle {
             buffers: Buffers::default(),
             fds: FdStore::new(spec.limits.fd_store),
             resources: BTreeMap::new(),
+            opens: Opens::new(MAX_OPENS),
             store_ring: None,
             console_ring: None,
             pvh,
@@ -164,11 +162,6 @@ impl Lifecycle {
         }
         for (name, mut resource) in spec.resources {
             listen_if_listener(&mut resource)?;
-            if matches!(resource.kind, resource_kind::FILE_RO | resource_kind::FILE_RW) {
-                // Told to dom0 now, where a person reads it; nothing is kept of it.
-                resources::open(resource.kind, &resource.path)
-                    .map_err(|e| format!("resources.path: {}: {}", resource.path, e.desc()))?;
-            }
             if let Some(d) = self.hv.lock().get_mut(peer) {
                 d.resources.insert(name.0, resource);
             }
@@ -213,7 +206,7 @@ impl Lifecycle {
             (d.spec.clone(), d.generation + 1, fds)
         };
         let [control, log, userns, netns] = fds;
-        let program = open_program(&spec.program)?;
+        let program = program::open(&spec.program)?;
         let (ours, theirs) = sock::pair().map_err(|e| format!("socketpair: {e}"))?;
         let is_dom0 = spec.roles & ROLE_DOM0 != 0;
         let stream = if is_dom0 { Some(self.new_control_stream()?) } else { None };

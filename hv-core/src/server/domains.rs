@@ -4,7 +4,7 @@ use hv_abi::*;
 use nix::errno::Errno;
 use proto::hvcore::event::Kind;
 
-use super::{Answer, Reply, empty, exact};
+use super::{Answer, Reply, after, empty, exact};
 use crate::table::{Caller, Domain, Hv};
 
 /// Roles that may look at all domains.
@@ -63,13 +63,13 @@ pub(super) fn info(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 }
 
 pub(super) fn list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
+    let after = after(body)?;
     let mut table = hv.lock();
     if !Hv::own(&mut table, c)?.has(SEES_ALL) {
         return Err(Errno::EPERM);
     }
-    let all: Vec<DomInfo> = table.domains.values().map(|d| d.info(true)).collect();
-    Ok(Reply::list(&all))
+    let rest = table.domains.values().filter(|d| after.is_none_or(|a| u64::from(d.peer.domid) > a));
+    Ok(Reply::list(rest.map(|d| d.info(true))))
 }
 
 pub(super) fn shutdown(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {

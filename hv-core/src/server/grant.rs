@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use xen_abi::grant_table::{GNTST_BAD_DOMAIN, GNTST_BAD_GNTREF, GNTST_GENERAL_ERROR};
 use zerocopy::IntoBytes;
 
-use super::{Answer, Reply, counted, empty, exact};
+use super::{Answer, Reply, after, counted, exact};
 use crate::fdstore::check_kind;
 use crate::grants::copy::{MAX_BUFFER_LEN, Resolved, Source, check, one};
 use crate::grants::pvh::Pvh;
@@ -50,10 +50,11 @@ pub(super) fn region_delete(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 }
 
 pub(super) fn region_list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
+    let after = after(body)?.unwrap_or(0);
     let mut table = hv.lock();
-    let all: Vec<RegionInfo> = Hv::own(&mut table, c)?.regions.iter().map(|r| r.info).collect();
-    Ok(Reply::list(&all))
+    // Grant references and numbers are given out in the same order, and never twice.
+    let regions = Hv::own(&mut table, c)?.regions.iter().filter(|r| u64::from(r.info.region) > after);
+    Ok(Reply::list(regions.map(|r| r.info)))
 }
 
 pub(super) fn region_fetch(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
@@ -223,10 +224,10 @@ pub(super) fn unmap(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 }
 
 pub(super) fn list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
+    let after = after(body)?.unwrap_or(0);
     let mut table = hv.lock();
     let d = Hv::own(&mut table, c)?;
-    Ok(Reply::list(&d.maps.list(d.generation)))
+    Ok(Reply::list(d.maps.list(d.generation, after)))
 }
 
 pub(super) fn claim(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
@@ -271,7 +272,7 @@ pub(super) fn copy(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
     let (_, entries) = counted::<CountReq, CopyEntry>(body, |r| r.count, MAX_COPY_ENTRIES)?;
     let resolved = resolve(hv, c, &entries)?;
     let statuses: Vec<i16> = entries.iter().zip(&resolved).map(|(e, r)| one(e, r, c.peer().domid)).collect();
-    Ok(Reply::list(&statuses))
+    Ok(Reply::list(statuses.into_iter()))
 }
 
 pub(super) fn buffer_register(hv: &Hv, c: &Caller, body: &[u8], fd: OwnedFd) -> Answer {

@@ -6,6 +6,7 @@ mod grant;
 mod ports;
 mod store;
 
+use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -41,14 +42,25 @@ impl Reply {
         self
     }
 
-    /// A count and as many entries as one message can carry.
-    fn list<T: IntoBytes + Immutable>(entries: &[T]) -> Reply {
-        let room = (MAX_MESSAGE - size_of::<RepHeader>() - size_of::<CountRep>()) / size_of::<T>();
-        let entries = &entries[..entries.len().min(room)];
-        let mut reply = Reply::of(&CountRep { count: entries.len() as u32, pad: 0 });
-        reply.body.extend_from_slice(entries.as_bytes());
+    /// As many entries as one message can carry, and whether there are more.
+    fn list<T: IntoBytes + Immutable>(mut entries: impl Iterator<Item = T>) -> Reply {
+        let room = (MAX_MESSAGE - size_of::<RepHeader>() - size_of::<ListRep>()) / size_of::<T>();
+        let listed: Vec<T> = entries.by_ref().take(room).collect();
+        let more = entries.next().is_some().into();
+        let mut reply = Reply::of(&ListRep { count: listed.len() as u32, more });
+        reply.body.extend_from_slice(listed.as_bytes());
         reply
     }
+}
+
+/// Where a list by number goes on.
+fn after(body: &[u8]) -> Result<Option<u64>, Errno> {
+    if body.is_empty() { Ok(None) } else { exact::<ListReq>(body).map(|req| Some(req.after)) }
+}
+
+/// Where a list by name goes on.
+fn after_name(body: &[u8]) -> Result<Bound<[u8; NAME_LEN]>, Errno> {
+    if body.is_empty() { Ok(Bound::Unbounded) } else { name(body).map(|n| Bound::Excluded(n.0)) }
 }
 
 /// A call's fixed body and nothing else.

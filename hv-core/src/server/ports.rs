@@ -3,7 +3,7 @@
 use hv_abi::*;
 use nix::errno::Errno;
 
-use super::{Answer, Reply, empty, exact};
+use super::{Answer, Reply, after, exact};
 use crate::ports::{Port, bind_local, bind_remote, bindable};
 use crate::table::{Caller, Hv};
 
@@ -85,10 +85,10 @@ pub(super) fn close(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 }
 
 pub(super) fn list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
+    let after = after(body)?.unwrap_or(0);
     let mut table = hv.lock();
-    let all: Vec<PortInfo> = Hv::own(&mut table, c)?.ports.iter().map(|(n, p)| p.info(n)).collect();
-    Ok(Reply::list(&all))
+    let ports = Hv::own(&mut table, c)?.ports.iter().filter(|(n, _)| u64::from(*n) > after);
+    Ok(Reply::list(ports.map(|(n, p)| p.info(n))))
 }
 
 pub(super) fn fetch(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {

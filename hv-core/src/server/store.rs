@@ -1,12 +1,13 @@
 //! Calls about the fd store and approved resources.
 
+use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hv_abi::*;
 use nix::errno::Errno;
 
-use super::{Answer, Reply, empty, exact, name};
+use super::{Answer, Reply, after_name, exact, name};
 use crate::fdstore::{Entry, check_kind};
 use crate::resources;
 use crate::table::{Caller, Hv};
@@ -36,8 +37,8 @@ pub(super) fn get(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 }
 
 pub(super) fn list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
-    Ok(Reply::list(&Hv::own(&mut hv.lock(), c)?.fds.list()))
+    let after = after_name(body)?;
+    Ok(Reply::list(Hv::own(&mut hv.lock(), c)?.fds.list(after)))
 }
 
 pub(super) fn delete(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
@@ -48,24 +49,26 @@ pub(super) fn delete(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
 
 pub(super) fn resource_open(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
     let name = name(body)?;
-    let (resource, netns) = {
+    let (resource, netns, opens) = {
         let mut table = hv.lock();
         let d = Hv::own(&mut table, c)?;
         let resource = d.resources.get(&name.0).cloned().ok_or(Errno::ENOENT)?;
-        (resource, d.kept.as_ref().map(|k| k.netns.clone()).ok_or(Errno::ESTALE)?)
+        (resource, d.kept.as_ref().map(|k| k.netns.clone()).ok_or(Errno::ESTALE)?, d.opens.clone())
     };
     let fd = match (resource.kind, resource.listener) {
         (resource_kind::LISTENER, Some(listener)) => listener,
-        (resource_kind::DEVICE, _) => {
-            Arc::new(resources::open_in_netns(resource.kind, &resource.path, &netns)?)
+        (kind, _) => {
+            let netns = (kind == resource_kind::DEVICE).then_some(netns);
+            // The next incarnation begins when all calls of this one have ended: none may wait for the kernel.
+            let opened = opens.open(kind, &resource.path, netns, || c.incarnation.ended());
+            Arc::new(opened.map_err(|e| if c.incarnation.ended() { Errno::ESTALE } else { e })?)
         }
-        (kind, _) => Arc::new(resources::open(kind, &resource.path)?),
     };
     Ok(Reply::of(&ResourceInfo { name, kind: resource.kind, pad: 0 }).with([fd]))
 }
 
 pub(super) fn resource_list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
-    empty(body)?;
+    let after = after_name(body)?;
     let mut table = hv.lock();
     let d = Hv::own(&mut table, c)?;
     let info = |(name, r): (&[u8; NAME_LEN], &resources::Resource)| ResourceInfo {
@@ -73,5 +76,5 @@ pub(super) fn resource_list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
         kind: r.kind,
         pad: 0,
     };
-    Ok(Reply::list(&d.resources.iter().map(info).collect::<Vec<_>>()))
+    Ok(Reply::list(d.resources.range((after, Bound::Unbounded)).map(info)))
 }

@@ -149,7 +149,7 @@ pub fn creation_errors_name_the_field() {
     let (code, text) = refused(&|r| r.program = "/no/such".into());
     assert!(code == InvalidArgument && text.contains("/no/such"), "{text}");
     let (code, text) = refused(&|r| r.program = "/etc/passwd".into());
-    assert!(code == InvalidArgument && text.contains("executing the program"), "{text}");
+    assert!(code == InvalidArgument && text.contains("/etc/passwd: not everyone may execute"), "{text}");
     let (code, text) = refused(&|r| r.name = "dom0".into());
     assert!(code == AlreadyExists && text.contains("name"), "{text}");
     let (code, text) = refused(&|r| {
@@ -164,8 +164,14 @@ pub fn creation_errors_name_the_field() {
     assert!(code == InvalidArgument && text.contains("/no/such"), "{text}");
     let (code, text) = refused(&|r| r.uuid = uuid_of_dom0());
     assert!(code == AlreadyExists && text.contains("uuid"), "{text}");
-    // After all that a good one works.
-    system.backend("x");
+    let (code, text) = refused(&|r| r.resources = vec![listener("l", "/no/such/dir/socket")]);
+    assert!(code == InvalidArgument && text.contains("/no/such/dir"), "{text}");
+    // After all that a good one works, and has the first number: those of domains that never lived are not used up.
+    assert_eq!(system.backend("x").id, 1);
+    // One that lived is not the next one's.
+    let gone = system.backend("y");
+    system.destroy(&gone);
+    assert_eq!((gone.id, system.backend("z").id), (2, 3));
 }
 
 fn uuid_of_dom0() -> String {
@@ -238,6 +244,17 @@ pub fn fd_store_quota_and_kinds() {
     drop(conn);
     assert_eq!(b.read(&mut text).unwrap(), 0, "the store kept no copy");
     assert_eq!(system.get(&dom).unwrap().fd_store_entries, 2);
+    // More than one message carries: all of them, each once.
+    let mut request = System::request("many", &[Role::Backend]);
+    request.limits = Some(Limits { fd_store: 2500, ..Default::default() });
+    let many = system.create(request).hv();
+    let names: Vec<String> = (0..2500).map(|n| format!("entry {n:04}")).collect();
+    let event = many.port_alloc_unbound(0).unwrap();
+    for name in &names {
+        many.fd_put(name, fd_kind::EVENTFD, 0, event.rx()).unwrap();
+    }
+    let listed = many.fd_list().unwrap();
+    assert!(listed.iter().map(|e| e.name.as_str().unwrap()).eq(names.iter().map(String::as_str)));
 }
 
 pub fn resources_are_fresh_descriptions() {
