@@ -3,3 +3,5 @@
 pub mod attachment;
 pub mod source;
 pub mod uring;
+pub mod layer;
+pub mod qcow2;
