@@ -13,13 +13,15 @@ pub const LAB: &[(&str, &str)] =
     &[("qemu-system-x86", "/usr/bin/qemu-system-x86_64"), ("xz-utils", "/usr/bin/xz")];
 
 /// Debian packages that native tests use: C headers for the layout checks, Debian's xenstore
-/// clients against our xenstored, `ip` for test networks, `mkfs` for disks.
+/// clients against our xenstored, `ip` for test networks, `mkfs` for disks, QEMU's and cryptsetup's judgement of images.
 pub const TESTS: &[(&str, &str)] = &[
     ("libxen-dev", "/usr/include/xen/xen.h"),
     ("xenstore-utils", "/usr/bin/xenstore-ls"),
     ("gcc", "/usr/bin/gcc"),
     ("libc6-dev", "/usr/include/stdio.h"),
     ("iproute2", "/usr/sbin/ip"),
+    ("qemu-utils", "/usr/bin/qemu-img"),
+    ("cryptsetup-bin", "/usr/sbin/cryptsetup"),
 ];
 
 /// Installs those of `packages` that are missing. Silent and quick when nothing is.

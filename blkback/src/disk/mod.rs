@@ -1,7 +1,8 @@
 //! The disk: a raw file or a block device, fenced against its dead owners.
 
 pub mod attachment;
+pub mod layer;
+pub mod pool;
+pub mod qcow2;
 pub mod source;
 pub mod uring;
-pub mod layer;
-pub mod qcow2;

@@ -70,12 +70,7 @@ impl Cache {
     ///
     /// # Errors
     /// The file's.
-    pub fn update(
-        &mut self,
-        file: &dyn Layer,
-        base: u64,
-        change: impl FnOnce(&mut [u8]),
-    ) -> io::Result<()> {
+    pub fn update(&mut self, file: &dyn Layer, base: u64, change: impl FnOnce(&mut [u8])) -> io::Result<()> {
         let mut bytes: Box<[u8]> = self.piece(file, base)?.into();
         change(&mut bytes);
         if let Err(e) = file.write(base, &bytes) {

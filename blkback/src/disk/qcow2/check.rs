@@ -125,7 +125,9 @@ impl Image {
         for (cluster, want) in counts.iter().enumerate() {
             let have = self.refcount(st, cluster as u64)?;
             match u64::from(*want) {
-                want if have < want => wrong.push(format!("cluster {cluster}: refcount {have}, {want} references")),
+                want if have < want => {
+                    wrong.push(format!("cluster {cluster}: refcount {have}, {want} references"))
+                }
                 want => leaks += have - want,
             }
         }

@@ -164,7 +164,8 @@ impl Model {
                 self.changed(range, &values, result)
             }
             kind @ 8..11 => {
-                let result = if kind == 8 { image.write_zeroes(offset, len) } else { image.discard(offset, len) };
+                let result =
+                    if kind == 8 { image.write_zeroes(offset, len) } else { image.discard(offset, len) };
                 if result.is_err() || kind == 8 {
                     return self.changed(range, &vec![0; n], result);
                 }
@@ -211,7 +212,8 @@ impl Model {
             let mut bytes = vec![0; SECTOR];
             image.read((n * SECTOR) as u64, &mut bytes).unwrap();
             let found = value(&bytes);
-            let allowed = found == sector.now || sector.maybe == Some(found) || power && sector.since.contains(&found);
+            let allowed =
+                found == sector.now || sector.maybe == Some(found) || power && sector.since.contains(&found);
             assert!(allowed, "sector {n} holds {found:#x}, power failure {power}, allowed {sector:x?}");
             let mut since = if power { Vec::new() } else { std::mem::take(&mut sector.since) };
             since.push(found);
@@ -232,7 +234,8 @@ fn share(image: &Image) {
     image.settle().unwrap();
     let mut st = image.state();
     let l1 = st.l1.clone();
-    for (index, table) in l1.iter().map(|entry| entry & mapping::OFFSET).enumerate().filter(|(_, t)| *t != 0) {
+    for (index, table) in l1.iter().map(|entry| entry & mapping::OFFSET).enumerate().filter(|(_, t)| *t != 0)
+    {
         let mut clusters = vec![table];
         for n in 0..image.l2_entries() {
             let entry = st.cache.word(&*image.file, table + n * 8).unwrap();
@@ -263,7 +266,8 @@ fn run(setup: &Setup, seed: u64, crashes: u32) -> u64 {
     let name = backing.as_ref().map(|_| ("/base", "raw"));
     create(&*medium, &NewImage { size, cluster_bits: setup.bits, backing: name }).unwrap();
     let initial = |n| if setup.backing && n < setup.sectors / 2 { n as u64 + 1 } else { 0 };
-    let sectors = (0..setup.sectors).map(|n| Sector { now: initial(n), maybe: None, since: vec![initial(n)] });
+    let sectors =
+        (0..setup.sectors).map(|n| Sector { now: initial(n), maybe: None, since: vec![initial(n)] });
     let mut model = Model { sectors: sectors.collect(), next: 1, rng: SmallRng::seed_from_u64(seed ^ 1) };
     let (memory, _) = SharedMem::create("log", LOG_BYTES).unwrap();
     let mut memory = Arc::new(memory);
@@ -281,7 +285,8 @@ fn run(setup: &Setup, seed: u64, crashes: u32) -> u64 {
     }
     let mut leaks = 0;
     for _ in 0..crashes {
-        medium.0.lock().unwrap().left = rng.random_range(0..40) + if rng.random_range(0..8) == 0 { 400 } else { 0 };
+        medium.0.lock().unwrap().left =
+            rng.random_range(0..40) + if rng.random_range(0..8) == 0 { 400 } else { 0 };
         // The kill may meet the opening itself.
         if let Ok(image) = open(&medium, &memory) {
             while model.one_operation(&image).is_ok() {}

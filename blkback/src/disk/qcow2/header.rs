@@ -296,7 +296,10 @@ pub fn create(file: &dyn Layer, new: &NewImage<'_>) -> io::Result<()> {
     let mut at = V3_LEN;
     if let Some((name, format)) = new.backing {
         if name.len() > 1023 || format.len() > 64 || V3_LEN + 96 + name.len() > cluster as usize {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "qcow2: the backing file's name is too long"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "qcow2: the backing file's name is too long",
+            ));
         }
         // Header extension 0xe2792aca: the backing file's format.
         put(at, &0xe279_2acau32.to_be_bytes());

@@ -69,7 +69,9 @@ impl Image {
         self.file.read(host, &mut compressed)?;
         let mut cluster = vec![0; self.cluster_size() as usize];
         let read = match self.header.compression {
-            Compression::Deflate => flate2::read::DeflateDecoder::new(&compressed[..]).read_exact(&mut cluster),
+            Compression::Deflate => {
+                flate2::read::DeflateDecoder::new(&compressed[..]).read_exact(&mut cluster)
+            }
             Compression::Zstd => ruzstd::decoding::StreamingDecoder::new(&compressed[..])
                 .map_err(|e| Error::other(e.to_string()))
                 .and_then(|mut decoder| decoder.read_exact(&mut cluster)),
@@ -92,7 +94,8 @@ impl Image {
                 let mut st = self.state();
                 if let mapping @ Mapping::Data { host, own: true } = self.mapping(&mut st, guest)? {
                     let mut next = guest + 1;
-                    while n < rest && continues(mapping, self.mapping(&mut st, next)?, (next - guest) * size) {
+                    while n < rest && continues(mapping, self.mapping(&mut st, next)?, (next - guest) * size)
+                    {
                         n = rest.min(n + size as usize);
                         next += 1;
                     }

@@ -119,7 +119,9 @@ impl Log {
 
     /// True if `mem` holds changes of the image called `identity`.
     pub fn has_changes(mem: &SharedMem, identity: u64) -> bool {
-        mem.load_u64(0, Relaxed) == MAGIC && mem.load_u64(8, Relaxed) == identity && mem.load_u64(16, Acquire) > 0
+        mem.load_u64(0, Relaxed) == MAGIC
+            && mem.load_u64(8, Relaxed) == identity
+            && mem.load_u64(16, Acquire) > 0
     }
 
     fn apply(&mut self, entry: Entry) {

@@ -111,7 +111,7 @@ impl Image {
             }
             let (base, first) = self.place(st, block, cluster);
             let piece = st.cache.piece(&*self.file, base)?;
-            let count = piece.len() * 8 >> order;
+            let count = (piece.len() * 8) >> order;
             match (first..count).find(|index| get(piece, order, *index) == 0) {
                 Some(index) => {
                     let found = cluster + (index - first) as u64;
@@ -208,7 +208,9 @@ impl Image {
                 return Ok(());
             }
             match self.refcount(st, cluster)? {
-                0 => tracing::warn!(cluster, "qcow2: freed although nothing refers to it; run qemu-img check"),
+                0 => {
+                    tracing::warn!(cluster, "qcow2: freed although nothing refers to it; run qemu-img check")
+                }
                 1 => {
                     st.log.append(Entry::Ref { cluster, count: 0 });
                     let (offset, len) = (cluster << self.header.cluster_bits, self.cluster_size());

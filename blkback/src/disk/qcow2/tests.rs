@@ -12,7 +12,8 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 pub(super) fn file_layer(path: &Path) -> Arc<dyn Layer> {
-    let file = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+    let file =
+        std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
     let len = file.metadata().unwrap().len();
     Arc::new(FileLayer::new(Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap(), len, false))
 }
@@ -201,7 +202,16 @@ fn snapshots_stay_as_they_are() {
     let dir = Dir::new();
     for compat in ["0.10", "1.1"] {
         let path = dir.at(&format!("s{compat}.qcow2"));
-        img(&["create", "-q", "-f", "qcow2", "-o", &format!("compat={compat},cluster_size=4k"), text(&path), "2M"]);
+        img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &format!("compat={compat},cluster_size=4k"),
+            text(&path),
+            "2M",
+        ]);
         let mut flat = vec![0; 2 << 20];
         let mut rng = SmallRng::seed_from_u64(1);
         let mut keep = Vec::new();
@@ -292,7 +302,20 @@ fn new_images_are_valid() {
         image.settle().unwrap();
         drop(image);
         whole(&path);
-        run("qemu-io", &["-f", "qcow2", "-c", "read -P 9 0 4k", "-c", "read -P 1 4k 4k", "-c", "read -P 0 1M 1M", text(&path)]);
+        run(
+            "qemu-io",
+            &[
+                "-f",
+                "qcow2",
+                "-c",
+                "read -P 9 0 4k",
+                "-c",
+                "read -P 1 4k 4k",
+                "-c",
+                "read -P 0 1M 1M",
+                text(&path),
+            ],
+        );
     }
 }
 
