@@ -70,6 +70,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 
 fn main() {
     let args = Args::parse();
+    kvm::look::block_signal();
     let result = match () {
         () if args.probe => probe(),
         () if args.lone => run_lone(&args),

@@ -216,6 +216,7 @@ impl Prepared {
         kvm::ioctl::install_kick_handler()
             .map_err(|errno| KvmError::Call { what: "a signal handler", errno })?;
         let (guest, platform) = (self.guest, self.platform);
+        kvm::look::serve_signal(guest, platform)?;
         let (sender, ends) = mpsc::channel();
         for (id, vcpu) in self.vcpus.into_iter().enumerate() {
             let sender = sender.clone();

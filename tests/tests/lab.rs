@@ -10,6 +10,8 @@ use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
 use bulkhead_tests::progress::{Progress, Seen};
 use bulkhead_tests::system::{Config, System};
 use common::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// The guest image of this name, with its kernel.
@@ -46,7 +48,20 @@ fn wait(system: &System, progress: &Progress, what: &str, enough: impl FnMut(&Se
         let seen = progress.lock();
         let text: Vec<&str> = seen.text.iter().map(String::as_str).collect();
         let last = seen.lines.last().map(|l| l.1.to_string());
-        panic!("{what}: not in 90 s\n{}\n{last:?}\n{}", text.join("\n"), system.log_tail(25));
+        look_at_guest(system);
+        panic!("{what}: not in 90 s\n{}\n{last:?}\n{}", text.join("\n"), system.log_tail(40));
+    }
+}
+
+/// Has hv-vcpu log what the guest does, a few times, so that a hang tells more than that it hung.
+fn look_at_guest(system: &System) {
+    let pid = guest(system, "linux").and_then(|g| g["host_pid"].as_i64()).unwrap_or(0);
+    if pid > 1 {
+        for _ in 0..4 {
+            // A guest that is gone needs no look.
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGUSR2);
+            std::thread::sleep(Duration::from_secs(2));
+        }
     }
 }
 

@@ -236,6 +236,17 @@ pub fn runstate(vcpu: impl AsFd) -> Result<Runstate, Errno> {
     })
 }
 
+/// A vCPU's singleshot timer: (port, system time in ns at which it fires; 0: none is set). Call it from the vCPU's own
+/// thread.
+pub fn timer(vcpu: impl AsFd) -> Result<(u32, u64), Errno> {
+    let mut arg = kvm_xen_vcpu_attr { type_: KVM_XEN_VCPU_ATTR_TYPE_TIMER as u16, ..Default::default() };
+    // SAFETY: the kernel reads and writes one struct of this type.
+    unsafe { raw::xen_vcpu_get_attr(vcpu.as_fd().as_raw_fd(), &mut arg) }?;
+    // SAFETY: every bit pattern is a value of this member.
+    let timer = unsafe { arg.u.timer };
+    Ok((timer.port, timer.expires_ns))
+}
+
 /// The hypercall of a vCPU that left with `KVM_EXIT_XEN`; `None` if it is something else.
 pub fn hypercall_of(vcpu: &mut VcpuFd) -> Option<Call> {
     let run = vcpu.get_kvm_run();

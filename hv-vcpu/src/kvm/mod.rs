@@ -1,6 +1,7 @@
 //! KVM: checking that it can run a Xen guest, making the VM, and the calls of [`Platform`](crate::platform::Platform).
 
 pub mod ioctl;
+pub mod look;
 mod platform;
 mod setup;
 pub mod vcpu;

@@ -41,6 +41,7 @@ pub struct VcpuLink {
     answered: Condvar,
     up: AtomicBool,
     vector: AtomicU8,
+    look: AtomicBool,
 }
 
 impl VcpuLink {
@@ -53,6 +54,7 @@ impl VcpuLink {
             answered: Condvar::new(),
             up: AtomicBool::new(false),
             vector: AtomicU8::new(0),
+            look: AtomicBool::new(false),
         }
     }
 }
@@ -104,6 +106,19 @@ impl KvmPlatform {
     /// Called by a vCPU's thread: `vcpu` has run guest code.
     pub fn mark_up(&self, vcpu: u32) {
         self.link(vcpu).up.store(true, Ordering::Relaxed);
+    }
+
+    /// Has every vCPU's thread log its state.
+    pub fn look_at_all(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.look.store(true, Ordering::SeqCst);
+            vcpu.kicker.kick();
+        }
+    }
+
+    /// Called by a vCPU's thread: whether it shall log its state, once.
+    pub fn take_look(&self, vcpu: u32) -> bool {
+        self.link(vcpu).look.swap(false, Ordering::SeqCst)
     }
 
     /// Called by a vCPU's thread: does what others asked of it.

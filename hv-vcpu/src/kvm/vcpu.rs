@@ -1,6 +1,6 @@
 //! A vCPU's thread: runs the guest, and answers its exits.
 
-use super::{KvmPlatform, ioctl};
+use super::{KvmPlatform, ioctl, look};
 use crate::acpi;
 use crate::hypercall::{Guest, Outcome};
 use crate::hypervisor::ShutdownReason;
@@ -74,6 +74,9 @@ pub fn run(id: u32, vcpu: &mut VcpuFd, guest: &Guest, platform: &KvmPlatform) ->
             // Kicked, or a secondary vCPU that still waits for its INIT and SIPI.
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
                 kicker.clear();
+                if platform.take_look(id) {
+                    look::vcpu(id, vcpu, guest, platform);
+                }
                 Step::Go
             }
             Err(e) => Step::Fail(format!("KVM_RUN failed: {e}"), ShutdownReason::Crash),
