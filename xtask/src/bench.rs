@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::guest::{self, Guest};
-use crate::{paths, run, setup};
+use crate::{debian, paths, run, setup};
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
@@ -21,6 +21,12 @@ pub struct BenchArgs {
     /// Rounds in which ours and the others take turns.
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Measures ours alone, without peers (case store).
+    #[arg(long)]
+    pub ours: bool,
+    /// Only groups of lines whose names contain this (case store): one-client, in-flight, many-clients, …
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
     /// Leaves out what needs the lab.
     #[arg(long)]
     pub no_lab: bool,
@@ -33,11 +39,14 @@ pub struct BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<i32> {
     setup::packages(&[("iproute2", "/usr/sbin/ip")])?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    run::loud(
-        Command::new(cargo)
-            .args(["build", "--release", "--workspace", "--bins", "--exclude", "xtask"])
-            .current_dir(paths::root()),
-    )?;
+    let alone = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty() && args.ours;
+    // Ours alone needs no other part of the system.
+    let what: &[&str] = if alone {
+        &["-p", "bench", "-p", "xenstored"]
+    } else {
+        &["--workspace", "--bins", "--exclude", "xtask"]
+    };
+    run::loud(Command::new(cargo).args(["build", "--release"]).args(what).current_dir(paths::root()))?;
     let mut bench = Command::new(paths::target().join(paths::TARGET).join("release/bench"));
     bench.args(&args.cases).arg("--source").arg(paths::root());
     if let Some(report) = &args.report {
@@ -45,6 +54,17 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }
     if let Some(rounds) = args.rounds {
         bench.arg("--rounds").arg(rounds.to_string());
+    }
+    if args.ours {
+        bench.arg("--ours");
+    } else if args.cases.is_empty() || args.cases.iter().any(|c| c == "store") {
+        match store_peers() {
+            Ok((root, noxen)) => drop(bench.arg("--peers").arg(root).arg("--noxen").arg(noxen)),
+            Err(e) => eprintln!("bench: Debian's xenstored daemons are not here: {e:#}"),
+        }
+    }
+    if let Some(only) = &args.only {
+        bench.arg("--only").arg(only);
     }
     let boots = args.cases.is_empty() || args.cases.iter().any(|c| c == "boot");
     if boots && !args.no_lab {
@@ -54,4 +74,21 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }
     let status = bench.status().with_context(|| format!("cannot start {}", run::show(&bench)))?;
     Ok(status.code().unwrap_or(1))
+}
+
+/// Debian's two xenstored daemons, unpacked, and the library that stands in for a Xen below them.
+fn store_peers() -> Result<(PathBuf, PathBuf)> {
+    let root = debian::xen_daemons()?;
+    let library = paths::target().join("libnoxen.so");
+    // By rustc itself: cargo's settings for this workspace make static programs, and a library that is loaded must not be that.
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    run::quiet(
+        Command::new(rustc)
+            .args(["--edition", "2024", "--crate-type", "cdylib", "--crate-name", "noxen", "-O"])
+            .args(["-C", "panic=abort", "-o"])
+            .arg(&library)
+            .arg("tests/noxen/src/lib.rs")
+            .current_dir(paths::root()),
+    )?;
+    Ok((root, library))
 }

@@ -28,7 +28,7 @@ type Check = Box<dyn Fn() -> Result<()>>;
 /// When nothing is left to run.
 pub fn run(args: &TestArgs) -> Result<i32> {
     let mut steps: Vec<(&str, Check)> = vec![
-        ("set-up", Box::new(|| setup::packages(setup::TESTS))),
+        ("set-up", Box::new(|| setup::packages(setup::TESTS).and_then(|()| setup::pyxs()))),
         ("format", Box::new(|| cargo(300, &["fmt", "--all", "--check"], &[]))),
         ("licences", Box::new(licences::check)),
         ("clippy", Box::new(clippy)),

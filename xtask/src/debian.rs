@@ -78,6 +78,28 @@ pub fn busybox() -> Result<PathBuf> {
         .ok_or_else(|| anyhow!("no busybox in {}", tree.display()))
 }
 
+/// Debian 12's packages of Xen's two xenstored daemons, and the libraries that they load.
+const XEN_DAEMONS: &[&str] = &[
+    "xen-utils-4.17",
+    "xen-utils-common",
+    "libxenmisc4.17",
+    "libxencall1",
+    "libxendevicemodel1",
+    "libxenevtchn1",
+    "libxenforeignmemory1",
+    "libxengnttab1",
+    "libxentoolcore1",
+    "libxentoollog1",
+];
+
+/// A tree with Xen 4.17's xenstored and oxenstored. Unpacked, not installed: the host's boot menu would get a Xen otherwise.
+///
+/// # Errors
+/// When apt cannot fetch it.
+pub fn xen_daemons() -> Result<PathBuf> {
+    unpacked_together(Release::Bookworm, "xen-daemons", XEN_DAEMONS)
+}
+
 /// A small Debian tree with QEMU in it, for `--root` where the host's QEMU is too old for a
 /// comparison. Takes a minute or two the first time.
 ///
@@ -118,7 +140,12 @@ pub fn tree(release: Release) -> Result<PathBuf> {
 /// The directory that holds the unpacked package, fetched first if need be. A kernel meta-package
 /// stands for the image that it depends on.
 fn unpacked(release: Release, package: &str) -> Result<PathBuf> {
-    let tree = paths::lab().join("pkg").join(format!("{}-{package}", release.suite()));
+    unpacked_together(release, package, &[package])
+}
+
+/// The same for several packages in one tree.
+fn unpacked_together(release: Release, what: &str, packages: &[&str]) -> Result<PathBuf> {
+    let tree = paths::lab().join("pkg").join(format!("{}-{what}", release.suite()));
     if tree.exists() {
         return Ok(tree);
     }
@@ -126,20 +153,22 @@ fn unpacked(release: Release, package: &str) -> Result<PathBuf> {
     if tree.exists() {
         return Ok(tree);
     }
-    eprintln!("setup: fetching {package} of Debian {}", release.suite());
+    eprintln!("setup: fetching {what} of Debian {}", release.suite());
     let apt = Apt::new(release)?;
-    let name =
-        if package.starts_with("linux-image-") { apt.image_behind(package)? } else { package.to_owned() };
-    let deb = apt.download(&name)?;
     // Unpacked beside its place and renamed, so that a killed run leaves nothing half done.
-    let part = tree.with_extension("part");
+    let part = tree.with_file_name(format!("{what}.part"));
     if part.exists() {
         fs::remove_dir_all(&part)?;
     }
     fs::create_dir_all(&part)?;
-    run::quiet(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&part))?;
+    for &package in packages {
+        let name =
+            if package.starts_with("linux-image-") { apt.image_behind(package)? } else { package.to_owned() };
+        let deb = apt.download(&name)?;
+        run::quiet(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&part))?;
+        fs::remove_file(&deb).ok();
+    }
     fs::rename(&part, &tree)?;
-    fs::remove_file(&deb).ok();
     Ok(tree)
 }
 

@@ -47,6 +47,42 @@ pub fn packages(packages: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
+/// PyPI's xenstore client, in a Python environment of its own below the target directory, for the conformance script
+/// (`xenstored/tests/tools.rs` looks for it there).
+///
+/// # Errors
+/// When there is no Python, or pip cannot fetch it.
+pub fn pyxs() -> Result<()> {
+    let dir = paths::target().join("pyxs");
+    if dir.exists() {
+        return Ok(());
+    }
+    let _lock = lock("pyxs")?;
+    if dir.exists() {
+        return Ok(());
+    }
+    // Debian's python3 comes without ensurepip, which makes environments.
+    let whole = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
+    if !whole.is_ok_and(|out| out.status.success()) {
+        packages(&[("python3-venv", "/usr/share/doc/python3-venv")])?;
+    }
+    eprintln!("setup: fetching pyxs");
+    let part = paths::target().join("pyxs.part");
+    if part.exists() {
+        fs::remove_dir_all(&part)?;
+    }
+    run::quiet(Command::new("python3").args(["-m", "venv"]).arg(&part))?;
+    run::quiet(Command::new(part.join("bin/python")).args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "pyxs==0.4.1",
+    ]))?;
+    fs::rename(&part, &dir)?;
+    Ok(())
+}
+
 fn apt_get() -> Command {
     let mut cmd = Command::new("apt-get");
     cmd.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-o", "DPkg::Lock::Timeout=300"]);

@@ -24,6 +24,12 @@ pub struct Settings {
     pub source: PathBuf,
     /// Rounds of each contest.
     pub rounds: usize,
+    /// Debian's xenstored daemons, if they are here.
+    pub peers: Option<store::daemons::Peers>,
+    /// Measure ours alone (and the ceiling): quick, for a comparison with the last time.
+    pub ours_only: bool,
+    /// Only groups of lines whose names contain this.
+    pub only: Option<String>,
     /// The Linux guest, if there is one.
     pub image: Option<boot::Image>,
 }

@@ -16,6 +16,8 @@ pub enum Role {
     EventfdPollPong,
     /// Answers each message with one of the size asked for.
     Echo,
+    /// Answers xenstore requests with fixed replies; standard input is the listener.
+    StoreEcho,
 }
 
 /// A running helper; ended when dropped.
@@ -64,6 +66,7 @@ pub fn run(role: Role) -> Result<()> {
         Role::EventfdPong => super::eventfd::pong(input, output, false),
         Role::EventfdPollPong => super::eventfd::pong(input, output, true),
         Role::Echo => super::echo::serve(input, output),
+        Role::StoreEcho => super::store_echo::serve(input),
     }
 }
 

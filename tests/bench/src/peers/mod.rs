@@ -5,5 +5,6 @@ pub mod eventfd;
 pub mod helper;
 pub mod memory;
 pub mod sink;
+pub mod store_echo;
 pub mod uring;
 pub mod veth;

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use domain_kit::xs::Op;
 use serde_json::json;
 
-use super::world::World;
-use super::{Settings, or_missing};
+use super::super::world::World;
+use super::super::{Settings, or_missing};
 use crate::peers::echo::Echo;
 use crate::peers::helper::{pin, unpin};
 use crate::report::{Goal, Line};
@@ -31,7 +31,7 @@ const NAMES: &[(&str, &str, &str)] =
 
 /// All lines of the case.
 pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
-    or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)))
+    or_missing(NAMES, super::super::borrowed(world).and_then(|world| lines(settings, world)))
 }
 
 fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
