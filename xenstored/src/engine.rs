@@ -8,8 +8,9 @@ use std::rc::Rc;
 
 use crate::codec::{Reader, Writer};
 use crate::journal::JournalError;
+use crate::journal::arena::Arena;
 use crate::journal::layout::{BEHAVIOUR, SLOTS, sb};
-use crate::journal::log::{Full, Log};
+use crate::journal::log::{Full, Log, MIN_HALF};
 use crate::journal::mem::Mem;
 use crate::journal::slots::Slot;
 use crate::store::{Class, Conn, ConnId, Event, Limits, Loaded, Loader, Quota, Store, write_snapshot};
@@ -17,13 +18,15 @@ use crate::wire::{HEADER, Header, TooLong};
 
 /// A request that made the daemon die by its own fault this often costs its connection.
 const POISON: u64 = 3;
+/// The journal is also compacted when so many times `compact_at` bytes of the arena changed.
+const CHANGED_AT: u64 = 4;
 
 /// How to open a journal.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Bytes of each half when a journal is made.
     pub half_size: u64,
-    /// Bytes of log after which it is compacted, if they are more than twice the snapshot too.
+    /// Bytes of events, and of changed pages, after which the log is compacted.
     pub compact_at: u64,
     /// Start from what is whole when a record is damaged, instead of refusing.
     pub salvage: bool,
@@ -78,6 +81,9 @@ pub struct Engine {
     free: Vec<u32>,
     record: Writer,
     message: Vec<u8>,
+    compact_at: u64,
+    /// The last compaction failed, and the log says so.
+    crowded: bool,
 }
 
 impl Engine {
@@ -87,16 +93,28 @@ impl Engine {
     /// [`JournalError`].
     pub fn open(mem: Rc<Mem>, options: &Options) -> Result<(Self, Opened), JournalError> {
         let mut opened = Opened::default();
-        let (store, log) = if Log::exists(&mem) {
+        let (store, log) = if Log::exists(&mem)? {
             Self::replay(&mem, options, &mut opened)?
         } else {
             opened.fresh = true;
-            (Store::new(), Log::format(Rc::clone(&mem), options.half_size))
+            if Log::memory_len(options.half_size) > mem.len() as u64 || options.half_size < MIN_HALF {
+                return Err(JournalError::Damaged("the file is too short for such halves".into()));
+            }
+            let log = Log::format(Rc::clone(&mem), options.half_size);
+            (Store::in_arena(Arena::format(&mem, options.half_size)?), log)
         };
         let mut log = log;
         log.compact_at(options.compact_at);
-        let mut engine =
-            Self { store, log, mem, free: Vec::new(), record: Writer::default(), message: Vec::new() };
+        let mut engine = Self {
+            store,
+            log,
+            mem,
+            free: Vec::new(),
+            record: Writer::default(),
+            message: Vec::new(),
+            compact_at: options.compact_at,
+            crowded: false,
+        };
         if opened.fresh {
             engine.compact()?;
             engine.log.seal();
@@ -107,11 +125,13 @@ impl Engine {
 
     fn replay(mem: &Rc<Mem>, options: &Options, opened: &mut Opened) -> Result<(Store, Log), JournalError> {
         let behaviour = mem.load_u64(sb::BEHAVIOUR);
-        let mut loader = Some(Loader::default());
+        let epoch = mem.load_u64(sb::ACTIVE) >> 1;
+        let arena = Arena::open(mem, mem.load_u64(sb::HALF), epoch)?;
+        let mut loader = Some(Loader::new(arena));
         let mut store: Option<Store> = None;
         let (log, dropped) = Log::open(Rc::clone(mem), options.salvage, |body| match &mut store {
             None => {
-                let part = loader.as_mut().and_then(|l| l.record(body)).ok_or("not a snapshot record")?;
+                let part = loader.as_mut().ok_or("a snapshot after the snapshot")?.record(body)?;
                 if part == Loaded::Complete {
                     store = loader.take().map(Loader::finish);
                 }
@@ -135,7 +155,7 @@ impl Engine {
                     }
                 }
                 store.take_closed();
-                store.take_freed();
+                store.take_freed_into(&mut Vec::new());
                 Ok(false)
             }
         })?;
@@ -207,7 +227,10 @@ impl Engine {
             let slot = Slot::new(mem, conn.slot);
             if slot.tag() == conn.tag { slot.sent() } else { 0 }
         };
-        self.log.compact(|sink| write_snapshot(store, sent, sink))
+        let sums = store.tree.arena().changed();
+        self.log.compact(|sink| write_snapshot(store, &sums, sent, sink))?;
+        self.store.tree.arena_mut().snapshot_done(self.log.epoch(), &sums);
+        Ok(())
     }
 
     /// Records and carries out one event.
@@ -215,17 +238,25 @@ impl Engine {
         self.record.0.clear();
         event.encode(&mut self.record);
         let len = self.record.0.len() as u64 + 4;
-        if self.log.wants_compaction(len)
-            && let Err(e) = self.compact()
-        {
-            tracing::warn!(error = %e, "the journal could not be compacted");
+        let changed = self.store.tree.arena().changed_len();
+        if self.log.wants_compaction(len) || changed > CHANGED_AT * self.compact_at {
+            match self.compact() {
+                Ok(()) => self.crowded = false,
+                Err(e) if !self.crowded => {
+                    tracing::warn!(error = %e, "the journal could not be compacted");
+                    self.crowded = true;
+                }
+                Err(_) => {}
+            }
         }
-        self.log.reserve(len)?;
-        // What is on the heap is lost with the process, so it may change first.
+        self.log.reserve(len, event.can_wait())?;
+        let most = self.store.most_growth(event);
+        self.store.tree.arena_mut().reserve(most)?;
+        // What is on the heap is lost with the process, and the arena is put back: so they may change first.
         let digest = self.store.apply(event);
         self.record.u32(digest);
         self.log.append(&self.record.0);
-        self.free.append(&mut self.store.take_freed());
+        self.store.take_freed_into(&mut self.free);
         Ok(())
     }
 
@@ -409,8 +440,15 @@ impl Engine {
             slot.read_input(at, &mut message);
             self.mem.store_u64(sb::EXEC_AT, at);
             self.mem.store_u64(sb::EXEC_CONN, id.0);
-            let done =
-                self.commit(&Event::Request { conn: id, consumed: at + len as u64, message: &message });
+            let consumed = at + len as u64;
+            let mut done = self.commit(&Event::Request { conn: id, consumed, message: &message });
+            if let Err(e) = done {
+                // Refused, it needs no room in the arena; if there is none in the log either, it waits.
+                done = self.commit(&Event::Refuse { conn: id, consumed, message: &message[..HEADER] });
+                if done.is_ok() {
+                    tracing::error!(error = %e, conn = id.0, "a request is answered with ENOMEM");
+                }
+            }
             self.mem.store_u64(sb::EXEC_CONN, 0);
             self.message = message;
             if let Err(e) = done {

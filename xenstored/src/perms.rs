@@ -15,7 +15,7 @@ pub const OWNER: u8 = 4;
 pub const DOMID_ANY: u16 = 0x7FF5;
 
 /// One entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Perm {
     /// Whom it concerns; in the first entry, the owner.
     pub domid: u16,
@@ -54,7 +54,7 @@ impl Perm {
 }
 
 /// A node's entries; at least one.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Perms(Arc<[Perm]>);
 
 impl Perms {

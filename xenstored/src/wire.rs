@@ -31,6 +31,8 @@ pub enum Errno {
     E2BIG,
     #[error("EPERM")]
     EPERM,
+    #[error("ENOMEM")]
+    ENOMEM,
 }
 
 impl Errno {
@@ -47,6 +49,7 @@ impl Errno {
             Self::EAGAIN => b"EAGAIN\0",
             Self::E2BIG => b"E2BIG\0",
             Self::EPERM => b"EPERM\0",
+            Self::ENOMEM => b"ENOMEM\0",
         }
     }
 }

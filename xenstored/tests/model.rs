@@ -358,6 +358,7 @@ impl World {
                 panic!("client {i} message {at}\ngot  {:#?}\nwant {:#?}", near(&got), near(&want));
             }
         }
+        self.engine = None;
         self.recover();
         self.compare_trees();
         let compactions = self.mem.load_u64(xenstored::journal::layout::sb::ACTIVE) >> 1;

@@ -9,11 +9,17 @@ use std::rc::Rc;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::JournalError;
-use super::layout::{BEHAVIOUR, HALVES, MAGIC, RECORD_HEAD, half, sb};
+use super::layout::{BEHAVIOUR, HALVES, MAGIC, Parts, RECORD_HEAD, half, sb};
 use super::mem::Mem;
 
 /// Space is taken from the file system in steps of this many bytes.
-const CHUNK: u64 = 1 << 20;
+const CHUNK: u64 = 256 << 10;
+/// What a half keeps of it when it is no longer the active one.
+const KEEP: u64 = 1 << 20;
+/// Smallest size of a half, in bytes.
+pub const MIN_HALF: u64 = 256 << 10;
+/// The last bytes of a half are for what can't wait: the end of connections and domains.
+const HEADROOM: u64 = 64 << 10;
 
 /// There is no room for a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -31,7 +37,7 @@ pub struct Log {
     seq: u64,
     /// Bytes of the snapshot that the active half begins with.
     snapshot: u64,
-    /// The log is compacted when it is longer than this many bytes and than twice its snapshot.
+    /// The log is compacted when it is longer than its snapshot and this many bytes.
     compact_at: u64,
     /// Bytes of each half that the file system has given.
     allocated: [u64; 2],
@@ -40,7 +46,7 @@ pub struct Log {
 impl Log {
     /// Bytes that a journal with halves of `half_size` needs.
     pub fn memory_len(half_size: u64) -> u64 {
-        HALVES as u64 + 2 * half_size
+        Parts::new(half_size).end() as u64
     }
 
     /// Makes an empty log. It is not valid before [`Log::seal`].
@@ -74,8 +80,28 @@ impl Log {
     }
 
     /// Whether the memory holds a journal.
-    pub fn exists(mem: &Mem) -> bool {
-        mem.load_u64(sb::MAGIC) == MAGIC
+    ///
+    /// # Errors
+    /// [`JournalError`] when it holds one that this version can't use.
+    pub fn exists(mem: &Mem) -> Result<bool, JournalError> {
+        let magic = mem.load_u64(sb::MAGIC);
+        if magic == MAGIC {
+            let half_size = mem.load_u64(sb::HALF);
+            let fits = half_size < mem.len() as u64 && Self::memory_len(half_size) <= mem.len() as u64;
+            if !fits || half_size < MIN_HALF || !half_size.is_multiple_of(4096) {
+                return Err(JournalError::Damaged(format!(
+                    "halves of {half_size} bytes do not fit the file"
+                )));
+            }
+            return Ok(true);
+        }
+        // All but the last byte of it is the name.
+        if magic << 8 == MAGIC << 8 { Err(JournalError::Layout) } else { Ok(false) }
+    }
+
+    /// The active snapshot's number.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// Opens a log and hands each record's body to `each`, which answers whether it was the snapshot's last. A body that `each`
@@ -89,9 +115,6 @@ impl Log {
         mut each: impl FnMut(&[u8]) -> Result<bool, String>,
     ) -> Result<(Self, Option<String>), JournalError> {
         let half_size = mem.load_u64(sb::HALF);
-        if Self::memory_len(half_size) > mem.len() as u64 || half_size < half::RECORDS as u64 {
-            return Err(JournalError::Damaged(format!("halves of {half_size} bytes do not fit the file")));
-        }
         let word = mem.load_u64(sb::ACTIVE);
         let (active, epoch) = ((word & 1) as usize, word >> 1);
         let mut log = Self {
@@ -168,15 +191,18 @@ impl Log {
     /// Whether the next record of `len` bytes should wait for a compaction.
     pub fn wants_compaction(&self, len: u64) -> bool {
         let used = self.tail + record_len(len);
-        used > self.compact_at.max(2 * self.snapshot).min(self.half_size - half::RECORDS as u64)
+        used > (self.compact_at + self.snapshot).min(self.half_size - half::RECORDS as u64 - HEADROOM)
     }
 
-    /// Makes sure that a record of `len` bytes can be appended.
+    /// Makes sure that a record of `len` bytes can be appended. What can't wait gets the last bytes too.
     ///
     /// # Errors
     /// [`Full`].
-    pub fn reserve(&mut self, len: u64) -> Result<(), Full> {
+    pub fn reserve(&mut self, len: u64, can_wait: bool) -> Result<(), Full> {
         let need = self.tail + record_len(len);
+        if can_wait && need + HEADROOM > self.half_size - half::RECORDS as u64 {
+            return Err(Full(need));
+        }
         self.allocate(self.active, need)
     }
 
@@ -221,7 +247,7 @@ impl Log {
         self.mem.store_u64(self.base(self.active) + half::TAIL, self.tail);
     }
 
-    /// Writes a snapshot into the other half and makes it the active one.
+    /// Writes a snapshot into the other half and makes it the active one. With it the arena's undo pages are void.
     ///
     /// # Errors
     /// [`Full`]; the log is as before then.
@@ -230,7 +256,6 @@ impl Log {
         snapshot: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), Full>) -> Result<(), Full>,
     ) -> Result<(), Full> {
         let other = 1 - self.active;
-        self.punch(other);
         let (mut tail, mut seq) = (0, 0);
         snapshot(&mut |body| {
             self.allocate(other, tail + record_len(body.len() as u64))?;
@@ -251,14 +276,17 @@ impl Log {
         Ok(())
     }
 
-    /// Gives a half's memory back.
+    /// Gives the most of a half's memory back.
     fn punch(&mut self, which: usize) {
-        self.allocated[which] = 0;
+        if self.allocated[which] <= KEEP {
+            return;
+        }
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let base = self.base(which) as i64;
         // Only memory is at stake: records are found by the tail, not by zeroes.
-        if let Err(e) = fallocate(self.mem.file().as_fd(), flags, base, self.half_size as i64) {
-            tracing::debug!(error = %e, "a journal half keeps its memory");
+        match fallocate(self.mem.file().as_fd(), flags, base + KEEP as i64, (self.half_size - KEEP) as i64) {
+            Ok(()) => self.allocated[which] = KEEP - half::RECORDS as u64,
+            Err(e) => tracing::debug!(error = %e, "a journal half keeps its memory"),
         }
     }
 

@@ -8,7 +8,9 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io::IoSlice;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -33,6 +35,8 @@ pub struct Mem {
     fuse: Cell<u64>,
     /// Stores so far.
     steps: Cell<u64>,
+    /// Where the part begins that an [`Owned`] has; nobody else touches it.
+    shared_end: Cell<usize>,
 }
 
 impl Mem {
@@ -42,7 +46,8 @@ impl Mem {
     /// That of mmap(2).
     pub fn map(file: File, len: usize) -> std::io::Result<Self> {
         let map = MmapOptions::new().len(len).map_raw(&file)?;
-        Ok(Self { map, file, fuse: Cell::new(0), steps: Cell::new(0) })
+        let shared_end = Cell::new(map.len());
+        Ok(Self { map, file, fuse: Cell::new(0), steps: Cell::new(0), shared_end })
     }
 
     /// The file behind it.
@@ -90,7 +95,8 @@ impl Mem {
     }
 
     fn at(&self, off: usize, len: usize, align: usize) -> *mut u8 {
-        assert!(off.is_multiple_of(align) && off.checked_add(len).is_some_and(|end| end <= self.map.len()));
+        let end = self.shared_end.get();
+        assert!(off.is_multiple_of(align) && off.checked_add(len).is_some_and(|last| last <= end));
         // SAFETY: off is inside the mapping (checked above), so the result is too.
         unsafe { self.map.as_mut_ptr().add(off) }
     }
@@ -199,5 +205,66 @@ impl Mem {
         let n = run(at);
         self.crash_point();
         if n < 0 { Err(Errno::last()) } else { Ok(()) }
+    }
+}
+
+/// The end of the mapping, for one owner: as in a `Vec<u8>`, slices of it can be lent because only `&mut self` writes.
+pub struct Owned {
+    mem: Rc<Mem>,
+    range: Range<usize>,
+}
+
+impl Owned {
+    /// Takes everything from `start` on; `None` if another has it.
+    pub fn take(mem: &Rc<Mem>, start: usize) -> Option<Self> {
+        if mem.shared_end.get() != mem.map.len() || start >= mem.map.len() {
+            return None;
+        }
+        mem.shared_end.set(start);
+        Some(Self { mem: Rc::clone(mem), range: start..mem.map.len() })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether it has no bytes (it never is).
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    fn at(&self, off: usize, len: usize) -> *mut u8 {
+        assert!(off.checked_add(len).is_some_and(|end| end <= self.range.len()));
+        // SAFETY: inside the mapping: off + len is inside `range` (checked above), which is inside the mapping.
+        unsafe { self.mem.map.as_mut_ptr().add(self.range.start + off) }
+    }
+
+    /// Bytes, for as long as nothing is written.
+    #[inline]
+    pub fn bytes(&self, off: usize, len: usize) -> &[u8] {
+        let from = self.at(off, len);
+        // SAFETY: in bounds (`at`); only this process maps the file, and in it only this owner reaches the range
+        // (`Mem::at` ends before it, `take` gives it once), writing by `&mut self` alone, which the result's life excludes.
+        unsafe { std::slice::from_raw_parts(from, len) }
+    }
+
+    /// Copies bytes in; a point at which the process may die, as [`Mem::write`].
+    #[inline]
+    pub fn write(&mut self, off: usize, from: &[u8]) {
+        let crash = self.mem.step();
+        let len = if crash { from.len() / 2 } else { from.len() };
+        let into = self.at(off, from.len());
+        // SAFETY: in bounds (`at`); `from` can't be in the range, as no slice of it lives beside `&mut self`.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, len) }
+        if crash {
+            std::panic::panic_any(Crash);
+        }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.mem.shared_end.set(self.range.end);
     }
 }

@@ -3,8 +3,10 @@
 //! Two things live in it. The [`log`] holds the store: a snapshot, and one checksummed record for each event since
 //! ([`crate::store::Event`]); its state is rebuilt by running the events again, and each record carries a checksum of the
 //! output its event caused, so a replay that differs is noticed. The [`slots`] hold what moves between events: how many
-//! bytes came in and went out of each connection.
+//! bytes came in and went out of each connection. What is large, the nodes and the watches, is not in the snapshot but in
+//! the [`arena`], which is put back to what it was at the snapshot before events are run again.
 
+pub mod arena;
 pub mod layout;
 pub mod log;
 pub mod mem;
@@ -24,6 +26,9 @@ pub enum JournalError {
         /// This binary's.
         ours: u64,
     },
+    /// It was written by a version that lays the journal out differently.
+    #[error("the journal has another version's layout; export it with that version")]
+    Layout,
     /// No room for the first snapshot.
     #[error(transparent)]
     Full(#[from] log::Full),

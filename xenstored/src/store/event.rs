@@ -34,6 +34,15 @@ pub enum Event<'a> {
         /// Header and payload.
         message: &'a [u8],
     },
+    /// A request for which there is no memory; it is answered with ENOMEM.
+    Refuse {
+        /// Whose.
+        conn: ConnId,
+        /// Input position after it.
+        consumed: u64,
+        /// Its header.
+        message: &'a [u8],
+    },
     /// The output up to here has been handed over.
     Drained {
         /// Whose.
@@ -91,6 +100,12 @@ impl Event<'_> {
                 out.u64(*consumed);
                 out.bytes(message);
             }
+            Self::Refuse { conn, consumed, message } => {
+                out.u8(11);
+                out.u64(conn.0);
+                out.u64(*consumed);
+                out.bytes(message);
+            }
             Self::Drained { conn, upto } => {
                 out.u8(6);
                 out.u64(conn.0);
@@ -121,6 +136,18 @@ impl Event<'_> {
         }
     }
 
+    /// Whether it can wait until there is room in the journal; the end of something can't.
+    pub fn can_wait(&self) -> bool {
+        matches!(
+            self,
+            Self::Open { .. }
+                | Self::Request { .. }
+                | Self::Refuse { .. }
+                | Self::DomainUp { .. }
+                | Self::Limits(_)
+        )
+    }
+
     /// Takes a record's body apart; `None` if it is none.
     pub fn decode<'a>(input: &mut Reader<'a>) -> Option<Event<'a>> {
         Some(match input.u8()? {
@@ -143,6 +170,9 @@ impl Event<'_> {
             8 => Event::DomainDown(input.u16()?),
             9 => Event::DomainShutdown(input.u16()?),
             10 => Event::Limits(Limits { guest: Quota::decode(input)?, service: Quota::decode(input)? }),
+            11 => {
+                Event::Refuse { conn: ConnId(input.u64()?), consumed: input.u64()?, message: input.bytes()? }
+            }
             _ => return None,
         })
     }

@@ -22,11 +22,12 @@ pub use quota::{Limits, Quota};
 pub use snapshot::{Loaded, Loader, write_snapshot};
 pub use transaction::{Changes, Transaction, TxOp};
 
+use crate::journal::arena::Arena;
 use crate::path;
 use crate::perms::{Caller, Perms, READ};
 use crate::tree::Tree;
 use crate::watches::{Watch, WatchIndex};
-use crate::wire::{Header, PAYLOAD_MAX};
+use crate::wire::{HEADER, Header, PAYLOAD_MAX};
 use nodes::Changed;
 
 /// Unread output at which watch events are folded to one per watch (bytes).
@@ -160,15 +161,20 @@ pub struct Store {
 }
 
 impl Store {
-    /// A fresh store.
+    /// A fresh store without a journal.
     pub fn new() -> Self {
-        Self::with_tree(Tree::fresh())
+        Self::in_arena(Arena::heap())
     }
 
-    pub(crate) fn with_tree(tree: Tree) -> Self {
+    /// A fresh store in an empty arena.
+    pub fn in_arena(arena: Arena) -> Self {
+        Self::with_tree(Tree::fresh(arena), WatchIndex::default())
+    }
+
+    fn with_tree(tree: Tree, watches: WatchIndex) -> Self {
         Self {
             tree,
-            watches: WatchIndex::default(),
+            watches,
             conns: BTreeMap::new(),
             domains: BTreeMap::new(),
             released: BTreeMap::new(),
@@ -194,6 +200,7 @@ impl Store {
             Event::Ignore { conn, error } => self.ignore(*conn, *error),
             Event::Reset(conn) => self.reset(*conn),
             Event::Request { conn, consumed, message } => self.request(*conn, *consumed, message),
+            Event::Refuse { conn, consumed, message } => self.refuse(*conn, *consumed, message),
             Event::Drained { conn, upto } => {
                 if let Some(conn) = self.conns.get_mut(conn) {
                     conn.drained = *upto;
@@ -270,8 +277,24 @@ impl Store {
     }
 
     /// The slots of connections that are gone since the last call.
-    pub fn take_freed(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.freed)
+    pub fn take_freed_into(&mut self, free: &mut Vec<u32>) {
+        free.append(&mut self.freed);
+    }
+
+    /// The most bytes that an event can take from the arena: known before, so that none fails in the middle.
+    pub fn most_growth(&self, event: &Event<'_>) -> u64 {
+        // A path of n bytes makes n/2 nodes of at most 56 bytes each; permissions and watches take less.
+        let one = |bytes: usize| 40 * bytes as u64 + (16 << 10);
+        match event {
+            Event::Request { conn, message, .. } => {
+                let head = message.split_first_chunk::<HEADER>().and_then(|(h, _)| Header::decode(h).ok());
+                let tx = head.filter(|h| h.op() == Some(XsMsgType::TransactionEnd)).map(|h| h.tx_id);
+                let tx = tx.and_then(|tx_id| self.conns.get(conn)?.txs.get(&tx_id));
+                one(message.len()) + tx.map_or(0, |tx| 64 * tx.over.nodes as u64 + 2 * tx.bytes as u64)
+            }
+            Event::Refuse { .. } | Event::Drained { .. } => 0,
+            _ => one(0),
+        }
     }
 
     fn new_tag(&mut self) -> u64 {
@@ -291,7 +314,7 @@ impl Store {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         let watches = std::mem::take(&mut conn.watches);
         conn.folded.clear();
-        self.watches.remove_all(id, watches.iter().map(|(path, _)| &path[..]));
+        self.watches.remove_all(self.tree.arena_mut(), id, watches.iter().map(|(path, _)| &path[..]));
     }
 
     fn close(&mut self, id: ConnId) {
@@ -384,7 +407,7 @@ impl Store {
             })
         };
         let hits: Vec<(&[u8], &Watch)> = if change.exact {
-            watches.at(&change.path).iter().filter(|w| wanted(w)).map(|w| (&change.path[..], w)).collect()
+            watches.at(&change.path).filter(|w| wanted(w)).map(|w| (&change.path[..], w)).collect()
         } else {
             watches.matching(&change.path).filter(|(_, w)| wanted(w)).collect()
         };
@@ -399,11 +422,11 @@ impl Store {
         let Some(perms) = self.special_perms(name) else { return };
         let with_domid = [name, b"/", domid.to_string().as_bytes()].concat();
         let watches = std::mem::take(&mut self.watches);
-        let plain = watches.at(name).iter().map(|w| {
+        let plain = watches.at(name).map(|w| {
             let path = if w.depth.is_some() { &with_domid[..] } else { name };
             (w.depth != Some(0), name, path, w)
         });
-        let exact = watches.at(&with_domid).iter().map(|w| (true, &with_domid[..], &with_domid[..], w));
+        let exact = watches.at(&with_domid).map(|w| (true, &with_domid[..], &with_domid[..], w));
         for (wanted, watched, path, watch) in plain.chain(exact) {
             let readable =
                 self.conns.get(&watch.conn).is_some_and(|conn| perms.allowed(&self.caller(conn)) & READ != 0);
@@ -429,7 +452,7 @@ impl Store {
             told = &watched[watch.strip.min(watched.len())..];
         }
         if behind {
-            let key = (watched.into(), watch.token.clone());
+            let key: WatchKey = (watched.into(), watch.token.clone());
             let position = conn.out.end();
             match conn.folded.entry(key) {
                 std::collections::btree_map::Entry::Occupied(_) => return,
@@ -469,7 +492,7 @@ impl Store {
             return Err(format!("connections list {listed} watches, the index {}", self.watches.len()));
         }
         for (path, watch) in self.watches.iter() {
-            let key = (path.into(), watch.token.clone());
+            let key = (std::sync::Arc::clone(path), watch.token.clone());
             if !self.conns.get(&watch.conn).is_some_and(|c| c.watches.contains(&key)) {
                 return Err(format!("a watch of connection {} without its owner", watch.conn.0));
             }

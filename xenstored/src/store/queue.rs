@@ -1,6 +1,7 @@
 //! What waits to be sent to a client.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 /// Output bytes of a connection. Positions count from the start of the connection (or its last reset).
 #[derive(Debug, Default)]
@@ -48,6 +49,6 @@ impl OutQueue {
 }
 
 /// Path and token: what names a watch of a connection.
-pub type WatchKey = (Box<[u8]>, Box<[u8]>);
+pub type WatchKey = (Arc<[u8]>, Box<[u8]>);
 /// Where in the output the event is that stands for all others of the watch.
 pub type Folded = BTreeMap<WatchKey, u64>;

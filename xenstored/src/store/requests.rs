@@ -3,7 +3,7 @@
 use xen_abi::xs_wire::XsMsgType as Op;
 
 use super::nodes::{self, Env};
-use super::{Class, ConnId, Domain, Quota, Store, Transaction};
+use super::{Class, ConnId, Domain, Quota, Store, Transaction, WatchKey};
 use crate::path;
 use crate::perms::Caller;
 use crate::watches::Watch;
@@ -37,6 +37,16 @@ impl Store {
         if outcome.is_ok() && head.op() == Some(Op::Watch) {
             self.first_event(id, payload);
         }
+    }
+
+    pub(super) fn refuse(&mut self, id: ConnId, consumed: u64, message: &[u8]) {
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        conn.consumed = consumed;
+        let Some((head, _)) = message.split_first_chunk::<HEADER>() else { return };
+        let Ok(head) = Header::decode(head) else { return };
+        let body = Errno::ENOMEM.payload();
+        let answer = Header { kind: Op::Error.raw(), len: body.len(), ..head };
+        self.emit(id, &[&answer.encode(), body]);
     }
 
     fn quota_of(&self, class: Class) -> &Quota {
@@ -156,14 +166,15 @@ impl Store {
     fn watch(&mut self, ctx: &Ctx, payload: &[u8]) -> Result<(), Errno> {
         let (path, watch) = parse_watch(ctx, payload)?;
         let conn = self.conns.get_mut(&ctx.id).ok_or(Errno::EINVAL)?;
-        if self.watches.contains(&path, ctx.id, &watch.token) {
+        let key: WatchKey = (path[..].into(), watch.token.clone());
+        if conn.watches.contains(&key) {
             return Err(Errno::EEXIST);
         }
         if !ctx.caller.privileged && conn.watches.len() >= ctx.quota.watches as usize {
             return Err(Errno::ENOSPC);
         }
-        conn.watches.insert((path[..].into(), watch.token.clone()));
-        self.watches.add(&path, watch);
+        let shared = self.watches.add(self.tree.arena_mut(), &path, watch);
+        conn.watches.insert((shared, key.1));
         Ok(())
     }
 
@@ -178,14 +189,13 @@ impl Store {
         let mut args = strings(payload);
         let (Some(raw), Some(token)) = (args.next(), args.next()) else { return Err(Errno::EINVAL) };
         let path = path::canonicalize(raw, &ctx.base, true, path_max(ctx))?;
-        if !self.watches.remove(&path, ctx.id, token) {
+        let conn = self.conns.get_mut(&ctx.id).ok_or(Errno::EINVAL)?;
+        let key: WatchKey = (path[..].into(), token.into());
+        if !conn.watches.remove(&key) {
             return Err(Errno::ENOENT);
         }
-        if let Some(conn) = self.conns.get_mut(&ctx.id) {
-            let key = (path[..].into(), token.into());
-            conn.watches.remove(&key);
-            conn.folded.remove(&key);
-        }
+        conn.folded.remove(&key);
+        self.watches.remove(self.tree.arena_mut(), &path, ctx.id, token);
         Ok(())
     }
 

@@ -1,4 +1,7 @@
-//! The whole state as a series of records, and back.
+//! All state but what is in the arena (nodes and watches) as a series of records, and back. Of the arena's pages, those
+//! that changed since the last snapshot are listed with their checksums.
+
+use std::sync::Arc;
 
 use xen_abi::xs_wire::XsMsgType;
 
@@ -7,15 +10,15 @@ use super::{
     Changes, Class, Conn, ConnId, Domain, Folded, Limits, OutQueue, Quota, Store, Transaction, TxOp,
 };
 use crate::codec::{Reader, Writer};
+use crate::journal::arena::Arena;
 use crate::perms::{Perm, Perms};
-use crate::tree::{Change, HIDDEN_ROOT, NodeId, Overlay, OverlayNode, Tree};
-use crate::watches::Watch;
+use crate::tree::{Change, Overlay, OverlayNode, Totals, Tree};
+use crate::watches::WatchIndex;
 
 const META: u8 = 32;
-const NODES: u8 = 33;
+const PAGES: u8 = 33;
 const DOMAIN: u8 = 34;
 const CONN: u8 = 35;
-const WATCH: u8 = 36;
 const TX: u8 = 37;
 const TX_OPS: u8 = 38;
 const TX_CHANGES: u8 = 39;
@@ -50,12 +53,13 @@ fn get_option(input: &mut Reader<'_>) -> Option<Option<u64>> {
     Some(some.then_some(value))
 }
 
-/// Writes all state. `sent` gives a connection's handed-over output position, so that only the rest is kept.
+/// Writes the snapshot; `sums` are the arena's changed pages. `sent` gives a connection's handed-over output position, so that only the rest is kept.
 ///
 /// # Errors
 /// That of `sink`.
 pub fn write_snapshot<E>(
     store: &Store,
+    sums: &[(u32, u32)],
     sent: impl Fn(&Conn) -> u64,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -63,8 +67,15 @@ pub fn write_snapshot<E>(
     out.u8(META);
     out.u64(store.next_conn);
     out.u64(store.next_tag);
-    out.u64(store.tree.generation());
-    out.u64(store.tree.node(HIDDEN_ROOT).generation);
+    let totals = store.tree.totals();
+    out.u64(totals.generation);
+    out.u64(totals.nodes);
+    out.u32(totals.owned.len() as u32);
+    for (domid, nodes) in &totals.owned {
+        out.u16(*domid);
+        out.u64(*nodes);
+    }
+    out.u32(store.tree.arena().pages());
     store.limits.guest.encode(&mut out);
     store.limits.service.encode(&mut out);
     out.u32(store.released.len() as u32);
@@ -74,7 +85,15 @@ pub fn write_snapshot<E>(
     }
     sink(&out.0)?;
 
-    write_nodes(&store.tree, &mut sink)?;
+    for some in sums.chunks(BATCH / 8) {
+        let mut out = Writer::default();
+        out.u8(PAGES);
+        for (page, sum) in some {
+            out.u32(*page);
+            out.u32(*sum);
+        }
+        sink(&out.0)?;
+    }
     for (domid, domain) in &store.domains {
         let mut out = Writer::default();
         out.u8(DOMAIN);
@@ -89,38 +108,9 @@ pub fn write_snapshot<E>(
     for (id, conn) in &store.conns {
         write_conn(*id, conn, sent(conn), &mut sink)?;
     }
-    for (path, watch) in store.watches.iter() {
-        let mut out = Writer::default();
-        out.u8(WATCH);
-        out.bytes(path);
-        out.u64(watch.conn.0);
-        out.bytes(&watch.token);
-        put_option(&mut out, watch.depth.map(u64::from));
-        out.u32(watch.strip as u32);
-        sink(&out.0)?;
-    }
     let mut out = Writer::default();
     out.u8(END);
-    out.u64(store.tree.len() as u64);
     out.u64(store.watches.len() as u64);
-    sink(&out.0)
-}
-
-fn write_nodes<E>(tree: &Tree, sink: &mut impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
-    let mut out = Writer::default();
-    out.u8(NODES);
-    for (depth, name, id) in tree.walk() {
-        let node = tree.node(id);
-        out.u16(depth as u16);
-        out.bytes(name);
-        out.bytes(&node.value);
-        put_perms(&mut out, &node.perms);
-        out.u64(node.generation);
-        if out.0.len() > BATCH {
-            sink(&out.0)?;
-            out.0.truncate(1);
-        }
-    }
     sink(&out.0)
 }
 
@@ -229,12 +219,14 @@ fn write_tx<E>(
     sink(&out.0)
 }
 
-/// Builds a store from snapshot records.
+/// Builds a store from snapshot records and the arena.
 pub struct Loader {
     store: Store,
-    /// Nodes on the way to the last one loaded; the first is the hidden root.
-    trail: Vec<NodeId>,
-    root_generation: u64,
+    /// Until the last record.
+    arena: Option<Arena>,
+    totals: Totals,
+    pages: u32,
+    sums: Vec<(u32, u32)>,
 }
 
 /// What a record did.
@@ -246,31 +238,67 @@ pub enum Loaded {
     Complete,
 }
 
-impl Default for Loader {
-    fn default() -> Self {
-        Self { store: Store::with_tree(Tree::bare()), trail: vec![HIDDEN_ROOT], root_generation: 0 }
-    }
-}
-
 impl Loader {
-    /// Takes one record; `None` if it is damaged or out of place.
-    pub fn record(&mut self, record: &[u8]) -> Option<Loaded> {
+    /// For this arena, as it was when the snapshot was made.
+    pub fn new(arena: Arena) -> Self {
+        Self {
+            store: Store::new(),
+            arena: Some(arena),
+            totals: Totals::default(),
+            pages: 0,
+            sums: Vec::new(),
+        }
+    }
+
+    /// Takes one record.
+    ///
+    /// # Errors
+    /// What is damaged or out of place.
+    pub fn record(&mut self, record: &[u8]) -> Result<Loaded, String> {
+        if record.first() == Some(&END) {
+            return self.end(&record[1..]);
+        }
+        self.part(record).ok_or_else(|| "not a snapshot record".to_owned())
+    }
+
+    fn end(&mut self, record: &[u8]) -> Result<Loaded, String> {
+        let mut arena = self.arena.take().ok_or("two ends of a snapshot")?;
+        arena.verify(self.pages, &self.sums)?;
+        let watches = WatchIndex::open(&arena);
+        let mut input = Reader(record);
+        if input.u64() != Some(watches.len() as u64) || !input.done() {
+            return Err(format!("{} watches, which is not what the snapshot says", watches.len()));
+        }
+        for (path, watch) in watches.iter() {
+            let conn = self.store.conns.get_mut(&watch.conn).ok_or("a watch without its connection")?;
+            conn.watches.insert((Arc::clone(path), watch.token.clone()));
+        }
+        self.store.watches = watches;
+        self.store.tree = Tree::open(arena, std::mem::take(&mut self.totals))?;
+        Ok(Loaded::Complete)
+    }
+
+    fn part(&mut self, record: &[u8]) -> Option<Loaded> {
         let mut input = Reader(record);
         let input = &mut input;
         match input.u8()? {
             META => {
                 self.store.next_conn = input.u64()?;
                 self.store.next_tag = input.u64()?;
-                self.store.tree.set_generation(input.u64()?);
-                self.root_generation = input.u64()?;
+                self.totals.generation = input.u64()?;
+                self.totals.nodes = input.u64()?;
+                for _ in 0..input.u32()? {
+                    self.totals.owned.insert(input.u16()?, input.u64()?);
+                }
+                self.pages = input.u32()?;
                 self.store.limits = Limits { guest: Quota::decode(input)?, service: Quota::decode(input)? };
                 for _ in 0..input.u32()? {
                     self.store.released.insert(input.u16()?, input.u64()?);
                 }
             }
-            NODES => {
+            PAGES => {
                 while !input.done() {
-                    self.node(input)?;
+                    self.sums.push((input.u32()?, input.u32()?));
                 }
             }
             DOMAIN => {
@@ -285,18 +313,6 @@ impl Loader {
                 self.store.domains.insert(domid, domain);
             }
             CONN => self.conn(input)?,
-            WATCH => {
-                let path = input.bytes()?;
-                let watch = Watch {
-                    conn: ConnId(input.u64()?),
-                    token: input.bytes()?.into(),
-                    depth: get_option(input)?.map(|d| d as u32),
-                    strip: input.u32()? as usize,
-                };
-                let conn = self.store.conns.get_mut(&watch.conn)?;
-                conn.watches.insert((path.into(), watch.token.clone()));
-                self.store.watches.add(path, watch);
-            }
             TX => {
                 let (conn, tx_id) = (ConnId(input.u64()?), input.u32()?);
                 let mut tx =
@@ -332,11 +348,6 @@ impl Loader {
                 Changes::merge(&mut tx.changes, list);
             }
             TX_NODES => overlay_nodes(&mut self.tx(input)?.over, input)?,
-            END => {
-                let sizes = (input.u64()?, input.u64()?);
-                let found = (self.store.tree.len() as u64, self.store.watches.len() as u64);
-                return (sizes == found).then_some(Loaded::Complete);
-            }
             _ => return None,
         }
         input.done().then_some(Loaded::Part)
@@ -345,20 +356,6 @@ impl Loader {
     fn tx(&mut self, input: &mut Reader<'_>) -> Option<&mut Transaction> {
         let (conn, tx_id) = (ConnId(input.u64()?), input.u32()?);
         self.store.conns.get_mut(&conn)?.txs.get_mut(&tx_id)
-    }
-
-    fn node(&mut self, input: &mut Reader<'_>) -> Option<()> {
-        let depth = usize::from(input.u16()?);
-        let (name, value) = (input.bytes()?, input.bytes()?);
-        let perms = get_perms(input)?;
-        let generation = input.u64()?;
-        if depth == 0 || depth > self.trail.len() {
-            return None;
-        }
-        self.trail.truncate(depth);
-        let parent = *self.trail.last()?;
-        self.trail.push(self.store.tree.restore_child(parent, name, value, perms, generation));
-        Some(())
     }
 
     fn conn(&mut self, input: &mut Reader<'_>) -> Option<()> {
@@ -383,8 +380,7 @@ impl Loader {
     }
 
     /// The store, once [`Loaded::Complete`] was answered.
-    pub fn finish(mut self) -> Store {
-        self.store.tree.set_root_generation(self.root_generation);
+    pub fn finish(self) -> Store {
         self.store
     }
 }

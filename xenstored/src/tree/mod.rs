@@ -1,9 +1,14 @@
 //! The tree of nodes, and a transaction's view of it.
 //!
-//! Nodes live in a slab and are reached from a hidden root whose children are `/` (under the empty name)
-//! and the two special nodes. Nothing here recurses: a path can be 1,536 levels deep (XSA-418).
+//! Nodes live in the arena (`journal/arena.rs`), so the tree needs no loading after a restart. They are reached from a
+//! hidden root whose children are `/` (under the empty name) and the two special nodes. A node's children are a treap by
+//! name, whose priorities follow from the nodes' addresses. Nodes with the same permissions share one entry and are
+//! linked, so that what a dead domain leaves is found without a search. Nothing here recurses: a path can be 1,536
+//! levels deep (XSA-418).
 
+mod node;
 mod overlay;
+mod rights;
 mod view;
 
 use std::collections::BTreeMap;
@@ -11,51 +16,48 @@ use std::collections::BTreeMap;
 pub use overlay::{Change, Overlay, OverlayNode, TxView};
 pub use view::{Found, Lookup, View};
 
+use crate::journal::arena::{Arena, FIRST};
 use crate::path;
 use crate::perms::{DOMID_ANY, Perm, Perms, READ};
+use node::{Link, NONE, Record};
+use rights::Rights;
 
-/// Index of a node in the slab.
+/// Address of a node in the arena.
 pub type NodeId = u32;
-/// The hidden root.
-pub const HIDDEN_ROOT: NodeId = 0;
-
-/// One node.
-#[derive(Debug)]
-pub struct Node {
-    /// Its octets.
-    pub value: Box<[u8]>,
-    /// Its permissions.
-    pub perms: Perms,
-    /// The tree's generation when the node or its list of children changed last.
-    pub generation: u64,
-    children: BTreeMap<Box<[u8]>, NodeId>,
-}
+/// The hidden root: the first thing that is put into an arena.
+pub const HIDDEN_ROOT: NodeId = FIRST;
 
 /// All nodes.
 #[derive(Debug)]
 pub struct Tree {
-    nodes: Vec<Node>,
-    free: Vec<NodeId>,
+    arena: Arena,
+    rights: Rights,
     generation: u64,
+    /// Nodes, the hidden root included.
+    count: usize,
     /// Nodes owned, by domid; no entry for zero.
     owned: BTreeMap<u16, u64>,
 }
 
-impl Tree {
-    /// Only the hidden root: what a snapshot is loaded into.
-    pub fn bare() -> Self {
-        let root = Node {
-            value: Box::default(),
-            perms: Perms::private(0),
-            generation: 0,
-            children: BTreeMap::new(),
-        };
-        Self { nodes: vec![root], free: Vec::new(), generation: 0, owned: BTreeMap::new() }
-    }
+/// What a snapshot says of a tree besides the arena's pages.
+#[derive(Debug, Default, Clone)]
+pub struct Totals {
+    /// The tree's generation.
+    pub generation: u64,
+    /// Nodes, the hidden root excepted.
+    pub nodes: u64,
+    /// Nodes owned, by domid.
+    pub owned: BTreeMap<u16, u64>,
+}
 
-    /// A fresh store, with the nodes that Xen's daemon starts with.
-    pub fn fresh() -> Self {
-        let mut tree = Self::bare();
+impl Tree {
+    /// A fresh store in an empty arena, with the nodes that Xen's daemon starts with.
+    pub fn fresh(arena: Arena) -> Self {
+        let mut tree =
+            Self { arena, rights: Rights::default(), generation: 0, count: 0, owned: BTreeMap::new() };
+        tree.make_node(b"", b"", NONE, Perms::private(0));
+        // The hidden root is nobody's.
+        tree.owned.clear();
         for name in [&b"/"[..], b"/tool", b"/tool/xenstored", path::INTRODUCE] {
             tree.create(name, b"", Perms::private(0));
         }
@@ -65,24 +67,44 @@ impl Tree {
         tree
     }
 
+    /// The tree that an arena holds.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn open(arena: Arena, totals: Totals) -> Result<Self, String> {
+        let rights = Rights::open(&arena)?;
+        let count = totals.nodes as usize + 1;
+        Ok(Self { arena, rights, generation: totals.generation, count, owned: totals.owned })
+    }
+
+    /// For a snapshot.
+    pub fn totals(&self) -> Totals {
+        Totals { generation: self.generation, nodes: self.len() as u64, owned: self.owned.clone() }
+    }
+
+    /// The arena, for others that keep things in it.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// The arena, for others that keep things in it.
+    pub fn arena_mut(&mut self) -> &mut Arena {
+        &mut self.arena
+    }
+
+    /// Gives the arena back.
+    pub fn into_arena(self) -> Arena {
+        self.arena
+    }
+
     /// Counts up with every change.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Sets the generation when a snapshot is loaded.
-    pub fn set_generation(&mut self, generation: u64) {
-        self.generation = generation;
-    }
-
-    /// Sets the hidden root's generation when a snapshot is loaded.
-    pub fn set_root_generation(&mut self, generation: u64) {
-        self.nodes[HIDDEN_ROOT as usize].generation = generation;
-    }
-
     /// Number of nodes, the hidden root excepted.
     pub fn len(&self) -> usize {
-        self.nodes.len() - self.free.len() - 1
+        self.count - 1
     }
 
     /// Whether there are no nodes at all (never so once a store is set up).
@@ -95,14 +117,43 @@ impl Tree {
         &self.owned
     }
 
-    /// A node by its index.
-    pub fn node(&self, id: NodeId) -> &Node {
-        &self.nodes[id as usize]
+    /// A node by its address.
+    pub fn node(&self, id: NodeId) -> Found<'_> {
+        let record = self.record(id);
+        Found {
+            value: self.arena.bytes(record.blob, record.name_len(), record.value_len()),
+            perms: self.rights.get(record.rights),
+            generation: record.generation,
+        }
+    }
+
+    fn name(&self, id: NodeId) -> &[u8] {
+        let record = self.record(id);
+        self.arena.bytes(record.blob, 0, record.name_len())
+    }
+
+    fn record(&self, id: NodeId) -> Record {
+        Record::read(&self.arena, id)
     }
 
     /// A child by its name.
     pub fn child(&self, id: NodeId, name: &[u8]) -> Option<NodeId> {
-        self.node(id).children.get(name).copied()
+        let mut at = Link::Children.read(&self.arena, id);
+        while at != NONE {
+            match name.cmp(self.name(at)) {
+                std::cmp::Ordering::Equal => return Some(at),
+                std::cmp::Ordering::Less => at = Link::Left.read(&self.arena, at),
+                std::cmp::Ordering::Greater => at = Link::Right.read(&self.arena, at),
+            }
+        }
+        None
+    }
+
+    /// A node's children in the order of their names.
+    pub fn children_of(&self, id: NodeId) -> Children<'_> {
+        let mut children = Children { tree: self, stack: Vec::new() };
+        children.down(Link::Children.read(&self.arena, id));
+        children
     }
 
     /// The node at `path`.
@@ -110,61 +161,143 @@ impl Tree {
         path::names(path).try_fold(HIDDEN_ROOT, |id, name| self.child(id, name))
     }
 
-    /// Adds a child; whoever calls has made sure that there is none of that name.
-    pub fn add_child(&mut self, parent: NodeId, name: &[u8], value: &[u8], perms: Perms) -> NodeId {
-        self.generation += 1;
-        let generation = self.generation;
+    /// A node's path.
+    pub fn path_of(&self, id: NodeId) -> Vec<u8> {
+        let mut names = Vec::new();
+        let mut at = id;
+        while at != HIDDEN_ROOT {
+            names.push(self.name(at));
+            at = Link::Parent.read(&self.arena, at);
+        }
+        names.reverse();
+        if names.len() == 1 && names[0].is_empty() {
+            return b"/".to_vec();
+        }
+        names.join(&b"/"[..])
+    }
+
+    fn make_node(&mut self, name: &[u8], value: &[u8], parent: NodeId, perms: Perms) -> NodeId {
+        let id = self.arena.alloc(Record::LEN);
+        let blob = self.make_blob(name, value);
+        let mut record = Record::new(parent, blob, name.len(), value.len());
+        record.generation = self.generation;
+        record.rights = self.rights.hold(&mut self.arena, &perms);
+        record.write(&mut self.arena, id);
+        self.rights.link(&mut self.arena, id, record.rights);
         *self.owned.entry(perms.owner()).or_default() += 1;
-        let node = Node { value: value.into(), perms, generation, children: BTreeMap::new() };
-        let id = match self.free.pop() {
-            Some(id) => {
-                self.nodes[id as usize] = node;
-                id
-            }
-            None => {
-                self.nodes.push(node);
-                (self.nodes.len() - 1) as NodeId
-            }
-        };
-        let parent = &mut self.nodes[parent as usize];
-        parent.generation = generation;
-        parent.children.insert(name.into(), id);
+        self.count += 1;
         id
     }
 
-    /// Adds a child as a snapshot recorded it.
-    pub fn restore_child(
-        &mut self,
-        parent: NodeId,
-        name: &[u8],
-        value: &[u8],
-        perms: Perms,
-        generation: u64,
-    ) -> NodeId {
-        let (tree, above) = (self.generation, self.node(parent).generation);
-        let id = self.add_child(parent, name, value, perms);
-        self.nodes[id as usize].generation = generation;
-        self.nodes[parent as usize].generation = above;
-        self.generation = tree;
+    fn make_blob(&mut self, name: &[u8], value: &[u8]) -> u32 {
+        if name.is_empty() && value.is_empty() {
+            return NONE;
+        }
+        let blob = self.arena.alloc(name.len() + value.len());
+        let mut bytes = [0u8; 128];
+        match bytes.get_mut(..name.len() + value.len()) {
+            Some(bytes) => {
+                bytes[..name.len()].copy_from_slice(name);
+                bytes[name.len()..].copy_from_slice(value);
+                self.arena.put(blob, 0, bytes);
+            }
+            None => {
+                self.arena.put(blob, 0, name);
+                self.arena.put(blob, name.len(), value);
+            }
+        }
+        blob
+    }
+
+    fn set_generation_of(&mut self, id: NodeId) {
+        Record::set_generation(&mut self.arena, id, self.generation);
+    }
+
+    /// Adds a child; whoever calls has made sure that there is none of that name.
+    pub fn add_child(&mut self, parent: NodeId, name: &[u8], value: &[u8], perms: Perms) -> NodeId {
+        self.generation += 1;
+        let id = self.make_node(name, value, parent, perms);
+        self.set_generation_of(parent);
+        let (mut hook, mut link) = (parent, Link::Children);
+        let mut at = link.read(&self.arena, hook);
+        let priority = node::priority(id);
+        while at != NONE && node::priority(at) > priority {
+            (hook, link) = (at, if name < self.name(at) { Link::Left } else { Link::Right });
+            at = link.read(&self.arena, hook);
+        }
+        link.write(&mut self.arena, hook, id);
+        // What was there is divided into what comes before and after the new one.
+        let (mut before, mut after) = ((id, Link::Left), (id, Link::Right));
+        while at != NONE {
+            if self.name(at) < name {
+                before.1.write(&mut self.arena, before.0, at);
+                before = (at, Link::Right);
+            } else {
+                after.1.write(&mut self.arena, after.0, at);
+                after = (at, Link::Left);
+            }
+            at = if before.0 == at { Link::Right } else { Link::Left }.read(&self.arena, at);
+        }
+        before.1.write(&mut self.arena, before.0, NONE);
+        after.1.write(&mut self.arena, after.0, NONE);
         id
     }
 
     /// Removes a child and everything below it.
     pub fn remove_child(&mut self, parent: NodeId, name: &[u8]) -> bool {
-        let Some(id) = self.nodes[parent as usize].children.remove(name) else { return false };
+        let (mut hook, mut link) = (parent, Link::Children);
+        let id = loop {
+            let at = link.read(&self.arena, hook);
+            if at == NONE {
+                return false;
+            }
+            match name.cmp(self.name(at)) {
+                std::cmp::Ordering::Equal => break at,
+                std::cmp::Ordering::Less => (hook, link) = (at, Link::Left),
+                std::cmp::Ordering::Greater => (hook, link) = (at, Link::Right),
+            }
+        };
         self.generation += 1;
-        self.nodes[parent as usize].generation = self.generation;
-        let mut work = vec![id];
-        while let Some(id) = work.pop() {
-            let node = &mut self.nodes[id as usize];
-            work.extend(std::mem::take(&mut node.children).into_values());
-            node.value = Box::default();
-            let owner = node.perms.owner();
-            node.perms = Perms::private(0);
-            self.free.push(id);
-            self.disown(owner);
+        self.set_generation_of(parent);
+        let (mut left, mut right) = (Link::Left.read(&self.arena, id), Link::Right.read(&self.arena, id));
+        while left != NONE && right != NONE {
+            if node::priority(left) > node::priority(right) {
+                link.write(&mut self.arena, hook, left);
+                (hook, link) = (left, Link::Right);
+                left = link.read(&self.arena, left);
+            } else {
+                link.write(&mut self.arena, hook, right);
+                (hook, link) = (right, Link::Left);
+                right = link.read(&self.arena, right);
+            }
         }
-        true
+        link.write(&mut self.arena, hook, if left == NONE { right } else { left });
+        let mut work = Vec::new();
+        let mut next = id;
+        loop {
+            let record = self.record(next);
+            if next != id {
+                work.extend([record.left, record.right].into_iter().filter(|n| *n != NONE));
+            }
+            if record.children != NONE {
+                work.push(record.children);
+            }
+            self.drop_node(next, &record);
+            match work.pop() {
+                Some(id) => next = id,
+                None => return true,
+            }
+        }
+    }
+
+    fn drop_node(&mut self, id: NodeId, record: &Record) {
+        self.disown(self.rights.get(record.rights).owner());
+        self.rights.unlink(&mut self.arena, record);
+        if record.blob != NONE {
+            self.arena.free(record.blob, record.blob_len());
+        }
+        self.arena.free(id, Record::LEN);
+        self.count -= 1;
     }
 
     fn disown(&mut self, owner: u16) {
@@ -179,26 +312,37 @@ impl Tree {
     /// Replaces a node's value.
     pub fn set_value_of(&mut self, id: NodeId, value: &[u8]) {
         self.generation += 1;
-        let node = &mut self.nodes[id as usize];
-        node.generation = self.generation;
-        if node.value.len() == value.len() {
-            node.value.copy_from_slice(value);
+        let mut record = self.record(id);
+        let (name_len, old) = (record.name_len(), record.blob_len());
+        if record.blob != NONE && Arena::fits(old, name_len + value.len()) {
+            self.arena.put(record.blob, name_len, value);
         } else {
-            node.value = value.into();
+            let name = self.name(id).to_vec();
+            let blob = self.make_blob(&name, value);
+            if record.blob != NONE {
+                self.arena.free(record.blob, old);
+            }
+            record.blob = blob;
         }
+        record.set_value_len(value.len());
+        record.generation = self.generation;
+        record.write_head(&mut self.arena, id);
     }
 
     /// Replaces a node's permissions.
     pub fn set_perms_of(&mut self, id: NodeId, perms: Perms) {
         self.generation += 1;
-        let old = self.node(id).perms.owner();
+        let mut record = self.record(id);
+        let old = self.rights.get(record.rights).owner();
         if old != perms.owner() {
             *self.owned.entry(perms.owner()).or_default() += 1;
             self.disown(old);
         }
-        let node = &mut self.nodes[id as usize];
-        node.generation = self.generation;
-        node.perms = perms;
+        self.rights.unlink(&mut self.arena, &record);
+        record.rights = self.rights.hold(&mut self.arena, &perms);
+        record.generation = self.generation;
+        record.write_head(&mut self.arena, id);
+        self.rights.link(&mut self.arena, id, record.rights);
     }
 
     /// All nodes in pre-order: (depth below the hidden root, name, node). Names are sorted among siblings.
@@ -208,14 +352,14 @@ impl Tree {
 
     /// The nodes below `top`, in pre-order, `top` excluded; depth 1 is a child of it.
     pub fn walk_from(&self, top: NodeId) -> impl Iterator<Item = (usize, &[u8], NodeId)> {
-        let mut stack = vec![self.node(top).children.iter()];
+        let mut stack = vec![self.children_of(top)];
         std::iter::from_fn(move || {
             loop {
                 let depth = stack.len();
                 match stack.last_mut()?.next() {
                     Some((name, id)) => {
-                        stack.push(self.node(*id).children.iter());
-                        return Some((depth, &name[..], *id));
+                        stack.push(self.children_of(id));
+                        return Some((depth, name, id));
                     }
                     None => {
                         stack.pop();
@@ -226,53 +370,41 @@ impl Tree {
     }
 
     /// Drops a dead domain's claims: nodes that it owns go with all below them, its entries in other nodes'
-    /// permissions go too (XSA-322). Returns the paths removed, for watches.
+    /// permissions go too (XSA-322). `before_remove` sees each path that goes, for watches.
     pub fn forget_domain(&mut self, domid: u16, mut before_remove: impl FnMut(&Tree, &[u8])) {
         let mut doomed: Vec<Vec<u8>> = Vec::new();
         let mut scrub: Vec<(NodeId, Perms)> = Vec::new();
-        let mut trail: Vec<u8> = Vec::new();
-        let mut ends: Vec<usize> = Vec::new();
-        let mut skip_below = usize::MAX;
-        for (depth, name, id) in self.walk() {
-            if depth > skip_below {
-                continue;
-            }
-            skip_below = usize::MAX;
-            ends.truncate(depth - 1);
-            trail.truncate(ends.last().copied().unwrap_or(0));
-            if depth > 1 {
-                trail.push(b'/');
-            }
-            trail.extend_from_slice(name);
-            ends.push(trail.len());
-            let node = self.node(id);
-            // `/` and the special nodes stay, whoever owns them.
-            if node.perms.owner() == domid && depth > 1 {
-                doomed.push(trail.clone());
-                skip_below = depth;
-            } else if let Some(perms) = node.perms.without(domid) {
-                scrub.push((id, perms));
+        for (index, perms) in self.rights.naming(domid) {
+            for id in self.rights.nodes(&self.arena, index) {
+                let parent = Link::Parent.read(&self.arena, id);
+                if perms.owner() != domid {
+                    scrub.extend(perms.without(domid).map(|perms| (id, perms)));
+                } else if parent != HIDDEN_ROOT && parent != NONE {
+                    doomed.push(self.path_of(id));
+                } else {
+                    // `/` and the special nodes stay, whoever owns them.
+                    let perms = perms.without(domid).unwrap_or(perms.clone());
+                    scrub.push((id, if domid == 0 { perms } else { perms.owned_by(0) }));
+                }
             }
         }
         for (id, perms) in scrub {
             self.set_perms_of(id, perms);
         }
+        doomed.sort_unstable();
         for path in doomed {
-            before_remove(self, &path);
-            self.remove(&path);
-        }
-        for name in [&b"/"[..], path::INTRODUCE, path::RELEASE] {
-            if let Some(id) = self.lookup(name)
-                && self.node(id).perms.owner() == domid
-                && domid != 0
-            {
-                let perms = self.node(id).perms.owned_by(0);
-                self.set_perms_of(id, perms);
+            // Gone already with its ancestor?
+            if self.lookup(&path).is_some() {
+                before_remove(self, &path);
+                self.remove(&path);
             }
         }
     }
 
     /// Counts owners anew and compares: what CONTROL check and tests ask for.
+    ///
+    /// # Errors
+    /// What does not hold.
     pub fn check(&self) -> Result<(), String> {
         let mut owned: BTreeMap<u16, u64> = BTreeMap::new();
         let mut seen = 0;
@@ -283,14 +415,50 @@ impl Tree {
             if node.generation > self.generation {
                 return Err(format!("node {:?} is newer than the tree", String::from_utf8_lossy(name)));
             }
+            let (left, right) = (Link::Left.read(&self.arena, id), Link::Right.read(&self.arena, id));
+            for (side, below) in [(left, true), (right, false)] {
+                if side != NONE
+                    && ((self.name(side) < name) != below || node::priority(side) > node::priority(id))
+                {
+                    return Err(format!(
+                        "the children beside {:?} are not in order",
+                        String::from_utf8_lossy(name)
+                    ));
+                }
+            }
         }
         if seen != self.len() {
-            return Err(format!("{seen} nodes reachable, {} allocated", self.len()));
+            return Err(format!("{seen} nodes reachable, {} counted", self.len()));
         }
         if owned != self.owned {
             return Err(format!("owners {:?}, counted {owned:?}", self.owned));
         }
-        Ok(())
+        self.rights.check(&self.arena, self.count)
+    }
+}
+
+/// See [`Tree::children_of`].
+pub struct Children<'a> {
+    tree: &'a Tree,
+    stack: Vec<NodeId>,
+}
+
+impl Children<'_> {
+    fn down(&mut self, mut at: NodeId) {
+        while at != NONE {
+            self.stack.push(at);
+            at = Link::Left.read(&self.tree.arena, at);
+        }
+    }
+}
+
+impl<'a> Iterator for Children<'a> {
+    type Item = (&'a [u8], NodeId);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let id = self.stack.pop()?;
+        self.down(Link::Right.read(&self.tree.arena, id));
+        Some((self.tree.name(id), id))
     }
 }
 
@@ -300,16 +468,15 @@ impl View for Tree {
         for (existing, name) in path::names(path).enumerate() {
             match self.child(id, name) {
                 Some(next) => id = next,
-                None => return Lookup::Missing { existing, perms: &self.node(id).perms },
+                None => return Lookup::Missing { existing, perms: self.node(id).perms },
             }
         }
-        let node = self.node(id);
-        Lookup::Node(Found { value: &node.value, perms: &node.perms, generation: node.generation })
+        Lookup::Node(self.node(id))
     }
 
     fn children(&self, path: &[u8]) -> Vec<&[u8]> {
         let Some(id) = self.lookup(path) else { return Vec::new() };
-        self.node(id).children.keys().map(|k| &k[..]).collect()
+        self.children_of(id).map(|(name, _)| name).collect()
     }
 
     fn create(&mut self, path: &[u8], value: &[u8], perms: Perms) {

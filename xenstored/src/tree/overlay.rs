@@ -112,7 +112,7 @@ impl Overlay {
                             if *tree.node(node).value != **value {
                                 tree.set_value_of(node, value);
                             }
-                            if tree.node(node).perms != *perms {
+                            if *tree.node(node).perms != *perms {
                                 tree.set_perms_of(node, perms.clone());
                             }
                             Some(node)
@@ -197,14 +197,14 @@ impl TxView<'_> {
         let generation = if touched > 0 { PRIVATE | touched } else { base.generation };
         match spot.over.map(|o| &o.change) {
             Some(Change::Put { value, perms, .. }) => Found { value, perms, generation },
-            _ => Found { value: &base.value, perms: &base.perms, generation },
+            _ => Found { value: base.value, perms: base.perms, generation },
         }
     }
 
     fn children_of<'a>(&'a self, spot: &Spot<'a>) -> Vec<&'a [u8]> {
         let hidden = |name: &[u8]| spot.over.is_some_and(|o| o.children.contains_key(name));
-        let base = spot.base.into_iter().flat_map(|id| self.base.node(id).children.keys());
-        let mut names: Vec<&[u8]> = base.map(|k| &k[..]).filter(|k| !hidden(k)).collect();
+        let base = spot.base.into_iter().flat_map(|id| self.base.children_of(id));
+        let mut names: Vec<&[u8]> = base.map(|(name, _)| name).filter(|k| !hidden(k)).collect();
         for (name, child) in spot.over.into_iter().flat_map(|o| &o.children) {
             let shown = match child.change {
                 Change::Removed => false,

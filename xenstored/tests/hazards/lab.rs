@@ -160,13 +160,18 @@ impl Lab {
 
     /// Through a snapshot and back.
     pub fn reload(&mut self) {
-        let mut loader = Loader::default();
-        let mut last = Loaded::Part;
+        let mut records = Vec::new();
         let sink = |record: &[u8]| {
-            last = loader.record(record).ok_or("refused")?;
+            records.push(record.to_vec());
             Ok::<(), &str>(())
         };
-        write_snapshot(&self.store, |conn| conn.out.end(), sink).expect("snapshot");
+        write_snapshot(&self.store, &[], |conn| conn.out.end(), sink).expect("snapshot");
+        let store = std::mem::take(&mut self.store);
+        let mut loader = Loader::new(store.tree.into_arena());
+        let mut last = Loaded::Part;
+        for record in records {
+            last = loader.record(&record).expect("whole");
+        }
         assert_eq!(last, Loaded::Complete);
         self.store = loader.finish();
         self.check();
