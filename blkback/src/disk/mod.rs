@@ -1,6 +1,7 @@
 //! The disk: a raw file or a block device, fenced against its dead owners.
 
 pub mod attachment;
+pub mod chain;
 pub mod layer;
 pub mod pool;
 pub mod qcow2;

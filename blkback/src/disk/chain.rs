@@ -1,0 +1,387 @@
+//! From dom0's configuration to an open disk.
+//!
+//! `--disk FORMAT:NAME` for the guest's disk, then one for each of its backing files in order. Nothing is probed and nothing is
+//! opened that is not named there: the files behind the names are the approved resources `disk`, `disk-1`, `disk-2`, …
+//!
+//! | FORMAT | is |
+//! |---|---|
+//! | `raw` | the bytes as they are |
+//! | `qcow2` | a qcow2 image |
+//! | `luks`, `luks+qcow2` | the same inside a LUKS volume; the key is the resource `key`, `key-1`, … |
+//! | `nbd`, `nbd+luks`, … | the same on an NBD server; NAME is `EXPORT@ADDRESS` |
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use domain_kit::mem::SharedMem;
+use hv_abi::resource_kind;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{SFlag, fstat};
+
+use super::attachment::Fence;
+use super::layer::{FileLayer, Layer};
+use super::pool::LayeredDisk;
+use super::qcow2::header::NewImage;
+use super::qcow2::{self, Image, log::Log};
+use super::source::SourceError;
+
+/// Most backing files.
+pub const MOST_BACKING: usize = 16;
+/// A new overlay is smaller than this; what is larger is never formatted.
+const NEW_MOST: u64 = 64 << 20;
+
+/// One file of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileSpec {
+    /// On an NBD server.
+    pub nbd: bool,
+    /// In a LUKS volume.
+    pub luks: bool,
+    /// A qcow2 image; if not, raw.
+    pub qcow2: bool,
+    /// As approved: the path, or the export and address.
+    pub name: String,
+}
+
+impl FromStr for FileSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (format, name) = text.split_once(':').ok_or("must be FORMAT:NAME")?;
+        let mut spec = FileSpec { nbd: false, luks: false, qcow2: false, name: name.to_owned() };
+        let mut words: Vec<&str> = format.split('+').collect();
+        let mut first_is = |word: &str| {
+            let found = words.first() == Some(&word);
+            if found {
+                words.remove(0);
+            }
+            found
+        };
+        spec.nbd = first_is("nbd");
+        spec.luks = first_is("luks");
+        spec.qcow2 = first_is("qcow2");
+        if !spec.qcow2 {
+            first_is("raw");
+        }
+        if !words.is_empty() || name.is_empty() {
+            return Err(format!("format {format:?} is not known: raw, qcow2, luks, luks+qcow2, nbd, nbd+…"));
+        }
+        Ok(spec)
+    }
+}
+
+/// A disk's files, the guest's first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    files: Vec<FileSpec>,
+    /// Nothing is written.
+    pub read_only: bool,
+}
+
+impl Chain {
+    /// No `files` at all means one raw file.
+    ///
+    /// # Errors
+    /// One line: too many, or a backing file behind what can have none.
+    pub fn new(mut files: Vec<FileSpec>, read_only: bool) -> Result<Chain, String> {
+        if files.is_empty() {
+            files.push(FileSpec { nbd: false, luks: false, qcow2: false, name: "disk".into() });
+        }
+        if files.len() > MOST_BACKING + 1 {
+            return Err(format!("at most {MOST_BACKING} backing files"));
+        }
+        match files[..files.len() - 1].iter().find(|file| !file.qcow2) {
+            Some(file) => Err(format!("{}: only qcow2 images have backing files", file.name)),
+            None => Ok(Chain { files, read_only }),
+        }
+    }
+
+    /// One raw file or device, which is served without layers.
+    pub fn is_plain(&self) -> bool {
+        let file = &self.files[0];
+        self.files.len() == 1 && !file.nbd && !file.luks && !file.qcow2
+    }
+
+    /// Its log in the fd store is needed.
+    pub fn wants_log(&self) -> bool {
+        self.files.iter().any(|file| file.qcow2)
+    }
+}
+
+/// Where approved resources come from.
+pub trait Approved {
+    /// Opens one afresh: its kind and descriptor.
+    ///
+    /// # Errors
+    /// In words.
+    fn open(&self, name: &str) -> Result<(u32, OwnedFd), String>;
+}
+
+impl Approved for domain_kit::Hypercall {
+    fn open(&self, name: &str) -> Result<(u32, OwnedFd), String> {
+        self.resource_open(name).map_err(|e| match e.errno() {
+            Some(errno) => errno.desc().to_owned(),
+            None => e.to_string(),
+        })
+    }
+}
+
+struct Opened {
+    layer: Arc<dyn Layer>,
+    identity: u64,
+    drain: Duration,
+    how: &'static str,
+}
+
+/// Opens and fences a chain. `log` is the memory for changes of qcow2 tables; what a predecessor left there is taken up, also if
+/// the image that it is of has become a backing file since.
+///
+/// # Errors
+/// [`SourceError`], one line.
+pub fn open(
+    chain: &Chain,
+    approved: &dyn Approved,
+    log: Option<Arc<SharedMem>>,
+    patience: Duration,
+) -> Result<LayeredDisk, SourceError> {
+    let top = chain.files.len() - 1;
+    let mut below: Option<(Arc<dyn Layer>, &FileSpec)> = None;
+    for index in (1..=top).rev() {
+        let spec = &chain.files[index];
+        recover(spec, index, approved, below.clone(), log.as_ref(), patience)?;
+        let opened = open_source(spec, index, approved, true, patience)?;
+        below = Some((open_format(spec, opened.layer, below, true, None, opened.identity)?, spec));
+    }
+    let spec = &chain.files[0];
+    let opened = open_source(spec, 0, approved, chain.read_only, patience)?;
+    if spec.qcow2
+        && !chain.read_only
+        && let Some((backing, backing_spec)) = &below
+    {
+        format_if_new(&*opened.layer, &**backing, backing_spec)?;
+    }
+    let layer = open_format(spec, opened.layer, below, chain.read_only, log, opened.identity)?;
+    if layer.len() < 512 {
+        return Err(SourceError::TooSmall(layer.len()));
+    }
+    Ok(LayeredDisk::new(layer, chain.read_only, Fence { how: opened.how, drain: opened.drain }))
+}
+
+/// If the log holds changes of this backing file, from when it was the guest's disk, they go to it now.
+fn recover(
+    spec: &FileSpec,
+    index: usize,
+    approved: &dyn Approved,
+    below: Option<(Arc<dyn Layer>, &FileSpec)>,
+    log: Option<&Arc<SharedMem>>,
+    patience: Duration,
+) -> Result<(), SourceError> {
+    let Some(log) = log.filter(|_| spec.qcow2) else { return Ok(()) };
+    let looked = open_source(spec, index, approved, true, patience)?;
+    if !Log::has_changes(log, looked.identity) {
+        return Ok(());
+    }
+    drop(looked);
+    let opened = open_source(spec, index, approved, false, patience)?;
+    let image = open_format(spec, opened.layer, below, false, Some(log.clone()), opened.identity)?;
+    tracing::info!(name = spec.name, "the last changes of what is a backing file now are written to it");
+    image.settle().map_err(|e| SourceError::Open(e.to_string()))
+}
+
+fn resource(base: &str, index: usize) -> String {
+    if index == 0 { base.to_owned() } else { format!("{base}-{index}") }
+}
+
+fn open_source(
+    spec: &FileSpec,
+    index: usize,
+    approved: &dyn Approved,
+    read_only: bool,
+    patience: Duration,
+) -> Result<Opened, SourceError> {
+    let name = resource("disk", index);
+    let busy = Instant::now() + patience;
+    let (kind, fd) = loop {
+        match approved.open(&name) {
+            Ok(opened) => break opened,
+            // A block device that someone else has opened exclusively: a predecessor's I/O perhaps.
+            Err(e) if e == Errno::EBUSY.desc() && Instant::now() < busy => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(e) if e == Errno::EBUSY.desc() => return Err(SourceError::InUse),
+            Err(e) => return Err(SourceError::Open(format!("{}: {e}", spec.name))),
+        }
+    };
+    if !read_only && kind == resource_kind::FILE_RO {
+        return Err(SourceError::Open(format!("{} is approved for reading only", spec.name)));
+    }
+    let (file, drain, stat) = lock(fd, read_only, patience)?;
+    let device = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFBLK;
+    let bytes = (&*file).seek(SeekFrom::End(0)).map_err(|e| SourceError::Open(e.to_string()))?;
+    let mut identity = 0xcbf2_9ce4_8422_2325u64;
+    for byte in spec.name.bytes().chain(stat.st_dev.to_le_bytes()).chain(stat.st_ino.to_le_bytes()) {
+        identity = (identity ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    }
+    let how = "flock of an open file description of its own, which I/O of the dead one pins";
+    Ok(Opened { layer: Arc::new(FileLayer::new(file, bytes, device)), identity, drain, how })
+}
+
+type Locked = (Flock<File>, Duration, nix::sys::stat::FileStat);
+
+fn lock(fd: OwnedFd, shared: bool, patience: Duration) -> Result<Locked, SourceError> {
+    let began = Instant::now();
+    let stat = fstat(&fd).map_err(|e| SourceError::Open(e.to_string()))?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFREG && kind != SFlag::S_IFBLK {
+        return Err(SourceError::Kind);
+    }
+    let how = if shared { FlockArg::LockSharedNonblock } else { FlockArg::LockExclusiveNonblock };
+    let mut file = File::from(fd);
+    loop {
+        match Flock::lock(file, how) {
+            Ok(locked) => return Ok((locked, began.elapsed(), stat)),
+            Err((_, Errno::EWOULDBLOCK)) if began.elapsed() >= patience => return Err(SourceError::InUse),
+            Err((back, Errno::EWOULDBLOCK)) => {
+                file = back;
+                std::thread::sleep(Duration::from_micros(500));
+            }
+            Err((_, e)) => return Err(SourceError::Lock(e.into())),
+        }
+    }
+}
+
+fn open_format(
+    spec: &FileSpec,
+    layer: Arc<dyn Layer>,
+    below: Option<(Arc<dyn Layer>, &FileSpec)>,
+    read_only: bool,
+    log: Option<Arc<SharedMem>>,
+    identity: u64,
+) -> Result<Arc<dyn Layer>, SourceError> {
+    if !spec.qcow2 {
+        return Ok(layer);
+    }
+    let backing = below.map(|(layer, spec)| (layer, spec.name.clone()));
+    let options = qcow2::Options { read_only, backing, log, identity };
+    let image = Image::open(layer, options)
+        .map_err(|e| SourceError::Open(format!("{}: {e}", spec.name).replace('\n', " ")))?;
+    Ok(Arc::new(image))
+}
+
+/// An overlay that is empty, or whose making was cut short, is made.
+fn format_if_new(file: &dyn Layer, backing: &dyn Layer, spec: &FileSpec) -> Result<(), SourceError> {
+    let failed = |e: std::io::Error| SourceError::Open(e.to_string());
+    let mut start = [0; 112];
+    file.read(0, &mut start).map_err(failed)?;
+    if file.len() > NEW_MOST || start.iter().any(|byte| *byte != 0) {
+        return Ok(());
+    }
+    let format = if spec.qcow2 { "qcow2" } else { "raw" };
+    // Another program reads the name relative to the overlay or absolute; a source that is no file has none for it.
+    let new = NewImage { size: backing.len(), cluster_bits: 16, backing: Some((&spec.name, format)) };
+    qcow2::header::create(file, &new).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::attachment::Disk;
+    use crate::disk::qcow2::log::LOG_BYTES;
+    use std::collections::HashMap;
+    use std::path::PathBuf;
+
+    struct Files(HashMap<String, (u32, PathBuf)>);
+
+    impl Approved for Files {
+        fn open(&self, name: &str) -> Result<(u32, OwnedFd), String> {
+            let (kind, path) = self.0.get(name).ok_or("no such resource")?;
+            let write = *kind != resource_kind::FILE_RO;
+            let file = File::options().read(true).write(write).open(path).map_err(|e| e.to_string())?;
+            Ok((*kind, file.into()))
+        }
+    }
+
+    fn spec(format: &str, path: &std::path::Path) -> FileSpec {
+        format!("{format}:{}", path.display()).parse().unwrap()
+    }
+
+    fn files(list: &[(&str, u32, &PathBuf)]) -> Files {
+        Files(list.iter().map(|(name, kind, path)| ((*name).to_owned(), (*kind, (*path).clone()))).collect())
+    }
+
+    const NOW: Duration = Duration::ZERO;
+    const RW: u32 = resource_kind::FILE_RW;
+    const RO: u32 = resource_kind::FILE_RO;
+
+    #[test]
+    fn specifications() {
+        let parsed: FileSpec = "nbd+luks+qcow2:e@/run/s".parse().unwrap();
+        assert_eq!(parsed, FileSpec { nbd: true, luks: true, qcow2: true, name: "e@/run/s".into() });
+        assert!("raw:/x".parse::<FileSpec>().is_ok() && "luks+raw:/x".parse::<FileSpec>().is_ok());
+        for bad in ["", "raw", "raw:", "qcow:/x", "qcow2+raw:/x", "luks+nbd:/x"] {
+            assert!(bad.parse::<FileSpec>().is_err(), "{bad}");
+        }
+        let raw: FileSpec = "raw:/x".parse().unwrap();
+        assert!(Chain::new(vec![raw.clone(), raw.clone()], false).unwrap_err().contains("only qcow2"));
+        assert!(Chain::new(vec![raw], false).unwrap().is_plain());
+        assert!(Chain::new(Vec::new(), true).unwrap().is_plain());
+    }
+
+    /// A snapshot as the toolstack makes it: an empty file becomes the disk, the disk its backing file; the process is new, and
+    /// the old one had changes in the log.
+    #[test]
+    fn a_disk_becomes_a_backing_file_with_its_last_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (base, disk, over) = (at("base.raw"), at("disk.qcow2"), at("over.qcow2"));
+        std::fs::write(&base, vec![1; 1 << 20]).unwrap();
+        std::fs::write(&disk, b"").unwrap();
+        let log = Arc::new(SharedMem::create("log", LOG_BYTES).unwrap().0);
+        let chain = Chain::new(vec![spec("qcow2", &disk), spec("raw", &base)], false).unwrap();
+        let approved = files(&[("disk", RW, &disk), ("disk-1", RO, &base)]);
+        let opened = super::open(&chain, &approved, Some(log.clone()), NOW).unwrap();
+        assert_eq!(opened.geometry().sectors, 2048);
+        opened.layer().write(4096, &[2; 512]).unwrap();
+        // A second process meanwhile is told.
+        assert!(matches!(super::open(&chain, &approved, None, NOW), Err(SourceError::InUse)));
+        drop(opened);
+
+        std::fs::write(&over, b"").unwrap();
+        let chain =
+            Chain::new(vec![spec("qcow2", &over), spec("qcow2", &disk), spec("raw", &base)], false).unwrap();
+        let list = [("disk", RW, &over), ("disk-1", RW, &disk), ("disk-2", RO, &base)];
+        // Half made.
+        std::fs::write(&over, vec![0; 70000]).unwrap();
+        let opened = super::open(&chain, &files(&list), Some(log.clone()), NOW).unwrap();
+        let mut now = [0; 1024];
+        opened.layer().read(4096, &mut now).unwrap();
+        assert!(now[..512] == [2; 512] && now[512..] == [1; 512]);
+        opened.layer().write(0, &[3; 512]).unwrap();
+        opened.layer().settle().unwrap();
+        drop(opened);
+        for path in [&disk, &over] {
+            let out = std::process::Command::new("qemu-img").arg("check").arg(path).output().unwrap();
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        }
+        let opened = super::open(&chain, &files(&list), Some(log), NOW).unwrap();
+        opened.layer().read(0, &mut now).unwrap();
+        assert!(now[..512] == [3; 512] && now[512..] == [1; 512]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        let chain = Chain::new(vec![spec("qcow2", &path)], false).unwrap();
+        let error = |approved: &Files| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
+        assert!(error(&files(&[("disk", RW, &path)])).contains("no qcow2 image"));
+        assert!(error(&files(&[("disk", RO, &path)])).contains("reading only"));
+        assert!(error(&files(&[])).contains("no such resource"));
+    }
+}
