@@ -11,10 +11,11 @@
 //! | `nbd`, `nbd+luks`, … | the same on an NBD server; NAME is `EXPORT@ADDRESS` |
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::{Duration, Instant};
 
 use domain_kit::mem::SharedMem;
@@ -22,9 +23,11 @@ use hv_abi::resource_kind;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{SFlag, fstat};
+use zeroize::Zeroizing;
 
 use super::attachment::Fence;
 use super::layer::{FileLayer, Layer};
+use super::luks::{LuksLayer, Volume};
 use super::pool::LayeredDisk;
 use super::qcow2::header::NewImage;
 use super::qcow2::{self, Image, log::Log};
@@ -120,7 +123,16 @@ pub trait Approved {
     /// # Errors
     /// In words.
     fn open(&self, name: &str) -> Result<(u32, OwnedFd), String>;
+
+    /// Memory that outlives the process, [`KEPT_KEY_BYTES`] long, for the key of an unlocked volume: the next incarnation does not
+    /// spend Argon2's seconds again.
+    fn kept_key(&self, _index: usize) -> Option<SharedMem> {
+        None
+    }
 }
+
+/// See [`Approved::kept_key`].
+pub const KEPT_KEY_BYTES: usize = 4096;
 
 impl Approved for domain_kit::Hypercall {
     fn open(&self, name: &str) -> Result<(u32, OwnedFd), String> {
@@ -128,6 +140,11 @@ impl Approved for domain_kit::Hypercall {
             Some(errno) => errno.desc().to_owned(),
             None => e.to_string(),
         })
+    }
+
+    fn kept_key(&self, index: usize) -> Option<SharedMem> {
+        let kept = domain_kit::fdstore::kept_memory(self, &resource("luks", index), KEPT_KEY_BYTES);
+        kept.map(|(mem, _)| mem).inspect_err(|error| tracing::warn!(%error, "the key is not kept")).ok()
     }
 }
 
@@ -228,8 +245,50 @@ fn open_source(
         identity = (identity ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     }
     let how = "flock of an open file description of its own, which I/O of the dead one pins";
-    Ok(Opened { layer: Arc::new(FileLayer::new(file, bytes, device)), identity, drain, how })
+    let mut layer: Arc<dyn Layer> = Arc::new(FileLayer::new(file, bytes, device));
+    if spec.luks {
+        let failed = |e: std::io::Error| SourceError::Open(format!("{}: {e}", spec.name).replace('\n', " "));
+        layer = Arc::new(unlock(layer, index, approved).map_err(failed)?);
+    }
+    Ok(Opened { layer, identity, drain, how })
 }
+
+fn unlock(layer: Arc<dyn Layer>, index: usize, approved: &dyn Approved) -> std::io::Result<LuksLayer> {
+    let volume = Volume::read(&*layer)?;
+    let kept = approved.kept_key(index);
+    // Identity, key, and then that they are there.
+    const AT: (usize, usize, usize) = (64, 128, 0);
+    let mut id = [0; 64];
+    id[..volume.identity().len()].copy_from_slice(volume.identity());
+    if let Some(kept) = &kept {
+        let len = kept.load_u32(AT.2, Acquire) as usize;
+        let mut theirs = [0; 64];
+        kept.copy_out(AT.0, &mut theirs);
+        if (1..=64).contains(&len) && theirs == id {
+            let mut key = Zeroizing::new(vec![0; len]);
+            kept.copy_out(AT.1, &mut key);
+            return LuksLayer::new(layer, volume.segment, &key);
+        }
+    }
+    let name = resource("key", index);
+    let (_, fd) = approved.open(&name).map_err(|e| std::io::Error::other(format!("its key: {e}")))?;
+    let mut passphrase = Zeroizing::new(Vec::new());
+    File::from(fd).take(MOST_PASSPHRASE + 1).read_to_end(&mut passphrase)?;
+    if passphrase.len() as u64 > MOST_PASSPHRASE {
+        return Err(std::io::Error::other("its key file is longer than 8 MiB"));
+    }
+    let key = volume.unlock(&*layer, &passphrase)?;
+    if let Some(kept) = &kept {
+        kept.store_u32(AT.2, 0, Release);
+        kept.copy_in(AT.0, &id);
+        kept.copy_in(AT.1, &key);
+        kept.store_u32(AT.2, key.len() as u32, Release);
+    }
+    LuksLayer::new(layer, volume.segment, &key)
+}
+
+/// Longest key file, bytes: cryptsetup's.
+const MOST_PASSPHRASE: u64 = 8 << 20;
 
 type Locked = (Flock<File>, Duration, nix::sys::stat::FileStat);
 
