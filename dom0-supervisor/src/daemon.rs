@@ -71,12 +71,7 @@ impl ServiceControl for Control {
 pub fn run(host_file: &Path) -> anyhow::Result<()> {
     let me = Domain::join("dom0-supervisor")?;
     let source = host_file.display().to_string();
-    let text = std::fs::read_to_string(host_file)
-        .with_context(|| format!("host file {source}: write one (see docs/host-file.md) or give --config"))?;
-    let mut host = HostFile::parse(&text, &source)?;
-    if host.bin_dir.as_os_str().is_empty() {
-        host.bin_dir = own_dir()?;
-    }
+    let host = read_host(host_file)?;
     let fd5 =
         domain_kit::os::take_inherited(HVCORE_CONTROL_FD).context("descriptor 5, the stream to hv-core")?;
     let (file, mut state, damage) = StateFile::open(&host.state_dir)?;
@@ -135,6 +130,21 @@ pub fn run(host_file: &Path) -> anyhow::Result<()> {
     // Threads that still wait for a peer must not keep the process.
     runtime.shutdown_background();
     served
+}
+
+/// Reads the host file.
+///
+/// # Errors
+/// One line that says what to do.
+pub(crate) fn read_host(path: &Path) -> anyhow::Result<HostFile> {
+    let source = path.display().to_string();
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("host file {source}: write one (see docs/host-file.md) or give --config"))?;
+    let mut host = HostFile::parse(&text, &source)?;
+    if host.bin_dir.as_os_str().is_empty() {
+        host.bin_dir = own_dir()?;
+    }
+    Ok(host)
 }
 
 fn own_dir() -> anyhow::Result<PathBuf> {

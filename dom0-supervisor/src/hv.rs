@@ -1,5 +1,7 @@
 //! What dom0 needs of hv-core. [`crate::hv_grpc`] is the real one.
 
+use std::time::Duration;
+
 use proto::hvcore::{CreateDomainRequest, Domain, VersionReply};
 
 /// Why hv-core did not do it.
@@ -44,6 +46,16 @@ pub trait Hv: Send + Sync {
     /// # Errors
     /// [`HvError`]; [`HvError::NotFound`] if it is gone.
     fn destroy(&self, domid: u16, instance: u64) -> Result<(), HvError>;
+    /// Gives it another specification from its next incarnation on.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn update(&self, domid: u16, instance: u64, request: CreateDomainRequest) -> Result<(), HvError>;
+    /// Has the service at this socket finish what it does and take nothing new.
+    ///
+    /// # Errors
+    /// [`HvError::Busy`] it did not within that time, or does not answer.
+    fn drain(&self, control_socket: &str, within: Duration) -> Result<(), HvError>;
     /// Sends its process a signal.
     ///
     /// # Errors

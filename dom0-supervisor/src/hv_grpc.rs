@@ -9,9 +9,11 @@ use domain_kit::Domain as Me;
 use hyper_util::rt::TokioIo;
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::{
-    CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, VersionReply, VersionRequest,
-    WatchEventsRequest,
+    CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, UpdateDomainRequest, VersionReply,
+    VersionRequest, WatchEventsRequest,
 };
+use proto::service::DrainRequest;
+use proto::service::service_client::ServiceClient;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tonic::transport::{Channel, Endpoint};
@@ -105,6 +107,27 @@ impl Hv for GrpcHv {
     fn destroy(&self, domid: u16, instance: u64) -> Result<(), HvError> {
         let mut client = self.client.clone();
         self.call(client.destroy_domain(domain_ref(domid, instance))).map(drop)
+    }
+
+    fn update(&self, domid: u16, instance: u64, request: CreateDomainRequest) -> Result<(), HvError> {
+        let mut client = self.client.clone();
+        let domain = Some(domain_ref(domid, instance));
+        self.call(client.update_domain(UpdateDomainRequest { domain, spec: Some(request) })).map(drop)
+    }
+
+    fn drain(&self, control_socket: &str, within: Duration) -> Result<(), HvError> {
+        let request = DrainRequest { deadline_ms: within.as_millis() as u32, resume: false };
+        let path = control_socket.to_owned();
+        let asked = async move {
+            let mut client = ServiceClient::new(crate::api::channel(path));
+            // Its own deadline is in the request; this is for one that does not answer.
+            tokio::time::timeout(within * 2, client.drain(request)).await
+        };
+        match self.runtime.block_on(asked) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(HvError::Busy(crate::manager::one_line(status.message()))),
+            Err(_) => Err(HvError::Busy("the service does not answer".into())),
+        }
     }
 
     fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError> {

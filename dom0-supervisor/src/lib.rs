@@ -13,7 +13,7 @@
 //! | [`specs`] | from configuration to hv-core's domain specifications |
 //! | [`xs_layout`] | from the record to xenstore's nodes |
 //! | [`ops`] | operations of several steps that survive a kill |
-//! | [`reconcile`] | desired against actual |
+//! | [`reconcile`] | desired against actual; `services` the same for services |
 //! | [`view`] | what is shown |
 //! | [`hv`], [`store`] | what dom0 needs of the others; [`hv_grpc`] and [`store::RingStore`] are the real ones |
 //! | [`api`] | gRPC for `bh` |
@@ -29,6 +29,7 @@ pub mod hv_grpc;
 pub mod manager;
 pub mod ops;
 pub mod reconcile;
+pub(crate) mod services;
 pub mod specs;
 pub mod state;
 pub mod store;
@@ -36,5 +37,3 @@ pub mod store;
 mod testing;
 pub mod view;
 pub mod xs_layout;
-
-pub(crate) use ops::numbers as ops_numbers;

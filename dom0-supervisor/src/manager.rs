@@ -1,7 +1,7 @@
 //! The one owner of desired state: everything that changes it goes through [`Manager`].
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::config::HostFile;
@@ -157,7 +157,7 @@ pub(crate) struct Known {
 pub struct Manager {
     pub(crate) hv: Arc<dyn Hv>,
     pub(crate) store: Arc<dyn Store>,
-    pub(crate) host: HostFile,
+    host: RwLock<Arc<HostFile>>,
     pub(crate) timing: Timing,
     /// The host's files can be looked at from here. In hv-core's sandbox they usually can't: then hv-core and the
     /// services say what is wrong with a file.
@@ -166,6 +166,8 @@ pub struct Manager {
     pub events: Events,
     inner: Mutex<Inner>,
     known: Mutex<Known>,
+    /// Held for a pass of the reconciler.
+    pub(crate) pass: Mutex<()>,
 }
 
 impl Manager {
@@ -184,11 +186,12 @@ impl Manager {
             sees_host,
             hv,
             store,
-            host,
+            host: RwLock::new(Arc::new(host)),
             timing,
             events: Events::default(),
             inner: Mutex::new(inner),
             known: Mutex::default(),
+            pass: Mutex::default(),
         }
     }
 
@@ -223,9 +226,17 @@ impl Manager {
         settled && self.inner().state.sagas.is_empty()
     }
 
-    /// The host file.
-    pub fn host(&self) -> &HostFile {
-        &self.host
+    /// The host file as it was read last.
+    pub fn host(&self) -> Arc<HostFile> {
+        Arc::clone(&self.host.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes another host file; the next pass of the reconciler follows it. What only holds for a life of dom0 stays as it was.
+    pub fn set_host(&self, host: HostFile) {
+        let state_dir = self.host().state_dir.clone();
+        *self.host.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(HostFile { state_dir, ..host });
+        // What was refused may be right now.
+        self.known().service_retry.clear();
     }
 
     /// Notes how a domain ended, for messages.
@@ -264,7 +275,8 @@ impl Manager {
 /// hv-core names the field that is wrong; a person has named a file.
 fn plain(text: &str) -> String {
     match text.strip_prefix("resources.path: ") {
-        Some(rest) => format!("{rest}; check the path"),
+        // A disk is named by whoever asked for it.
+        Some(rest) => format!("{}; check the path", rest.strip_prefix("disk ").unwrap_or(rest)),
         None => text.to_owned(),
     }
 }

@@ -1,26 +1,21 @@
 //! Desired against actual: services that are missing are made, operations that lie are taken up, guests that ended get what
 //! their domain file says. One pass looks at everything; what takes long runs in threads of its own.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
 
 use proto::hvcore::{Domain, DomainState};
 
-use crate::config::{DomainFile, Lifecycle, OnEvent, check_disk};
+use crate::config::{DomainFile, Lifecycle, OnEvent};
 use crate::events::unix_ms;
 use crate::hv::find_instance;
 use crate::manager::{Manager, OpError};
-use crate::specs::{self, Service};
+use crate::specs;
 use crate::state::{Guest, RunningDomain, SagaKind};
 use crate::xs_layout;
 
 /// A guest that ends sooner after its start than this, so often in a row, is not started again.
 const QUICK_MS: u64 = 10_000;
 const QUICK_ENDS: u32 = 5;
-
-/// A service that can't be made is tried again after this, then after twice as long, up to the second.
-const RETRY: Duration = Duration::from_millis(500);
-const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// sched.h: what a domain says when it shuts down.
 mod reason {
@@ -35,6 +30,8 @@ impl Manager {
     /// # Errors
     /// hv-core does not answer.
     pub fn reconcile(self: &Arc<Self>) -> Result<(), OpError> {
+        // A user's reload makes passes of its own.
+        let _one_at_a_time = self.pass.lock().unwrap_or_else(PoisonError::into_inner);
         let domains = self.hv.list()?;
         self.reconcile_services(&domains);
         self.reconcile_sagas();
@@ -51,58 +48,7 @@ impl Manager {
         Ok(())
     }
 
-    fn reconcile_services(&self, domains: &[Domain]) {
-        for service in specs::services(&self.host) {
-            let there = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&service.request.uuid));
-            let result = match there {
-                Some(domain) => super::ops_numbers(domain),
-                None if self
-                    .known()
-                    .service_retry
-                    .get(&service.name)
-                    .is_some_and(|r| r.0 > Instant::now()) =>
-                {
-                    continue;
-                }
-                None => self.make_service(&service),
-            };
-            let result = result.and_then(|domain| {
-                self.make_dom0_nodes()?;
-                self.make_home(domain, &service.name, &service.request.uuid)
-            });
-            let mut known = self.known();
-            match result {
-                Ok(()) => {
-                    known.service_notes.remove(&service.name);
-                    known.service_retry.remove(&service.name);
-                }
-                // Its domain is there; the store is on its way.
-                Err(OpError::Unavailable(_)) if there.is_some() => {}
-                Err(e) => {
-                    let wait =
-                        known.service_retry.get(&service.name).map_or(RETRY, |r| (r.1 * 2).min(RETRY_MAX));
-                    known.service_retry.insert(service.name.clone(), (Instant::now() + wait, wait));
-                    let new = known.service_notes.insert(service.name.clone(), e.to_string());
-                    drop(known);
-                    if new.as_deref() != Some(e.to_string().as_str()) {
-                        self.events.tell("warning", &service.name, 0, e.to_string());
-                    }
-                }
-            }
-        }
-    }
-
-    fn make_service(&self, service: &Service) -> Result<RunningDomain, OpError> {
-        if self.sees_host
-            && let Some((disk, writable)) = &service.disk
-        {
-            check_disk("disk", disk, *writable).map_err(|e| OpError::Invalid(e.0))?;
-        }
-        let domain = self.hv.create(service.request.clone())?;
-        super::ops_numbers(&domain)
-    }
-
-    fn make_dom0_nodes(&self) -> Result<(), OpError> {
+    pub(crate) fn make_dom0_nodes(&self) -> Result<(), OpError> {
         if !self.known().dom0_nodes {
             self.store.apply(&xs_layout::dom0_nodes())?;
             self.known().dom0_nodes = true;
@@ -245,7 +191,8 @@ impl Manager {
     /// Makes the guests of the host file's `domain_dir` that say `autostart`. Done once in a life of hv-core; each in a
     /// thread of its own.
     pub fn autostart(self: &Arc<Self>) {
-        let Some(dir) = &self.host.domain_dir else { return };
+        let host = self.host();
+        let Some(dir) = &host.domain_dir else { return };
         let mut files: Vec<_> = match std::fs::read_dir(dir) {
             Ok(entries) => entries.filter_map(|e| e.ok().map(|e| e.path())).collect(),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return,
@@ -282,7 +229,7 @@ impl Manager {
     /// True once every service of the host file has a domain.
     pub fn services_made(&self) -> bool {
         let Ok(domains) = self.hv.list() else { return false };
-        specs::services(&self.host).iter().all(|service| {
+        specs::services(&self.host()).iter().all(|service| {
             domains.iter().any(|d| d.uuid.eq_ignore_ascii_case(&service.request.uuid))
                 || self.known().service_notes.contains_key(&service.name)
         })

@@ -135,6 +135,7 @@ fn blkback(host: &HostFile, entry: &BlkbackEntry) -> Service {
     let name = entry.name.as_str();
     let mut request = service(host, name, Role::Backend, "blkback", entry.restart, entry.limits);
     request.resources.push(disk_resource(&entry.disk, entry.mode));
+    request.args.clone_from(&entry.args);
     let writable = entry.mode == AccessMode::ReadWrite;
     Service {
         name: name.into(),
@@ -169,6 +170,7 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
     if let Some(router) = entry.uplink_gateway {
         request.args.extend(["--uplink-gateway".into(), router.to_string()]);
     }
+    request.args.extend(entry.args.iter().cloned());
     Service { name: name.into(), kind: ServiceKind::Netback, request, disk: None }
 }
 

@@ -36,6 +36,8 @@ pub struct Inner {
     /// Backends that do not react.
     pub deaf_backends: bool,
     pub missing: Vec<String>,
+    /// Services that were drained.
+    pub drained: Vec<String>,
 }
 
 #[derive(Clone, Default)]
@@ -164,12 +166,36 @@ impl Hv for World {
                     state: state as i32,
                     generation: 1,
                     host_pid: 1000 + w.next as u32,
+                    control_socket: request.name.clone(),
                     roles: request.roles.clone(),
                     ..Domain::default()
                 };
                 w.requests.insert(domain.instance, request);
                 w.domains.push(domain.clone());
                 Ok(domain)
+            },
+        )
+    }
+
+    fn update(&self, domid: u16, instance: u64, request: CreateDomainRequest) -> Result<(), HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                if !w.domains.iter().any(|d| (d.domid, d.instance) == (domid.into(), instance)) {
+                    return Err(HvError::NotFound);
+                }
+                w.requests.insert(instance, request);
+                Ok(())
+            },
+        )
+    }
+
+    fn drain(&self, control_socket: &str, _within: std::time::Duration) -> Result<(), HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                w.drained.push(control_socket.to_owned());
+                Ok(())
             },
         )
     }

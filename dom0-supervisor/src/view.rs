@@ -1,13 +1,16 @@
 //! What `bh` is shown: desired state, hv-core's table and the store put together.
 
 use proto::hvcore::{Domain, DomainState, Role};
-use proto::toolstack::{Device, Guest as GuestView, InfoReply, ServiceInfo};
+use proto::toolstack::{Device, Failure, Guest as GuestView, InfoReply, ServiceInfo};
 
 use crate::config::GuestType;
 use crate::manager::{Manager, OpError};
 use crate::specs;
 use crate::state::{Guest, Phase, SagaKind, State, private_backend_name, private_backend_uuid};
 use crate::xs_layout::{XenbusState, device_paths};
+
+/// Failed operations that are told at a glance.
+const FAILURES: usize = 5;
 
 /// hv-core's word for a state.
 fn state_word(state: DomainState) -> &'static str {
@@ -30,10 +33,12 @@ impl Manager {
         let state = self.state();
         let domains = self.hv.list()?;
         let mut out: Vec<GuestView> = match which {
-            Some(text) => {
-                let (name, guest) = state.find(text).ok_or_else(|| crate::ops::no_guest(text))?;
-                vec![self.guest_view(&state, name, guest, &domains)]
-            }
+            Some(text) => match state.find(text) {
+                Some((name, guest)) => vec![self.guest_view(&state, name, guest, &domains)],
+                None => {
+                    vec![unmanaged(&self.find_unmanaged(text)?.ok_or_else(|| crate::ops::no_guest(text))?)]
+                }
+            },
             None => state.guests.iter().map(|(name, g)| self.guest_view(&state, name, g, &domains)).collect(),
         };
         if which.is_none() {
@@ -118,13 +123,12 @@ impl Manager {
     pub fn services(&self) -> Result<Vec<ServiceInfo>, OpError> {
         let state = self.state();
         let domains = self.hv.list()?;
-        let notes = self.known().service_notes.clone();
         let mut out = Vec::new();
         let mut seen = std::collections::HashSet::new();
-        for service in specs::services(&self.host) {
+        for service in specs::services(&self.host()) {
             let domain = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&service.request.uuid));
             seen.extend(domain.map(|d| d.instance));
-            let note = notes.get(&service.name).cloned().unwrap_or_default();
+            let note = self.service_note(&service.name, domain.is_none());
             out.push(self.service_view(
                 &service.name,
                 service.kind.word(),
@@ -149,10 +153,10 @@ impl Manager {
                 continue;
             }
             let (name, kind, note) = match domain.domid {
-                0 => ("dom0-supervisor", "dom0", ""),
-                _ => (domain.name.as_str(), "other", "not in the host file"),
+                0 => ("dom0-supervisor", "dom0", String::new()),
+                _ => (domain.name.as_str(), "other", self.service_note(&domain.name, false)),
             };
-            out.push(self.service_view(name, kind, Some(domain), &domain.uuid, note.into()));
+            out.push(self.service_view(name, kind, Some(domain), &domain.uuid, note));
         }
         out.sort_by_key(|s| (s.state == "missing", s.domid));
         Ok(out)
@@ -211,8 +215,20 @@ impl Manager {
             guests: state.guests.len() as u32,
             services: services.len() as u32,
             failed_services: bad.map(|s| s.name.clone()).collect(),
+            problems: services
+                .iter()
+                .filter(|s| !s.note.is_empty())
+                .map(|s| format!("service {}: {}", s.name, s.note))
+                .collect(),
+            failures: state
+                .failures
+                .iter()
+                .rev()
+                .take(FAILURES)
+                .map(|f| Failure { unix_ms: f.unix_ms, guest: f.guest.clone(), what: f.what.clone() })
+                .collect(),
             host_file: String::new(),
-            state_dir: self.host.state_dir.display().to_string(),
+            state_dir: self.host().state_dir.display().to_string(),
             dom0_generation: services.iter().find(|s| s.kind == "dom0").map_or(0, |s| s.generation),
             operations: state.sagas.values().map(describe).collect(),
         })
@@ -234,15 +250,15 @@ fn disk_path(guest: &Guest, kind: &str, id: u32) -> String {
     disk.and_then(|d| d.path.as_ref()).map_or_else(String::new, |p| p.display().to_string())
 }
 
-fn is_guest(domain: &Domain) -> bool {
+pub(crate) fn is_guest(domain: &Domain) -> bool {
     domain.roles.iter().any(|r| *r == Role::Pvh as i32 || *r == Role::ProcessGuest as i32)
 }
 
-fn recorded(state: &State, domain: &Domain) -> bool {
+pub(crate) fn recorded(state: &State, domain: &Domain) -> bool {
     state.guests.values().any(|g| domain.uuid.eq_ignore_ascii_case(&g.uuid.to_string()))
 }
 
-/// A guest that runs without a record: the state directory was lost. It is shown, but no operation takes it yet.
+/// A guest that runs without a record: the state directory was lost. It can be looked at and destroyed.
 fn unmanaged(domain: &Domain) -> GuestView {
     GuestView {
         name: domain.name.clone(),
@@ -256,7 +272,7 @@ fn unmanaged(domain: &Domain) -> GuestView {
         host_pid: domain.host_pid,
         memory_bytes: domain.ram_bytes,
         created_unix_ms: domain.created_unix_ms,
-        note: "no record of it: the state directory was lost".into(),
+        note: "no record of it: the state directory was lost; bh destroy and bh create make it anew".into(),
         ..GuestView::default()
     }
 }

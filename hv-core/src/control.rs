@@ -148,17 +148,18 @@ impl Control {
     async fn check_files(&self, spec: &Spec) -> Result<(), Status> {
         let opens = self.opens.clone();
         let program = spec.program.clone();
-        let files = spec.resources.iter().map(|(_, r)| (r.kind, r.path.clone()));
+        let files = spec.resources.iter().map(|(name, r)| (r.kind, *name, r.path.clone()));
         let files: Vec<_> = files
-            .filter(|(kind, _)| matches!(*kind, resource_kind::FILE_RO | resource_kind::FILE_RW))
+            .filter(|(kind, ..)| matches!(*kind, resource_kind::FILE_RO | resource_kind::FILE_RW))
             .collect();
         let checked = tokio::task::spawn_blocking(move || {
             let deadline = Instant::now() + FILES_DEADLINE;
             let all = move || -> Result<(), String> {
                 program::open(&program)?;
-                for (kind, path) in files {
-                    resources::open(kind, &path)
-                        .map_err(|e| format!("resources.path: {path}: {}", e.desc()))?;
+                for (kind, name, path) in files {
+                    resources::open(kind, &path).map_err(|e| {
+                        format!("resources.path: {} {path}: {}", name.as_str().unwrap_or("?"), e.desc())
+                    })?;
                 }
                 Ok(())
             };
@@ -252,6 +253,17 @@ impl HvCore for Control {
     async fn start_process(&self, request: Request<DomainRef>) -> Result<Response<Domain>, Status> {
         let peer = self.find_other(request.get_ref())?;
         self.ask(|answer| Cmd::Start(peer, answer)).await?;
+        Ok(Response::new(self.describe(peer)?))
+    }
+
+    async fn update_domain(&self, request: Request<UpdateDomainRequest>) -> Result<Response<Domain>, Status> {
+        let UpdateDomainRequest { domain, spec } = request.into_inner();
+        let reference = domain.ok_or_else(|| Status::invalid_argument("domain: is missing"))?;
+        let peer = self.find_other(&reference)?;
+        let spec = spec.ok_or_else(|| Status::invalid_argument("spec: is missing"))?;
+        let spec = Spec::parse(&spec).map_err(Status::invalid_argument)?;
+        self.check_files(&spec).await?;
+        self.ask(|answer| Cmd::Update(peer, Box::new(spec), answer)).await?;
         Ok(Response::new(self.describe(peer)?))
     }
 

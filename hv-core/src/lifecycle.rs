@@ -92,6 +92,8 @@ pub enum Cmd {
     Destroy(Peer, Answer<()>),
     /// Start the process of a CREATED (paused), FAILED or SHUTDOWN domain.
     Start(Peer, Answer<()>),
+    /// Give a domain another specification from its next incarnation on.
+    Update(Peer, Box<Spec>, Answer<()>),
     /// Approve (listeners made here) and withdraw resources.
     SetResources(Peer, Vec<(hv_abi::Name, Resource)>, Vec<hv_abi::Name>, Answer<()>),
     /// End everything.
@@ -210,6 +212,9 @@ impl Lifecycle {
                 let result = self.start_again(peer);
                 let _may_have_left = answer.send(result);
             }
+            Cmd::Update(peer, spec, answer) => {
+                let _may_have_left = answer.send(self.update(peer, *spec));
+            }
             Cmd::SetResources(peer, add, remove, answer) => {
                 let result = self.set_resources(peer, add, remove);
                 let _may_have_left = answer.send(result);
@@ -256,6 +261,37 @@ impl Lifecycle {
         }
         self.start_process(peer).map_err(LifecycleError::Precondition)?;
         self.hv.lock().kick_dom_exc();
+        Ok(())
+    }
+
+    /// Another specification, from the next incarnation on.
+    fn update(&mut self, peer: Peer, spec: Spec) -> Result<(), LifecycleError> {
+        let (listeners, gone) = {
+            let table = self.hv.lock();
+            let d = table.get(peer).ok_or(LifecycleError::NotFound)?;
+            if d.state == dom_state::DYING {
+                return Err(LifecycleError::Precondition("it is being taken down".into()));
+            }
+            if let Some(field) = d.spec.fixed_field(&spec) {
+                return Err(LifecycleError::Invalid(format!(
+                    "{field}: stays for a domain's life; make another domain"
+                )));
+            }
+            let listeners: Vec<_> = spec
+                .resources
+                .iter()
+                .filter(|(_, r)| r.kind == hv_abi::resource_kind::LISTENER)
+                .cloned()
+                .collect();
+            let stays = |name: &[u8; hv_abi::NAME_LEN]| listeners.iter().any(|(n, _)| n.0 == *name);
+            let old = d.resources.iter().filter(|(n, r)| r.listener.is_some() && !stays(n));
+            let gone: Vec<_> = old.map(|(n, _)| hv_abi::Name(*n)).collect();
+            (listeners, gone)
+        };
+        self.set_resources(peer, listeners, gone)?;
+        if let Some(d) = self.hv.lock().get_mut(peer) {
+            d.spec = spec;
+        }
         Ok(())
     }
 

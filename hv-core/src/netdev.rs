@@ -1,7 +1,7 @@
 //! Moving a network interface into a domain's network namespace, by rtnetlink.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto, socket,
@@ -35,13 +35,30 @@ fn request(index: u32, netns: i32) -> Vec<u8> {
     message
 }
 
-/// Moves an interface of the host; it keeps its name. It comes back when the namespace goes, if it is a physical one.
+/// Takes an interface out of a namespace whose domain goes, back to the caller's: a physical one would come back by itself, any
+/// other would be gone with the namespace.
+///
+/// # Errors
+/// As [`move_to`], and as setns(2).
+pub fn bring_back(name: &str, netns: BorrowedFd<'_>) -> io::Result<()> {
+    let own = std::fs::File::open("/proc/thread-self/ns/net")?;
+    std::thread::scope(|scope| {
+        // A thread of its own: it ends in the other namespace, so none of ours can be left there.
+        let moved = scope.spawn(|| {
+            nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
+            move_to(name, own.as_fd())
+        });
+        moved.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    })
+}
+
+/// Moves an interface of the host; it keeps its name.
 ///
 /// # Errors
 /// `NotFound` no such interface; else as the kernel.
 pub fn move_to(name: &str, netns: BorrowedFd<'_>) -> io::Result<()> {
     let index = sys::interface_index(name)
-        .map_err(|_| io::Error::new(io::ErrorKind::NotFound, "no such interface on the host"))?;
+        .map_err(|_| io::Error::new(io::ErrorKind::NotFound, "no such interface"))?;
     let socket =
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
@@ -62,7 +79,6 @@ pub fn move_to(name: &str, netns: BorrowedFd<'_>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     #[test]
     fn the_request_is_forty_bytes_and_a_missing_interface_is_told() {

@@ -182,6 +182,16 @@ impl BackendDriver for NetDriver {
         vifs
     }
 
+    fn kept(&mut self) -> Vec<DeviceKey> {
+        match connection::with_tap(&self.domain.hv) {
+            Ok(ids) => ids.into_iter().map(DeviceKey::from).collect(),
+            Err(error) => {
+                tracing::error!(%error, "what the predecessor offered is not to be had");
+                Vec::new()
+            }
+        }
+    }
+
     fn offer(&mut self, node: &DeviceNode) -> Result<Properties, DeviceError> {
         self.tap(node)?;
         Ok(nodes::features())

@@ -182,6 +182,15 @@ pub fn known(hv: &Hypercall) -> Result<Vec<VifId>, HvError> {
     Ok(served.filter_map(|entry| VifId::of_entry(entry.name.as_str()?, "rx")).collect())
 }
 
+/// Vifs for which the fd store holds a TAP: those that were offered.
+///
+/// # Errors
+/// hv-core's.
+pub fn with_tap(hv: &Hypercall) -> Result<Vec<VifId>, HvError> {
+    let entries = hv.fd_list()?;
+    Ok(entries.iter().filter_map(|entry| VifId::of_entry(entry.name.as_str()?, "tap")).collect())
+}
+
 /// Marks a connection as served: a next incarnation takes it over without asking the store.
 ///
 /// # Errors

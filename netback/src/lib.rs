@@ -13,10 +13,12 @@
 //! | [`worker`] | the thread that runs a vif's queues |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
+//! | [`fault`] | `--fault`, for tests of poison packets |
 //! | [`tap`], [`netlink`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
 pub mod backend;
 pub mod connection;
+pub mod fault;
 pub mod forward;
 pub mod netlink;
 pub mod nodes;

@@ -29,10 +29,16 @@ struct Args {
     /// Routed: the router behind the uplink; without it everything is taken to be on link.
     #[arg(long)]
     uplink_gateway: Option<Ipv4Addr>,
+    /// For tests of poison packets only: panic at each packet of a guest that is this long, bytes from the Ethernet header on.
+    #[arg(long)]
+    fault: Option<usize>,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    if let Some(len) = args.fault {
+        netback::fault::set_len(len);
+    }
     let domain = Domain::join("netback")?;
     let vifs = Arc::new(Vifs::default());
     let wiring = Wiring {

@@ -192,7 +192,7 @@ impl System {
     /// # Errors
     /// If dom0 does not answer.
     pub fn services(&self) -> Result<BTreeMap<String, ServiceRow>> {
-        let json = self.bh_json(&["services"])?;
+        let json = self.bh_json(&["services", "--brief"])?;
         let rows = json["services"].as_array().or(json.as_array()).context("bh services --json: no list")?;
         let mut services = BTreeMap::new();
         for row in rows {

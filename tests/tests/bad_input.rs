@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_tests::system::System;
@@ -70,24 +70,30 @@ fn wrong_domain_files() {
     let line = refused(&system, "not TOML", "name = ");
     says(&line, &["bad.toml:1"]);
     let line = refused(&system, "no name", "type = \"process\"\n");
-    says(&line, &["name"]);
+    says(&line, &["missing field `name`; add it"]);
     let line = refused(&system, "missing disk", &format!("{base}{}", disk(&missing)));
-    says(&line, &["bad", "xvda"]);
+    says(&line, &["bad", "disk xvda: /", "missing.img", "check the path"]);
     nothing_left(&system);
     let line = refused(&system, "disk smaller than a sector", &format!("{base}{}", disk(&small)));
-    says(&line, &["bad", "xvda", "511", "512"]);
+    says(&line, &["bad", "xvda", "511", "512", "use a larger one"]);
     nothing_left(&system);
     let line = refused(&system, "a directory as disk", &format!("{base}{}", disk(system.dir())));
     says(&line, &["bad", "xvda"]);
     nothing_left(&system);
     let line = refused(&system, "missing program", &base.replace("/probe\"", "/no-such-program\""));
-    says(&line, &["bad", "no-such-program"]);
+    says(&line, &["bad", "no-such-program", "check the path"]);
     nothing_left(&system);
     let text_program = system.dir().join("text");
     fs::write(&text_program, "not a program\n").unwrap();
     let real = program("probe").display().to_string();
-    let line = refused(&system, "wrong program", &base.replace(&real, text_program.to_str().unwrap()));
-    says(&line, &["bad"]);
+    let wrong = base.replace(&real, text_program.to_str().unwrap());
+    let line = refused(&system, "a program that may not be executed", &wrong);
+    says(&line, &["bad", "chmod a+x"]);
+    fs::set_permissions(&text_program, fs::Permissions::from_mode(0o755)).unwrap();
+    let line = refused(&system, "wrong program", &wrong);
+    says(&line, &["bad", "text", "no program for x86-64 Linux"]);
+    let line = refused(&system, "a program with shared libraries", &base.replace(&real, "/bin/true"));
+    says(&line, &["bad", "/bin/true", "link it statically"]);
     nothing_left(&system);
     let line = refused(
         &system,
@@ -104,7 +110,7 @@ fn wrong_domain_files() {
     says(&line, &["first", "exists"]);
     let line =
         refused(&system, "the disk of another", &format!("{base}{}", disk(&system.dir().join("good.img"))));
-    says(&line, &["xvda", "in use", "good"]);
+    says(&line, &["xvda", "in use by guest good", "use another disk"]);
     let link = system.dir().join("link.img");
     fs::hard_link(system.dir().join("good.img"), &link).unwrap();
     let line = refused(&system, "the disk of another by another name", &format!("{base}{}", disk(&link)));
@@ -141,7 +147,7 @@ fn pvh_guests_that_cannot_run() {
     let empty = image(&system, "empty", 0);
 
     let line = refused(&system, "missing kernel", &pvh(&system.dir().join("vmlinuz")));
-    says(&line, &["bad", "vmlinuz", "check the path"]);
+    says(&line, &["bad", "kernel", "vmlinuz", "check the path"]);
     nothing_left(&system);
     for (what, kernel) in [("wrong kernel", &text), ("empty kernel", &empty)] {
         let line = refused(&system, what, &pvh(kernel));

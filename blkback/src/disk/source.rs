@@ -26,7 +26,7 @@ pub enum SourceError {
     #[error("disk is in use by another process; stop that, or use another disk")]
     InUse,
     /// No sector fits.
-    #[error("disk is too small: {0} bytes, and a sector has 512")]
+    #[error("disk is too small: {0} bytes, and a sector has 512; use a larger one")]
     TooSmall(u64),
     /// Neither file nor block device.
     #[error("disk is neither a regular file nor a block device")]

@@ -3,6 +3,7 @@
 
 mod console;
 mod services;
+pub(crate) use services::channel;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -120,6 +121,22 @@ impl Toolstack for Api {
             self.add_statistics(&mut services).await;
         }
         Ok(Response::new(ListServicesReply { services }))
+    }
+
+    async fn reload(&self, _request: Request<ReloadRequest>) -> Answer<ReloadReply> {
+        let source = self.host_file.clone();
+        self.blocking(move |m| {
+            let host = crate::daemon::read_host(std::path::Path::new(&source))
+                .map_err(|e| OpError::Invalid(format!("{e:#}")))?;
+            m.set_host(host);
+            m.events.tell("operation", "dom0-supervisor", 0, "the host file was read again");
+            // What is to be made anew ends in the first pass and begins in the second.
+            m.reconcile()?;
+            m.reconcile()
+        })
+        .await?;
+        let services = self.blocking(|m| m.services()).await?;
+        Ok(Response::new(ReloadReply { services }))
     }
 
     async fn restart_service(&self, request: Request<RestartServiceRequest>) -> Answer<ServiceInfo> {

@@ -17,7 +17,7 @@ const ASK: Duration = Duration::from_secs(1);
 const MOST: usize = 512;
 
 /// The connection to a service's own socket. Connecting happens at the first call.
-pub(super) fn channel(path: String) -> Channel {
+pub(crate) fn channel(path: String) -> Channel {
     Endpoint::from_static("http://service").connect_timeout(ASK).connect_with_connector_lazy(
         tower::service_fn(move |_: tonic::codegen::http::Uri| {
             let path = path.clone();
@@ -86,8 +86,15 @@ pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Resul
     }
     let domid = u16::try_from(before.domid).unwrap_or(0);
     match before.state.as_str() {
+        // Refused until now; whatever was wrong may be right.
+        "missing" if before.guest.is_empty() => {
+            manager.make_service_now(name).map_err(|e| e.at(&format!("service {name}")))?;
+        }
         "missing" => {
-            return Err(OpError::Failed(format!("service {name} is not there: {}", before.note)));
+            return Err(OpError::Failed(format!(
+                "service {name} is not there: it is that of guest {}; see bh list",
+                before.guest
+            )));
         }
         "failed" | "shutdown" => {
             manager.hv.start(domid, before.instance)?;

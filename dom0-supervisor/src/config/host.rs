@@ -124,6 +124,9 @@ pub struct BlkbackEntry {
     /// Only "raw".
     #[serde(default = "raw")]
     pub format: String,
+    /// More arguments of the program: for tests and debugging.
+    #[serde(default)]
+    pub args: Vec<String>,
     /// Read-write or read-only.
     #[serde(default)]
     pub mode: AccessMode,
@@ -148,6 +151,9 @@ pub struct NetbackEntry {
     pub gateway: Option<String>,
     /// Routed: the driver domain's own address on the uplink, as "192.0.2.5/24".
     pub uplink_address: Option<String>,
+    /// More arguments of the program: for tests and debugging.
+    #[serde(default)]
+    pub args: Vec<String>,
     /// Routed: the router behind the uplink.
     pub uplink_gateway: Option<std::net::Ipv4Addr>,
     /// Instead of the host's default.

@@ -13,7 +13,10 @@ pub fn parse<T: DeserializeOwned>(text: &str, source: &str) -> Result<T, ConfigE
         return Err(ConfigError::new(format!("{source}: longer than {} KiB", MAX_FILE / 1024)));
     }
     toml::from_str(text).map_err(|e| {
-        let what = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut what = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        if what.starts_with("missing field") {
+            what.push_str("; add it");
+        }
         match e.span() {
             Some(span) => {
                 let (line, column) = position(text, span.start);

@@ -33,7 +33,7 @@ impl Manager {
         let guest = Guest::new(file, unix_ms());
         let id = {
             let mut inner = self.inner();
-            conflicts(&inner.state, &self.host, &guest).map_err(|e| e.at(&format!("guest {name}")))?;
+            conflicts(&inner.state, &self.host(), &guest).map_err(|e| e.at(&format!("guest {name}")))?;
             let id = inner.change(|state| {
                 state.guests.insert(name.clone(), guest);
                 state.begin(&name, SagaKind::Create, None)
@@ -48,9 +48,10 @@ impl Manager {
 
     /// What of the host this guest needs.
     fn check_host(&self, file: &DomainFile) -> Result<(), OpError> {
+        let host = self.host();
         for disk in &file.disk {
             if let Some(DiskSource::Service(name)) = disk.source() {
-                let Some(entry) = self.host.blkback(name.as_str()) else {
+                let Some(entry) = host.blkback(name.as_str()) else {
                     let text = format!(
                         "disk {}: no [[blkback]] {name} in the host file; add it or give a path",
                         disk.vdev.name()
@@ -64,7 +65,7 @@ impl Manager {
             }
         }
         for (index, vif) in file.vif.iter().enumerate() {
-            if self.host.netback(vif.backend.as_str()).is_none() {
+            if host.netback(vif.backend.as_str()).is_none() {
                 let text = format!("vif {index}: no [[netback]] {} in the host file; add it", vif.backend);
                 return Err(OpError::Invalid(text));
             }
@@ -94,6 +95,12 @@ impl Manager {
     /// # Errors
     /// `NotFound`; `Busy` if it is being removed already; `Timeout` if it takes long (it goes on).
     pub fn destroy(&self, guest: &str) -> Result<(), OpError> {
+        if self.inner().state.find(guest).is_none() {
+            let unmanaged = self.find_unmanaged(guest)?.ok_or_else(|| no_guest(guest))?;
+            return self
+                .destroy_unmanaged(&unmanaged)
+                .map_err(|e| e.at(&format!("guest {}", unmanaged.name)));
+        }
         let (name, id, wait) = {
             let mut inner = self.inner();
             let Some((name, _)) = inner.state.find(guest) else { return Err(no_guest(guest)) };
@@ -200,7 +207,7 @@ fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Resu
                         if same_file(a, b) && writes(disk.mode, theirs.mode) =>
                     {
                         return Err(OpError::Exists(format!(
-                            "disk {vdev}: {} is in use by guest {other}",
+                            "disk {vdev}: {} is in use by guest {other}; destroy that guest or use another disk",
                             a.display()
                         )));
                     }

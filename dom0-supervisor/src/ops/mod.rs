@@ -16,6 +16,7 @@ pub(crate) use create::no_guest;
 pub(crate) use steps_do::numbers;
 mod steps_do;
 mod steps_undo;
+mod unmanaged;
 
 #[cfg(test)]
 mod bad_input_tests;

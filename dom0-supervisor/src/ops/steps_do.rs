@@ -28,7 +28,7 @@ impl Manager {
             let own = match disk.source() {
                 Some(DiskSource::Path(_)) => {
                     let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
-                    let request = specs::private_blkback(&self.host, guest, index)
+                    let request = specs::private_blkback(&self.host(), guest, index)
                         .ok_or_else(|| OpError::Failed(format!("disk {vdev} has no path")))?;
                     let domain =
                         self.make_domain(&uuid, request).map_err(|e| e.at(&format!("disk {vdev}")))?;
@@ -64,9 +64,11 @@ impl Manager {
     fn service_domain(&self, name: &str) -> Result<RunningDomain, OpError> {
         let uuid = guest_uuid_text(&service_uuid(name));
         let Some(domain) = find_by_uuid(&*self.hv, &uuid)? else {
-            let note = self.known().service_notes.get(name).cloned();
-            let note = note.unwrap_or_else(|| "it is not made yet; see bh services".into());
-            return Err(OpError::Failed(format!("service {name} does not run: {note}")));
+            // Whatever was wrong with it may be right by now, and someone asks.
+            return self.make_service_now(name).map_err(|e| match e {
+                OpError::Killed | OpError::Unavailable(_) => e,
+                e => OpError::Failed(format!("service {name} does not run: {e}")),
+            });
         };
         if domain.state() == DomainState::Failed {
             let how = self.end_of(&domain);
@@ -106,7 +108,7 @@ impl Manager {
 
     /// The guest's own domain.
     pub(super) fn do_domain(&self, guest: &Guest) -> Result<Change, OpError> {
-        let request = specs::guest(&self.host, guest);
+        let request = specs::guest(&self.host(), guest);
         let domain = self.make_domain(&guest_uuid_text(&guest.uuid), request)?;
         let now = crate::events::unix_ms();
         Ok(of_guest(move |guest| {

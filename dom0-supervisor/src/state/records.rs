@@ -15,10 +15,23 @@ pub struct State {
     pub guests: BTreeMap<String, Guest>,
     /// Operations under way, by number.
     pub sagas: BTreeMap<u64, Saga>,
+    /// What services were made of, by name.
+    pub services: BTreeMap<String, MadeOf>,
     /// Number of the next operation.
     pub next_saga: u64,
     /// The last failed operations, newest last, at most [`State::MAX_FAILURES`].
     pub failures: Vec<Failure>,
+}
+
+/// What a service's domain was made of, as fingerprints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeOf {
+    /// hv-core's serial number of its creation.
+    pub instance: u64,
+    /// What holds for the life of its domain.
+    pub life: Uuid,
+    /// All of it.
+    pub all: Uuid,
 }
 
 /// A guest that dom0 wants to exist.

@@ -43,6 +43,12 @@ pub trait BackendDriver {
         Vec::new()
     }
 
+    /// Devices of which something is kept, served or not. Those of them that the store does not have any more are forgotten: they
+    /// were removed while no incarnation lived.
+    fn kept(&mut self) -> Vec<DeviceKey> {
+        Vec::new()
+    }
+
     /// Features to publish, as (node, value).
     ///
     /// # Errors
@@ -162,6 +168,7 @@ impl<D: BackendDriver> Backend<D> {
         // Everything is looked at once: watches fire when set, and so does the first timeout.
         let mut all_at = Some(Instant::now());
         let mut due: BTreeSet<DeviceKey> = BTreeSet::new();
+        let mut kept: BTreeSet<DeviceKey> = self.driver.kept().into_iter().collect();
         loop {
             if self.shared.stop.load(std::sync::atomic::Ordering::Relaxed) {
                 return Ok(());
@@ -177,11 +184,14 @@ impl<D: BackendDriver> Backend<D> {
                     }
                 }
                 // Those that are gone from the list, too: one that was only offered is in `watched` alone.
-                due.extend(self.devices.keys().chain(&self.watched));
+                due.extend(self.devices.keys().chain(&self.watched).chain(&kept));
             }
             for key in std::mem::take(&mut due) {
                 let again = match self.look(xs, &watches, key) {
-                    Ok(()) => continue,
+                    Ok(()) => {
+                        kept.remove(&key);
+                        continue;
+                    }
                     Err(DeviceError::NotReady(why)) => {
                         self.say_error(xs, key, &why);
                         RETRY_NOT_READY

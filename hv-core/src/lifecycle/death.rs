@@ -1,5 +1,6 @@
 //! Ends: of processes, of maps that nobody claims, of domains.
 
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use hv_abi::*;
@@ -7,6 +8,7 @@ use proto::hvcore::event::Kind;
 
 use super::{Answer, DYING_DEADLINE, Lifecycle, LifecycleError};
 use crate::grants::Map;
+use crate::netdev;
 use crate::ports::Peer;
 use crate::resources::Resource;
 
@@ -227,7 +229,7 @@ impl Lifecycle {
     /// A DYING domain has no process any more: everything of its own goes. What others hold of its memory keeps it DYING.
     fn take_apart(&mut self, peer: Peer, generation: u32) {
         tracing::debug!(domid = peer.domid, generation, "taking apart");
-        let (fds, maps, resources, control, regions) = {
+        let (fds, maps, resources, control, regions, netdevs) = {
             let mut table = self.hv.lock();
             let Some(d) = table.get_mut(peer) else { return };
             let ports = d.ports.close_all();
@@ -239,12 +241,21 @@ impl Lifecycle {
             for (port, closed) in ports {
                 table.finish_close(peer, port, closed);
             }
-            (fds, maps, resources, control, regions)
+            let netdevs = table.get(peer).map(|d| d.spec.netdevs.clone()).unwrap_or_default();
+            (fds, maps, resources, control, regions, netdevs)
         };
         // Closing these may take its time (a TAP, a large memfd): not under the lock.
         unlink_listeners(&resources);
         if let Some(kept) = &control {
             unlink(&kept.control_path);
+            for dev in netdevs {
+                match netdev::bring_back(&dev, kept.netns.as_fd()) {
+                    Ok(()) => {}
+                    // Never moved there, or removed by its other end.
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(e) => tracing::warn!(domid = peer.domid, "{dev} did not come back to the host: {e}"),
+                }
+            }
         }
         drop((fds, resources, control, regions));
         self.hv.release_maps(peer, maps);

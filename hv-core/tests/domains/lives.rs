@@ -372,7 +372,14 @@ pub fn netdevs_move_in() {
     let inside = std::fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap();
     assert!(inside.contains(&name) && inside.contains("lo:"), "{inside}");
     system.destroy(&dom);
-    until("the pair goes with the namespace", || !here(&peer));
+    until("the interface comes back", || here(&name) && here(&peer));
+    // Nor is it lost when a creation is refused after it was moved.
+    let mut refused = System::request("net2", &[Role::Backend]);
+    refused.netdevs = vec![name.clone()];
+    refused.resources = vec![listener("l", "/no/such/dir/socket")];
+    system.call(|mut c| async move { c.create_domain(refused).await }).unwrap_err();
+    assert!(here(&name) && here(&peer));
+    assert!(std::process::Command::new("ip").args(["link", "del", &name]).status().unwrap().success());
 }
 
 pub fn shutdown_and_start_again() {

@@ -28,7 +28,7 @@ const TESTS: &[Test] = tests! {
         resources_are_fresh_descriptions, listeners_queue_while_dead, netdevs_move_in, shutdown_and_start_again,
         events_in_order, xsa_380_teardown_is_bounded, second_hv_core_is_refused,
         destroyed_in_every_state, hundreds_of_kills_leak_nothing;
-    opens: hung_opens_hold_up_nobody;
+    opens: hung_opens_hold_up_nobody, a_specification_changes_in_a_life;
     ports: round_trip_between_domains, xsa_355_close_and_rebind, anothers_port, virq_dom_exc_tells_of_every_change,
         xsa_496_error_paths_leave_other_state_alone, xsa_344_many_ports;
     grants: region_map_and_copy, anothers_grant, stale_handles, claims_and_drops, xsa_318_every_status_is_written,

@@ -1,4 +1,4 @@
-//! Files whose open(2) does not come back: those of a file system that nobody serves.
+//! What a domain is made of and opens: specifications that change, and files whose open(2) does not come back.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -94,4 +94,56 @@ pub fn hung_opens_hold_up_nobody() {
     std::fs::remove_file(&link).unwrap();
     symlink(&plain, &link).unwrap();
     crate::system::until("the disk opens", || dom.hv().resource_open("disk").is_ok());
+}
+
+/// Another specification holds from the next incarnation on; ports, store and number stay; what is for life is refused.
+pub fn a_specification_changes_in_a_life() {
+    let mut system = System::start();
+    let (old, new) = (system.path("old.sock"), system.path("new.sock"));
+    let listener = |path: &str| Resource {
+        name: "socket".into(),
+        kind: resource::Kind::Listener.into(),
+        path: path.into(),
+        mode: 0o600,
+    };
+    let mut request = System::request("xs", &[Role::Xenstore]);
+    request.uuid = "0a0a0a0a-0000-4000-8000-000000000001".into();
+    request.resources = vec![listener(&old)];
+    let dom = system.create(request.clone());
+    let port = dom.hv().port_alloc_unbound(0).unwrap().port;
+    let reference = || Some(DomainRef { domid: dom.id.into(), instance: dom.instance });
+    let update = |system: &mut System, spec: CreateDomainRequest| {
+        let request = UpdateDomainRequest { domain: reference(), spec: Some(spec) };
+        system.call(|mut c| async move { c.update_domain(request).await })
+    };
+    for (field, change) in [
+        ("roles", (|r| r.roles = vec![Role::Backend.into()]) as fn(&mut CreateDomainRequest)),
+        ("name", |r| r.name = "other".into()),
+        ("netdevs", |r| r.netdevs = vec!["eth9".into()]),
+        ("limits", |r| r.limits = Some(Limits { ports: 7, ..Default::default() })),
+        ("resources", |r| r.resources.push(disk("/etc/passwd"))),
+        ("program", |r| r.program = "/no/such".into()),
+    ] {
+        let mut other = request.clone();
+        change(&mut other);
+        let status = update(&mut system, other).unwrap_err();
+        assert!(status.message().contains(field), "{field}: {status}");
+    }
+    request.resources = vec![listener(&new)];
+    request.args.push("exit".into());
+    request.restart = Some(RestartPolicy::default());
+    let told = update(&mut system, request).unwrap();
+    assert_eq!((told.generation, told.state()), (1, DomainState::Running), "nothing happens to this life");
+    assert!(!std::path::Path::new(&old).exists() && std::path::Path::new(&new).exists());
+    assert_eq!(dom.hv().port_list().unwrap()[0].port, port);
+    let request = KillRequest { domain: reference(), signal: 9 };
+    system.call(|mut c| async move { c.kill_process(request).await }).unwrap();
+    // The new policy has no restart; started by hand, it is the new program line, which exits with 7.
+    let failed = |system: &mut System, text: &str| {
+        crate::system::until(text, || system.get(&dom).is_some_and(|d| d.last_exit.contains(text)));
+    };
+    failed(&mut system, "SIGKILL");
+    let reference = reference().unwrap();
+    system.call(|mut c| async move { c.start_process(reference).await }).unwrap();
+    failed(&mut system, "exited with status 7");
 }

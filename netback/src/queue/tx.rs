@@ -271,7 +271,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                 tracing::debug!("tx packet refused: a page could not be copied");
                 return None;
             }
-            prepare(packet, job.arena, world.arena())
+            prepare(packet, job.arena, world.arena()).inspect(|&len| crate::fault::look(len))
         });
         // From here on it is not sent again.
         let end = self.pending.get(job.slots - 1).map_or(0, |&s| self.ring.req_index(s).wrapping_add(1));

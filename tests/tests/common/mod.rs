@@ -104,7 +104,7 @@ pub fn domid(system: &System, name: &str) -> u16 {
 
 /// Domid of a service.
 pub fn service_domid(system: &System, name: &str) -> u16 {
-    let json = system.bh_json(&["services"]).unwrap();
+    let json = system.bh_json(&["services", "--brief"]).unwrap();
     let list = json["services"].as_array().or(json.as_array()).cloned().unwrap_or_default();
     let row = list.iter().find(|s| s["name"] == name).unwrap_or_else(|| panic!("no service {name}: {json}"));
     row["domid"].as_u64().unwrap() as u16

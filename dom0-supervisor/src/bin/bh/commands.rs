@@ -25,7 +25,10 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::Reboot { guest, wait } => shutdown(&dom0, guest, true, wait, args.json).await,
         Command::Destroy { guest } => destroy(&dom0, guest, args.json).await,
         Command::Console { guest, log } => console::run(&dom0, guest, log).await,
-        Command::Services { statistics } => services(&dom0, statistics, args.json).await,
+        Command::Services { statistics, brief } => {
+            services(&dom0, statistics || (args.json && !brief), args.json).await
+        }
+        Command::Reload => reload(&dom0, args.json).await,
         Command::Restart { service, timeout } => restart(&dom0, service, timeout, args.json).await,
         Command::Info => info(&dom0, args.json).await,
         Command::Events { follow } => events(&dom0, follow, args.json).await,
@@ -198,14 +201,10 @@ async fn list_services(dom0: &Dom0, statistics: bool) -> Result<Vec<ServiceInfo>
     Ok(reply.await?.services)
 }
 
-async fn services(dom0: &Dom0, statistics: bool, json: bool) -> Result<(), Failure> {
-    let all = list_services(dom0, statistics).await?;
-    if json {
-        return print_json(&json!({ "services": all.iter().map(to_json::service).collect::<Vec<_>>() }));
-    }
+fn service_table(all: &[ServiceInfo]) -> Result<(), Failure> {
     let mut table =
         Table::new(&["NAME", "KIND", ">DOMID", "STATE", ">PID", ">GEN", ">RESTARTS", "LAST EXIT", "NOTE"]);
-    for s in &all {
+    for s in all {
         table.row(vec![
             s.name.clone(),
             s.kind.clone(),
@@ -218,7 +217,15 @@ async fn services(dom0: &Dom0, statistics: bool, json: bool) -> Result<(), Failu
             s.note.clone(),
         ]);
     }
-    table.print()?;
+    Ok(table.print()?)
+}
+
+async fn services(dom0: &Dom0, statistics: bool, json: bool) -> Result<(), Failure> {
+    let all = list_services(dom0, statistics).await?;
+    if json {
+        return print_json(&json!({ "services": all.iter().map(to_json::service).collect::<Vec<_>>() }));
+    }
+    service_table(&all)?;
     if statistics {
         let mut table = Table::new(&["SERVICE", "SUBJECT", "COUNTER", ">VALUE", "UNIT"]);
         for s in &all {
@@ -236,6 +243,16 @@ async fn services(dom0: &Dom0, statistics: bool, json: bool) -> Result<(), Failu
         table.print()?;
     }
     Ok(())
+}
+
+async fn reload(dom0: &Dom0, json: bool) -> Result<(), Failure> {
+    let reply = dom0.call(|mut c| async move { c.reload(ReloadRequest {}).await }).await?;
+    if json {
+        return print_json(
+            &json!({ "services": reply.services.iter().map(to_json::service).collect::<Vec<_>>() }),
+        );
+    }
+    service_table(&reply.services)
 }
 
 async fn restart(dom0: &Dom0, name: String, timeout: u32, json: bool) -> Result<(), Failure> {
@@ -286,6 +303,12 @@ async fn info(dom0: &Dom0, json: bool) -> Result<(), Failure> {
     }
     for missing in &i.missing {
         writeln!(out, "{:<13} {missing}", "missing here")?;
+    }
+    for problem in &i.problems {
+        writeln!(out, "{:<13} {problem}", "problem")?;
+    }
+    for f in &i.failures {
+        writeln!(out, "{:<13} {} ago: guest {}: {}", "failed", age(f.unix_ms), f.guest, f.what)?;
     }
     Ok(())
 }

@@ -41,6 +41,8 @@ pub fn info(i: &InfoReply) -> Value {
         "memory_total_bytes": i.memory_total_bytes, "memory_free_bytes": i.memory_free_bytes, "guests": i.guests,
         "services": i.services, "failed_services": i.failed_services, "host_file": i.host_file,
         "state_dir": i.state_dir, "dom0_generation": i.dom0_generation, "operations": i.operations,
+        "problems": i.problems,
+        "failures": i.failures.iter().map(|f| json!({ "unix_ms": f.unix_ms, "guest": f.guest, "what": f.what })).collect::<Vec<_>>(),
     })
 }
 

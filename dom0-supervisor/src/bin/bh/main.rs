@@ -71,11 +71,16 @@ enum Command {
     },
     /// Service domains.
     Services {
-        /// With the counters of each.
-        #[arg(long)]
+        /// With the counters of each (JSON has them anyway).
+        #[arg(long, conflicts_with = "brief")]
         statistics: bool,
+        /// JSON without counters: no service is asked.
+        #[arg(long)]
+        brief: bool,
     },
-    /// Restart a service; its guests only see a pause.
+    /// Read the host file again and follow it.
+    Reload,
+    /// Restart a service (its guests only see a pause), or make one that was refused.
     Restart {
         /// Its name, as bh services shows it.
         service: String,
