@@ -16,6 +16,7 @@ use hv_vcpu::run::{Config, Ring, prepare};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Exit status of a guest that a fault of nested emulation ended: nothing can be said of such a run.
 const EXIT_EMULATOR_FAULT: i32 = 30;
@@ -167,6 +168,7 @@ fn start_domain(
     hv: &'static HvCore,
     hello: &hv_abi::HelloRep,
 ) -> anyhow::Result<kvm::vcpu::End> {
+    let began = Instant::now();
     let call = hv.hypercall();
     let resource = |name: &str| -> anyhow::Result<OwnedFd> {
         Ok(call.resource_open(name).with_context(|| format!("resource `{name}` of the domain"))?.1)
@@ -209,6 +211,7 @@ fn start_domain(
         let (gref, port) = prepared.add_ring(Ring::Console, hello.console_domid)?;
         call.set_console_ring(gref, port).context("announcing the console ring")?;
     }
+    let vm_ms = began.elapsed().as_millis() as u64;
     prepared.load(&config)?;
     // dom0 takes it as the sign that there is a guest.
     call.served().context("telling hv-core that the guest starts")?;
@@ -216,6 +219,8 @@ fn start_domain(
         domid = hello.domid,
         vcpus = args.vcpus,
         memory_mib = info.ram_bytes >> 20,
+        vm_ms,
+        load_ms = began.elapsed().as_millis() as u64 - vm_ms,
         "the guest starts"
     );
     Ok(prepared.run()?)

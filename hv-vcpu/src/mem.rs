@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 /// Bytes in a page (and in a grant-table frame).
 pub const PAGE_SIZE: u64 = 4096;
+/// Bytes in a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Why guest memory could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,32 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
         let addr = unsafe { mmap(None, len, prot, flags, file, offset as i64)? };
         Ok(Self { addr: addr.cast(), len: len.get() })
+    }
+
+    /// As [`Self::new`], at an address that lets the system use huge pages, and asks it to: each page that KVM has
+    /// to look up and map by itself costs an exit of the guest.
+    fn new_huge(file: impl AsFd, offset: u64, len: u64) -> Result<Self, MemError> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+        let room = usize::try_from(len).ok().and_then(|len| len.checked_add(HUGE_PAGE));
+        let room = room.and_then(std::num::NonZeroUsize::new).ok_or(nix::errno::Errno::EINVAL)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
+        let base = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags)? }.cast::<u8>();
+        let skip = base.as_ptr().align_offset(HUGE_PAGE);
+        let (len, left) = (len as usize, HUGE_PAGE - skip);
+        // SAFETY: skip + len + left is the size of the mapping above, so what is kept and what is given back are its
+        // parts; nothing refers to either.
+        let addr = unsafe {
+            let addr = base.add(skip);
+            libc::munmap(base.as_ptr().cast(), skip);
+            libc::munmap(addr.add(len).as_ptr().cast(), left);
+            addr
+        };
+        let map = Self { addr, len };
+        map.replace(0, len as u64, file, offset)?;
+        // SAFETY: advice about a mapping of ours; a system without huge pages refuses it, and nothing is lost.
+        unsafe { libc::madvise(addr.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        Ok(map)
     }
 
     /// Maps `file` at `offset` over `len` bytes at `at` of this mapping.
@@ -240,7 +268,7 @@ impl GuestMemory {
             if file_offset + len > size {
                 return Err(MemError::OutOfRange { gpa, len });
             }
-            let map = Mapping::new(&file, file_offset, len)?;
+            let map = Mapping::new_huge(&file, file_offset, len)?;
             regions.push(Region { gpa, len, file_offset, map });
             file_offset += len;
         }
@@ -380,6 +408,15 @@ pub fn trim_heap() {
 mod tests {
     use super::*;
     use std::sync::atomic::Ordering;
+
+    #[test]
+    fn ram_lies_where_huge_pages_can() {
+        let mem = GuestMemory::anonymous(&[(0, 5 << 20), (0x1_0000_0000, 4096)]).unwrap();
+        for piece in mem.pieces() {
+            assert_eq!(piece.hva % HUGE_PAGE as u64, 0);
+            mem.write(piece.gpa + piece.len - 4, b"last").unwrap();
+        }
+    }
 
     #[test]
     fn overlay_shows_and_hides_a_page() {

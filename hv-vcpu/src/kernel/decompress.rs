@@ -29,9 +29,12 @@ pub(super) fn unpack(payload: &[u8]) -> Result<MmapMut, KernelError> {
         }
         [0x02, 0x21, 0x4c, 0x18, ..] => lz4_legacy(stream, &mut out)?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let mut decoder =
-                ruzstd::decoding::StreamingDecoder::new(Cursor::new(stream)).map_err(|e| bad("zstd", e))?;
-            decoder.read_exact(&mut out).map_err(|e| bad("zstd", e))?;
+            // Straight into the buffer: unpacking is a good part of a guest's start.
+            let mut decoder = structured_zstd::decoding::FrameDecoder::new();
+            let filled = decoder.decode_all(stream, &mut out).map_err(|e| bad("zstd", e))?;
+            if filled != out.len() {
+                return Err(bad("zstd", "the stream is shorter than it claims"));
+            }
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => xz(stream, &mut out)?,
         [b'B', b'Z', b'h', ..] => return Err(KernelError::Compression("bzip2")),

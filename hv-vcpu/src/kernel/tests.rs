@@ -122,6 +122,31 @@ fn bzimage_with_every_compression() {
 }
 
 #[test]
+fn zstd_by_hand_and_with_faults() {
+    use structured_zstd::encoding::{CompressionLevel, compress_slice_to_vec};
+    let vmlinux = elf(&code());
+    let packed = compress_slice_to_vec(&vmlinux, CompressionLevel::Fastest);
+    check_loaded(&bzimage(&with_size(packed.clone(), vmlinux.len())), &code());
+    let mem = memory();
+    let refused = |packed: Vec<u8>, size: usize| {
+        let got = load(&bzimage(&with_size(packed, size)), &mem, LOW, HIGH);
+        assert!(matches!(got, Err(KernelError::Unpack { kind: "zstd", .. })), "{got:?}");
+    };
+    for wrong in [vmlinux.len() - 1, vmlinux.len() + 1, 1] {
+        refused(packed.clone(), wrong);
+    }
+    for cut in [5, packed.len() / 2, packed.len() - 1] {
+        refused(packed[..cut].to_vec(), vmlinux.len());
+    }
+    // A flipped bit may unpack to something else, but never to more, and never ends in a panic.
+    for at in (4..packed.len()).step_by(1 + packed.len() / 2000) {
+        let mut flipped = packed.clone();
+        flipped[at] ^= 1 << (at % 8);
+        let _ = load(&bzimage(&with_size(flipped, vmlinux.len())), &mem, LOW, HIGH);
+    }
+}
+
+#[test]
 fn lz4_legacy_by_hand() {
     // Blocks of 8 MiB, framed as the kernel's build does.
     let vmlinux = elf(&code());

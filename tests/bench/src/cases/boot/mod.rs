@@ -8,6 +8,7 @@ mod memory;
 mod size;
 mod start;
 mod terminal;
+mod timeline;
 
 use std::path::Path;
 use std::process::Command;

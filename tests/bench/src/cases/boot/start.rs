@@ -10,6 +10,7 @@ use bulkhead_tests::system::{Config, System};
 use super::Image;
 use super::memory::resident_kib;
 use super::terminal::Terminal;
+use super::timeline::{Runner, Timeline, time_of_day};
 use crate::cases::Settings;
 use crate::cases::world::listed;
 use crate::report::{Goal, Line};
@@ -32,14 +33,14 @@ pub fn lines(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
     let config = Config { bin_dir: settings.bin_dir.clone(), ..Config::of_this_build()? };
     let system = System::start(config)?;
     let resident = RefCell::new(Series::default());
-    let (kernel, microvm_kernel) = (RefCell::new(Series::default()), RefCell::new(Series::default()));
+    let (ours_times, microvm_times) = (RefCell::new(Timeline::default()), RefCell::new(Timeline::default()));
     let mut microvm_failed = None;
     let series = take_turns(
         ROUNDS,
         &mut [
-            Contestant::new("a PVH domain", || ours(&system, image, &resident, &kernel)),
+            Contestant::new("a PVH domain", || ours(&system, image, &resident, &ours_times)),
             Contestant::new("QEMU microvm", || {
-                Ok(microvm(image, &microvm_kernel).unwrap_or_else(|error| {
+                Ok(microvm(image, &microvm_times).unwrap_or_else(|error| {
                     microvm_failed = Some(format!("QEMU microvm: {error:#}"));
                     f64::NAN
                 }))
@@ -55,20 +56,18 @@ pub fn lines(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
         ("QEMU microvm", &limit),
         Goal::RatioAtMost(1.0),
     );
-    let known = format!(
-        "of it the guest's kernel (uptime of its first process) {:.1} s, under QEMU {:.1} s; both without disk and NIC, `bh \
-         create` and console included; elsewhere under the same kind of emulation: Xen 4.17 14 s (29.9 s with devices), QEMU \
-         10's Xen emulation 7 to 8 s",
-        kernel.borrow().median(),
-        microvm_kernel.borrow().median()
-    );
-    let boot = boot.note(microvm_failed.unwrap_or(known));
+    let known = "both without disk and NIC, `bh create` and console included; elsewhere under the same kind of emulation: Xen \
+                 4.17 14 s (29.9 s with devices), QEMU 10's Xen emulation 7 to 8 s";
+    let boot = boot.note(microvm_failed.unwrap_or_else(|| known.into()));
     let resident = resident.into_inner();
     let memory = Line {
         samples: resident.len(),
         ..Line::under("resident memory of an idle hv-vcpu", "MiB", resident.median(), RESIDENT)
     };
-    Ok(vec![boot, memory.note("guest RAM left out; pages of the program file counted in full")])
+    let mut lines = vec![boot];
+    lines.extend(ours_times.into_inner().lines(&microvm_times.into_inner()));
+    lines.push(memory.note("guest RAM left out; pages of the program file counted in full"));
+    Ok(lines)
 }
 
 /// Command line words for a guest that does nothing.
@@ -76,7 +75,12 @@ fn cmdline(console: &str) -> String {
     format!("console={console} quiet panic=-1 bh.work=none")
 }
 
-fn ours(system: &System, image: &Image, resident: &RefCell<Series>, kernel: &RefCell<Series>) -> Result<f64> {
+fn ours(
+    system: &System,
+    image: &Image,
+    resident: &RefCell<Series>,
+    times: &RefCell<Timeline>,
+) -> Result<f64> {
     let domain_file = format!(
         r#"name = "boot"
 type = "pvh"
@@ -89,11 +93,14 @@ memory = {MEMORY}
         image.initrd.display(),
         cmdline("hvc0"),
     );
+    let began = time_of_day();
     let start = Instant::now();
     system.create(&domain_file)?;
     let mut console = console(system, "boot", USERSPACE)?;
     let seconds = start.elapsed().as_secs_f64();
-    kernel.borrow_mut().push(uptime(&mut console)?);
+    let log = std::fs::read_to_string(system.dir().join("run/log/boot.log")).context("the runner's log")?;
+    let runner = Runner::from_log(&log).context("the runner's log does not tell of its start")?;
+    times.borrow_mut().push(seconds, uptime(&mut console)?, Some((began, runner)));
     // Idle means settled: the agent has loaded its modules and waits.
     std::thread::sleep(Duration::from_secs(2));
     let guest = listed(system, "boot")?;
@@ -141,11 +148,11 @@ pub(super) fn microvm_command(image: &Image, words: &str) -> Command {
     command
 }
 
-fn microvm(image: &Image, kernel: &RefCell<Series>) -> Result<f64> {
+fn microvm(image: &Image, times: &RefCell<Timeline>) -> Result<f64> {
     let start = Instant::now();
     let mut console = Terminal::start(microvm_command(image, ""))?;
     console.expect(USERSPACE, BOOT)?;
     let seconds = start.elapsed().as_secs_f64();
-    kernel.borrow_mut().push(uptime(&mut console)?);
+    times.borrow_mut().push(seconds, uptime(&mut console)?, None);
     Ok(seconds)
 }
