@@ -551,6 +551,8 @@ pub mod resource_kind {
     pub const LISTENER: u32 = 3;
     /// A character device, opened read-write.
     pub const DEVICE: u32 = 4;
+    /// A stream socket that hv-core connects, anew at each opening.
+    pub const CONNECT: u32 = 5;
 }
 
 /// An approved resource.

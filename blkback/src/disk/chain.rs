@@ -7,8 +7,8 @@
 //! |---|---|
 //! | `raw` | the bytes as they are |
 //! | `qcow2` | a qcow2 image |
-//! | `luks`, `luks+qcow2` | the same inside a LUKS volume; the key is the resource `key`, `key-1`, … |
-//! | `nbd`, `nbd+luks`, … | the same on an NBD server; NAME is `EXPORT@ADDRESS` |
+//! | `luks`, `luks+qcow2` | the same inside a LUKS volume; the key is the resource `key-HASH` |
+//! | `nbd`, `nbd+luks`, … | the same on an NBD server; NAME is `EXPORT@ADDRESS`, and the resource is a connection |
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -28,6 +28,8 @@ use zeroize::Zeroizing;
 use super::attachment::Fence;
 use super::layer::{FileLayer, Layer};
 use super::luks::{LuksLayer, Volume};
+use super::nbd::session::{self, Kept, STATE_BYTES};
+use super::nbd::{Connector, NbdLayer};
 use super::pool::LayeredDisk;
 use super::qcow2::header::NewImage;
 use super::qcow2::{self, Image, log::Log};
@@ -35,6 +37,8 @@ use super::source::SourceError;
 
 /// Most backing files.
 pub const MOST_BACKING: usize = 16;
+/// The name of the one file when none is named.
+const PLAIN: &str = "disk";
 /// A new overlay is smaller than this; what is larger is never formatted.
 const NEW_MOST: u64 = 64 << 20;
 
@@ -93,7 +97,7 @@ impl Chain {
     /// One line: too many, or a backing file behind what can have none.
     pub fn new(mut files: Vec<FileSpec>, read_only: bool) -> Result<Chain, String> {
         if files.is_empty() {
-            files.push(FileSpec { nbd: false, luks: false, qcow2: false, name: "disk".into() });
+            files.push(FileSpec { nbd: false, luks: false, qcow2: false, name: PLAIN.into() });
         }
         if files.len() > MOST_BACKING + 1 {
             return Err(format!("at most {MOST_BACKING} backing files"));
@@ -117,22 +121,44 @@ impl Chain {
 }
 
 /// Where approved resources come from.
-pub trait Approved {
+pub trait Approved: Send + Sync {
     /// Opens one afresh: its kind and descriptor.
     ///
     /// # Errors
     /// In words.
     fn open(&self, name: &str) -> Result<(u32, OwnedFd), String>;
 
-    /// Memory that outlives the process, [`KEPT_KEY_BYTES`] long, for the key of an unlocked volume: the next incarnation does not
-    /// spend Argon2's seconds again.
-    fn kept_key(&self, _index: usize) -> Option<SharedMem> {
+    /// Memory that outlives the process, [`KEPT_BYTES`] long, zeroed when it is made: the key of an unlocked volume, so that the next
+    /// incarnation does not spend Argon2's seconds again; what an NBD session has under way.
+    fn kept(&self, _name: &str) -> Option<SharedMem> {
+        None
+    }
+
+    /// Keeps a socket for the next incarnation, in place of what was kept under that name.
+    ///
+    /// # Errors
+    /// In words.
+    fn keep_socket(&self, _name: &str, _socket: &OwnedFd) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// What was kept.
+    fn kept_socket(&self, _name: &str) -> Option<OwnedFd> {
         None
     }
 }
 
-/// See [`Approved::kept_key`].
-pub const KEPT_KEY_BYTES: usize = 4096;
+/// See [`Approved::kept`].
+pub const KEPT_BYTES: usize = 4096;
+
+/// A short name for what is called `name` in the configuration: `BASE-` and 16 digits, FNV-1a.
+pub fn resource_of(base: &str, name: &str) -> String {
+    format!("{base}-{:016x}", fnv(name.bytes()))
+}
+
+fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
 
 impl Approved for domain_kit::Hypercall {
     fn open(&self, name: &str) -> Result<(u32, OwnedFd), String> {
@@ -142,9 +168,17 @@ impl Approved for domain_kit::Hypercall {
         })
     }
 
-    fn kept_key(&self, index: usize) -> Option<SharedMem> {
-        let kept = domain_kit::fdstore::kept_memory(self, &resource("luks", index), KEPT_KEY_BYTES);
-        kept.map(|(mem, _)| mem).inspect_err(|error| tracing::warn!(%error, "the key is not kept")).ok()
+    fn kept(&self, name: &str) -> Option<SharedMem> {
+        let kept = domain_kit::fdstore::kept_memory(self, name, KEPT_BYTES);
+        kept.map(|(mem, _)| mem).inspect_err(|error| tracing::warn!(name, %error, "nothing is kept")).ok()
+    }
+
+    fn keep_socket(&self, name: &str, socket: &OwnedFd) -> Result<(), String> {
+        self.fd_put(name, hv_abi::fd_kind::SOCKET, 0, socket).map_err(|e| e.to_string())
+    }
+
+    fn kept_socket(&self, name: &str) -> Option<OwnedFd> {
+        self.fd_get(name).ok().map(|(_, fd)| fd)
     }
 }
 
@@ -162,7 +196,7 @@ struct Opened {
 /// [`SourceError`], one line.
 pub fn open(
     chain: &Chain,
-    approved: &dyn Approved,
+    approved: &Arc<dyn Approved>,
     log: Option<Arc<SharedMem>>,
     patience: Duration,
 ) -> Result<LayeredDisk, SourceError> {
@@ -170,12 +204,12 @@ pub fn open(
     let mut below: Option<(Arc<dyn Layer>, &FileSpec)> = None;
     for index in (1..=top).rev() {
         let spec = &chain.files[index];
-        recover(spec, index, approved, below.clone(), log.as_ref(), patience)?;
-        let opened = open_source(spec, index, approved, true, patience)?;
+        recover(spec, approved, below.clone(), log.as_ref(), patience)?;
+        let opened = open_source(spec, approved, true, patience)?;
         below = Some((open_format(spec, opened.layer, below, true, None, opened.identity)?, spec));
     }
     let spec = &chain.files[0];
-    let opened = open_source(spec, 0, approved, chain.read_only, patience)?;
+    let opened = open_source(spec, approved, chain.read_only, patience)?;
     if spec.qcow2
         && !chain.read_only
         && let Some((backing, backing_spec)) = &below
@@ -192,36 +226,39 @@ pub fn open(
 /// If the log holds changes of this backing file, from when it was the guest's disk, they go to it now.
 fn recover(
     spec: &FileSpec,
-    index: usize,
-    approved: &dyn Approved,
+    approved: &Arc<dyn Approved>,
     below: Option<(Arc<dyn Layer>, &FileSpec)>,
     log: Option<&Arc<SharedMem>>,
     patience: Duration,
 ) -> Result<(), SourceError> {
     let Some(log) = log.filter(|_| spec.qcow2) else { return Ok(()) };
-    let looked = open_source(spec, index, approved, true, patience)?;
+    let looked = open_source(spec, approved, true, patience)?;
     if !Log::has_changes(log, looked.identity) {
         return Ok(());
     }
     drop(looked);
-    let opened = open_source(spec, index, approved, false, patience)?;
+    let opened = open_source(spec, approved, false, patience)?;
     let image = open_format(spec, opened.layer, below, false, Some(log.clone()), opened.identity)?;
     tracing::info!(name = spec.name, "the last changes of what is a backing file now are written to it");
     image.settle().map_err(|e| SourceError::Open(e.to_string()))
 }
 
-fn resource(base: &str, index: usize) -> String {
-    if index == 0 { base.to_owned() } else { format!("{base}-{index}") }
+impl FileSpec {
+    fn resource(&self, base: &str) -> String {
+        if self.name == PLAIN { base.to_owned() } else { resource_of(base, &self.name) }
+    }
 }
 
 fn open_source(
     spec: &FileSpec,
-    index: usize,
-    approved: &dyn Approved,
+    approved: &Arc<dyn Approved>,
     read_only: bool,
     patience: Duration,
 ) -> Result<Opened, SourceError> {
-    let name = resource("disk", index);
+    if spec.nbd {
+        return open_nbd(spec, approved, read_only, patience);
+    }
+    let name = spec.resource("disk");
     let busy = Instant::now() + patience;
     let (kind, fd) = loop {
         match approved.open(&name) {
@@ -240,22 +277,83 @@ fn open_source(
     let (file, drain, stat) = lock(fd, read_only, patience)?;
     let device = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFBLK;
     let bytes = (&*file).seek(SeekFrom::End(0)).map_err(|e| SourceError::Open(e.to_string()))?;
-    let mut identity = 0xcbf2_9ce4_8422_2325u64;
-    for byte in spec.name.bytes().chain(stat.st_dev.to_le_bytes()).chain(stat.st_ino.to_le_bytes()) {
-        identity = (identity ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    }
+    let place = stat.st_dev.to_le_bytes().into_iter().chain(stat.st_ino.to_le_bytes());
+    let identity = fnv(spec.name.bytes().chain(place));
     let how = "flock of an open file description of its own, which I/O of the dead one pins";
-    let mut layer: Arc<dyn Layer> = Arc::new(FileLayer::new(file, bytes, device));
-    if spec.luks {
-        let failed = |e: std::io::Error| SourceError::Open(format!("{}: {e}", spec.name).replace('\n', " "));
-        layer = Arc::new(unlock(layer, index, approved).map_err(failed)?);
-    }
-    Ok(Opened { layer, identity, drain, how })
+    let layer = Arc::new(FileLayer::new(file, bytes, device));
+    Ok(Opened { layer: unlocked(layer, spec, approved)?, identity, drain, how })
 }
 
-fn unlock(layer: Arc<dyn Layer>, index: usize, approved: &dyn Approved) -> std::io::Result<LuksLayer> {
+fn unlocked(
+    mut layer: Arc<dyn Layer>,
+    spec: &FileSpec,
+    approved: &Arc<dyn Approved>,
+) -> Result<Arc<dyn Layer>, SourceError> {
+    if spec.luks {
+        let failed = |e: std::io::Error| SourceError::Open(format!("{}: {e}", spec.name).replace('\n', " "));
+        layer = Arc::new(unlock(layer, spec, approved).map_err(failed)?);
+    }
+    Ok(layer)
+}
+
+/// A connector by hv-core's hand.
+struct Connect {
+    approved: Arc<dyn Approved>,
+    resource: String,
+    kept: String,
+}
+
+impl Connector for Connect {
+    fn connect(&self) -> std::io::Result<OwnedFd> {
+        let (kind, socket) = self.approved.open(&self.resource).map_err(std::io::Error::other)?;
+        if kind != resource_kind::CONNECT {
+            return Err(std::io::Error::other("the resource is no connection"));
+        }
+        // Before a byte is sent: from then on the next incarnation must be able to wait for the answers.
+        self.approved.keep_socket(&self.kept, &socket).map_err(std::io::Error::other)?;
+        Ok(socket)
+    }
+}
+
+fn open_nbd(
+    spec: &FileSpec,
+    approved: &Arc<dyn Approved>,
+    read_only: bool,
+    patience: Duration,
+) -> Result<Opened, SourceError> {
+    let failed = |what: String| SourceError::Open(format!("{}: {what}", spec.name).replace('\n', " "));
+    let (export, _) = spec.name.split_once('@').ok_or_else(|| failed("must be EXPORT@ADDRESS".into()))?;
+    let (state, socket) = (spec.resource("nbd"), spec.resource("nbd-socket"));
+    let kept = match approved.kept(&state) {
+        Some(mem) => Kept(mem),
+        None => Kept(SharedMem::create("nbd", STATE_BYTES).map_err(|e| failed(e.to_string()))?.0),
+    };
+    let mut drain = Duration::ZERO;
+    if let Some(old) = approved.kept_socket(&socket) {
+        drain = match session::drain(&old, &kept, patience) {
+            Ok(took) => took,
+            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {
+                return Err(failed("the server has not answered the last requests of the former session".into()));
+            }
+            // It has closed the session; see the module for what that means.
+            Err(error) => {
+                tracing::warn!(name = spec.name, %error, "the server ended the former session without answering all of it");
+                Duration::ZERO
+            }
+        };
+    }
+    let connector = Connect { approved: approved.clone(), resource: spec.resource("disk"), kept: socket };
+    let layer = NbdLayer::open(Box::new(connector), export, kept).map_err(|e| failed(e.to_string()))?;
+    if layer.read_only() && !read_only {
+        return Err(failed("the server serves it read-only; give mode ro".into()));
+    }
+    let how = "the former session's requests are answered before it is closed";
+    Ok(Opened { layer: unlocked(Arc::new(layer), spec, approved)?, identity: fnv(spec.name.bytes()), drain, how })
+}
+
+fn unlock(layer: Arc<dyn Layer>, spec: &FileSpec, approved: &Arc<dyn Approved>) -> std::io::Result<LuksLayer> {
     let volume = Volume::read(&*layer)?;
-    let kept = approved.kept_key(index);
+    let kept = approved.kept(&spec.resource("luks"));
     // Identity, key, and then that they are there.
     const AT: (usize, usize, usize) = (64, 128, 0);
     let mut id = [0; 64];
@@ -270,8 +368,7 @@ fn unlock(layer: Arc<dyn Layer>, index: usize, approved: &dyn Approved) -> std::
             return LuksLayer::new(layer, volume.segment, &key);
         }
     }
-    let name = resource("key", index);
-    let (_, fd) = approved.open(&name).map_err(|e| std::io::Error::other(format!("its key: {e}")))?;
+    let (_, fd) = approved.open(&spec.resource("key")).map_err(|e| std::io::Error::other(format!("its key: {e}")))?;
     let mut passphrase = Zeroizing::new(Vec::new());
     File::from(fd).take(MOST_PASSPHRASE + 1).read_to_end(&mut passphrase)?;
     if passphrase.len() as u64 > MOST_PASSPHRASE {
@@ -369,8 +466,9 @@ mod tests {
         format!("{format}:{}", path.display()).parse().unwrap()
     }
 
-    fn files(list: &[(&str, u32, &PathBuf)]) -> Files {
-        Files(list.iter().map(|(name, kind, path)| ((*name).to_owned(), (*kind, (*path).clone()))).collect())
+    fn files(list: &[(u32, &PathBuf)]) -> Arc<dyn Approved> {
+        let named = |path: &PathBuf| resource_of("disk", path.to_str().unwrap());
+        Arc::new(Files(list.iter().map(|(kind, path)| (named(path), (*kind, (*path).clone()))).collect()))
     }
 
     const NOW: Duration = Duration::ZERO;
@@ -402,7 +500,7 @@ mod tests {
         std::fs::write(&disk, b"").unwrap();
         let log = Arc::new(SharedMem::create("log", LOG_BYTES).unwrap().0);
         let chain = Chain::new(vec![spec("qcow2", &disk), spec("raw", &base)], false).unwrap();
-        let approved = files(&[("disk", RW, &disk), ("disk-1", RO, &base)]);
+        let approved = files(&[(RW, &disk), (RO, &base)]);
         let opened = super::open(&chain, &approved, Some(log.clone()), NOW).unwrap();
         assert_eq!(opened.geometry().sectors, 2048);
         opened.layer().write(4096, &[2; 512]).unwrap();
@@ -413,7 +511,7 @@ mod tests {
         std::fs::write(&over, b"").unwrap();
         let chain =
             Chain::new(vec![spec("qcow2", &over), spec("qcow2", &disk), spec("raw", &base)], false).unwrap();
-        let list = [("disk", RW, &over), ("disk-1", RW, &disk), ("disk-2", RO, &base)];
+        let list = [(RW, &over), (RW, &disk), (RO, &base)];
         // Half made.
         std::fs::write(&over, vec![0; 70000]).unwrap();
         let opened = super::open(&chain, &files(&list), Some(log.clone()), NOW).unwrap();
@@ -438,9 +536,9 @@ mod tests {
         let path = dir.path().join("x");
         std::fs::write(&path, vec![0; 1 << 20]).unwrap();
         let chain = Chain::new(vec![spec("qcow2", &path)], false).unwrap();
-        let error = |approved: &Files| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
-        assert!(error(&files(&[("disk", RW, &path)])).contains("no qcow2 image"));
-        assert!(error(&files(&[("disk", RO, &path)])).contains("reading only"));
+        let error = |approved: &Arc<dyn Approved>| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
+        assert!(error(&files(&[(RW, &path)])).contains("no qcow2 image"));
+        assert!(error(&files(&[(RO, &path)])).contains("reading only"));
         assert!(error(&files(&[])).contains("no such resource"));
     }
 }

@@ -4,6 +4,7 @@ pub mod attachment;
 pub mod chain;
 pub mod layer;
 pub mod luks;
+pub mod nbd;
 pub mod pool;
 pub mod qcow2;
 pub mod source;
