@@ -553,6 +553,8 @@ pub mod resource_kind {
     pub const DEVICE: u32 = 4;
     /// A stream socket that hv-core connects, anew at each opening.
     pub const CONNECT: u32 = 5;
+    /// A file without a name that goes with the domain, opened read-write.
+    pub const FILE_TEMPORARY: u32 = 6;
 }
 
 /// An approved resource.

@@ -2,9 +2,10 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
@@ -25,6 +26,41 @@ pub struct Resource {
     pub mode: u32,
     /// Listeners: the socket, kept so that clients queue while the domain's process is dead.
     pub listener: Option<Arc<OwnedFd>>,
+    /// Temporary files: the file, which has no name and goes when the resource does.
+    pub temporary: Option<Arc<OwnedFd>>,
+}
+
+/// A file without a name in the directory `path`.
+///
+/// # Errors
+/// In one line.
+pub fn temporary(path: &str) -> Result<OwnedFd, String> {
+    let flags = OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).mode(0o600).open(path);
+    file.map(OwnedFd::from)
+        .map_err(|e| format!("{path}: {e}; it must be a directory of a file system with O_TMPFILE"))
+}
+
+/// Longest wait for a server to take a connection.
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+
+/// Whether this names a server: a Unix socket's absolute path, or `tcp:` and a numeric address with port.
+pub fn is_server(path: &str) -> bool {
+    match path.strip_prefix("tcp:") {
+        Some(address) => address.parse::<SocketAddr>().is_ok(),
+        None => path.starts_with('/') && path.len() <= SUN_PATH_MAX,
+    }
+}
+
+/// A connection to a server that [`is_server`] knows. Made in the host's network: the domain has none.
+fn connect(path: &str) -> io::Result<OwnedFd> {
+    match path.strip_prefix("tcp:") {
+        Some(address) => {
+            let address = address.parse().map_err(|_| io::ErrorKind::InvalidInput)?;
+            Ok(TcpStream::connect_timeout(&address, CONNECT_WAIT)?.into())
+        }
+        None => Ok(UnixStream::connect(path)?.into()),
+    }
 }
 
 /// Longest path of a Unix socket (sockaddr_un), without the final NUL.
@@ -59,6 +95,9 @@ pub fn listen(path: &str, mode: u32) -> Result<OwnedFd, String> {
 /// As open(2); `EINVAL` it is of another kind.
 pub fn open(kind: u32, path: &str) -> Result<OwnedFd, Errno> {
     let errno = |e: io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+    if kind == resource_kind::CONNECT {
+        return connect(path).map_err(errno);
+    }
     // Non-blocking, so that a pipe or a tape in that place cannot hold the caller's thread.
     let flags = OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let file = OpenOptions::new()
@@ -68,6 +107,15 @@ pub fn open(kind: u32, path: &str) -> Result<OwnedFd, Errno> {
         .open(path)
         .map_err(errno)?;
     let file_type = file.metadata().map_err(errno)?.file_type();
+    // A device that is written belongs to one: whoever has it mounted or open the same way keeps this out, and this keeps out others.
+    let exclusive = kind == resource_kind::FILE_RW && file_type.is_block_device();
+    let file = if exclusive {
+        drop(file);
+        let flags = flags | OFlag::O_EXCL;
+        OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).open(path).map_err(errno)?
+    } else {
+        file
+    };
     let fits = match kind {
         resource_kind::FILE_RO | resource_kind::FILE_RW => file_type.is_file() || file_type.is_block_device(),
         resource_kind::DEVICE => file_type.is_char_device(),
@@ -79,6 +127,16 @@ pub fn open(kind: u32, path: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL)?);
     fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     Ok(file.into())
+}
+
+/// A new description of a temporary file.
+///
+/// # Errors
+/// As open(2).
+pub fn reopen(temporary: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", temporary.as_raw_fd());
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.map(OwnedFd::from).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
 }
 
 /// How often a caller that waits for one is asked whether it still does.
@@ -178,6 +236,33 @@ mod tests {
         assert_eq!(busy, Errno::EWOULDBLOCK);
         drop(held);
         Flock::lock(second, FlockArg::LockExclusiveNonblock).unwrap();
+    }
+
+    #[test]
+    fn a_temporary_file_is_reached_afresh_and_has_no_name() {
+        use std::io::{Read, Write};
+        let dir = tempfile::tempdir().unwrap();
+        let held = temporary(dir.path().to_str().unwrap()).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        std::fs::File::from(reopen(&held).unwrap()).write_all(b"x").unwrap();
+        let mut text = String::new();
+        std::fs::File::from(reopen(&held).unwrap()).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "x", "a description of its own, and the same file");
+        assert!(temporary("/nonexistent").unwrap_err().contains("must be a directory"));
+    }
+
+    #[test]
+    fn servers_are_connected_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = UnixListener::bind(&path).unwrap();
+        assert!(open(resource_kind::CONNECT, path.to_str().unwrap()).is_ok());
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{}", tcp.local_addr().unwrap());
+        assert!(is_server(&address) && open(resource_kind::CONNECT, &address).is_ok());
+        for bad in ["s", "tcp:localhost:1", "tcp:127.0.0.1", "udp:127.0.0.1:1", ""] {
+            assert!(!is_server(bad), "{bad}");
+        }
     }
 
     #[test]

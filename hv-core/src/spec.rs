@@ -238,15 +238,24 @@ pub fn resource(r: &WireResource) -> Result<(Name, Resource), String> {
     let Some(name) = Name::new(&r.name) else {
         return bad("resources.name", format!("{:?} must be 1 to {NAME_LEN} printable ASCII bytes", r.name));
     };
-    check_path("resources.path", &r.path)?;
+    if r.kind() != resource::Kind::Connect {
+        check_path("resources.path", &r.path)?;
+    } else if !crate::resources::is_server(&r.path) {
+        return bad(
+            "resources.path",
+            format!("{:?} is neither a socket's path nor tcp:ADDRESS:PORT", r.path),
+        );
+    }
     let kind = match r.kind() {
         resource::Kind::FileRo => resource_kind::FILE_RO,
         resource::Kind::FileRw => resource_kind::FILE_RW,
         resource::Kind::Listener => resource_kind::LISTENER,
         resource::Kind::Device => resource_kind::DEVICE,
+        resource::Kind::Connect => resource_kind::CONNECT,
+        resource::Kind::FileTemporary => resource_kind::FILE_TEMPORARY,
         resource::Kind::Unspecified => return bad("resources.kind", format!("of {:?} is missing", r.name)),
     };
-    Ok((name, Resource { kind, path: r.path.clone(), mode: r.mode, listener: None }))
+    Ok((name, Resource { kind, path: r.path.clone(), mode: r.mode, listener: None, temporary: None }))
 }
 
 fn bind_field(binds: &[proto::hvcore::Bind]) -> Result<Vec<BindSpec>, String> {

@@ -333,7 +333,9 @@ fn open_nbd(
         drain = match session::drain(&old, &kept, patience) {
             Ok(took) => took,
             Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {
-                return Err(failed("the server has not answered the last requests of the former session".into()));
+                return Err(failed(
+                    "the server has not answered the last requests of the former session".into(),
+                ));
             }
             // It has closed the session; see the module for what that means.
             Err(error) => {
@@ -348,10 +350,19 @@ fn open_nbd(
         return Err(failed("the server serves it read-only; give mode ro".into()));
     }
     let how = "the former session's requests are answered before it is closed";
-    Ok(Opened { layer: unlocked(Arc::new(layer), spec, approved)?, identity: fnv(spec.name.bytes()), drain, how })
+    Ok(Opened {
+        layer: unlocked(Arc::new(layer), spec, approved)?,
+        identity: fnv(spec.name.bytes()),
+        drain,
+        how,
+    })
 }
 
-fn unlock(layer: Arc<dyn Layer>, spec: &FileSpec, approved: &Arc<dyn Approved>) -> std::io::Result<LuksLayer> {
+fn unlock(
+    layer: Arc<dyn Layer>,
+    spec: &FileSpec,
+    approved: &Arc<dyn Approved>,
+) -> std::io::Result<LuksLayer> {
     let volume = Volume::read(&*layer)?;
     let kept = approved.kept(&spec.resource("luks"));
     // Identity, key, and then that they are there.
@@ -368,7 +379,8 @@ fn unlock(layer: Arc<dyn Layer>, spec: &FileSpec, approved: &Arc<dyn Approved>) 
             return LuksLayer::new(layer, volume.segment, &key);
         }
     }
-    let (_, fd) = approved.open(&spec.resource("key")).map_err(|e| std::io::Error::other(format!("its key: {e}")))?;
+    let (_, fd) =
+        approved.open(&spec.resource("key")).map_err(|e| std::io::Error::other(format!("its key: {e}")))?;
     let mut passphrase = Zeroizing::new(Vec::new());
     File::from(fd).take(MOST_PASSPHRASE + 1).read_to_end(&mut passphrase)?;
     if passphrase.len() as u64 > MOST_PASSPHRASE {
@@ -536,7 +548,8 @@ mod tests {
         let path = dir.path().join("x");
         std::fs::write(&path, vec![0; 1 << 20]).unwrap();
         let chain = Chain::new(vec![spec("qcow2", &path)], false).unwrap();
-        let error = |approved: &Arc<dyn Approved>| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
+        let error =
+            |approved: &Arc<dyn Approved>| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
         assert!(error(&files(&[(RW, &path)])).contains("no qcow2 image"));
         assert!(error(&files(&[(RO, &path)])).contains("reading only"));
         assert!(error(&files(&[])).contains("no such resource"));

@@ -29,10 +29,13 @@ const CONTROL_MODE: u32 = 0o600;
 /// Most opens of resources of one domain that have not come back from the kernel.
 const MAX_OPENS: u32 = 8;
 
-/// Makes a listener's socket.
+/// Makes a listener's socket or a temporary file.
 pub(super) fn listen_if_listener(resource: &mut Resource) -> Result<(), String> {
     if resource.kind == resource_kind::LISTENER {
         resource.listener = Some(Arc::new(resources::listen(&resource.path, resource.mode)?));
+    }
+    if resource.kind == resource_kind::FILE_TEMPORARY {
+        resource.temporary = Some(Arc::new(resources::temporary(&resource.path)?));
     }
     Ok(())
 }

@@ -55,8 +55,9 @@ pub(super) fn resource_open(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
         let resource = d.resources.get(&name.0).cloned().ok_or(Errno::ENOENT)?;
         (resource, d.kept.as_ref().map(|k| k.netns.clone()).ok_or(Errno::ESTALE)?, d.opens.clone())
     };
-    let fd = match (resource.kind, resource.listener) {
+    let fd = match (resource.kind, resource.listener.or(resource.temporary)) {
         (resource_kind::LISTENER, Some(listener)) => listener,
+        (resource_kind::FILE_TEMPORARY, Some(file)) => Arc::new(resources::reopen(&file)?),
         (kind, _) => {
             let netns = (kind == resource_kind::DEVICE).then_some(netns);
             // The next incarnation begins when all calls of this one have ended: none may wait for the kernel.

@@ -44,8 +44,15 @@ enum Slot {
     #[default]
     Free,
     /// Under way, with the data that has come so far.
-    Waiting { data: Vec<u8>, offset: u64, error: u32 },
-    Done { data: Vec<u8>, error: u32 },
+    Waiting {
+        data: Vec<u8>,
+        offset: u64,
+        error: u32,
+    },
+    Done {
+        data: Vec<u8>,
+        error: u32,
+    },
     /// The connection was lost.
     Lost,
 }
@@ -85,7 +92,8 @@ struct Handshake<'a>(&'a OwnedFd);
 
 impl Handshake<'_> {
     fn ready(&self, what: nix::poll::PollFlags) -> Result<()> {
-        let timeout = nix::poll::PollTimeout::try_from(HANDSHAKE.as_millis()).unwrap_or(nix::poll::PollTimeout::MAX);
+        let timeout =
+            nix::poll::PollTimeout::try_from(HANDSHAKE.as_millis()).unwrap_or(nix::poll::PollTimeout::MAX);
         match nix::poll::poll(&mut [nix::poll::PollFd::new(self.0.as_fd(), what)], timeout)? {
             0 => Err(Error::new(ErrorKind::TimedOut, "nbd: the server does not answer")),
             _ => Ok(()),
@@ -129,8 +137,11 @@ impl NbdLayer {
     pub fn open(connector: Box<dyn Connector>, export: &str, kept: Kept) -> Result<NbdLayer> {
         kept.clear();
         let (socket, first) = begin(&*connector, export)?;
-        let state =
-            State { socket: Some(Arc::new(socket)), slots: (0..SLOTS).map(|_| Slot::Free).collect(), over: false };
+        let state = State {
+            socket: Some(Arc::new(socket)),
+            slots: (0..SLOTS).map(|_| Slot::Free).collect(),
+            over: false,
+        };
         let shared = Arc::new(Shared {
             connector,
             export: export.to_owned(),
@@ -230,7 +241,10 @@ impl Shared {
             self.kept.clear();
             match begin(&*self.connector, &self.export) {
                 Ok((_, found)) if found.size < self.first.size || found.flags != self.first.flags => {
-                    tracing::error!(export = self.export, "nbd: the server has another export of that name now");
+                    tracing::error!(
+                        export = self.export,
+                        "nbd: the server has another export of that name now"
+                    );
                 }
                 Ok((socket, found)) => {
                     tracing::info!(export = self.export, "nbd: connected again");
@@ -269,7 +283,9 @@ impl Shared {
             Reply::Chunk { kind, .. } => {
                 let start = || -> Result<usize> {
                     let at = data.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes);
-                    let at = at.and_then(|at| at.checked_sub(*offset)).ok_or_else(|| nonsense("a chunk's offset"))?;
+                    let at = at
+                        .and_then(|at| at.checked_sub(*offset))
+                        .ok_or_else(|| nonsense("a chunk's offset"))?;
                     usize::try_from(at).map_err(|_| nonsense("a chunk's offset"))
                 };
                 match kind {
@@ -277,18 +293,21 @@ impl Shared {
                     chunk::DATA => {
                         let (start, bytes) = (start()?, &data[8..]);
                         let end = start.checked_add(bytes.len()).filter(|end| *end <= so_far.len());
-                        let end = end.ok_or_else(|| nonsense("a chunk's data lies outside of what was asked for"))?;
+                        let end =
+                            end.ok_or_else(|| nonsense("a chunk's data lies outside of what was asked for"))?;
                         so_far[start..end].copy_from_slice(bytes);
                     }
                     chunk::HOLE => {
                         let start = start()?;
-                        let len = data.get(8..12).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
+                        let len =
+                            data.get(8..12).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
                         let end = start.checked_add(len as usize).filter(|end| *end <= so_far.len());
                         let end = end.ok_or_else(|| nonsense("a hole lies outside of what was asked for"))?;
                         so_far[start..end].fill(0);
                     }
                     kind if kind & chunk::ERROR != 0 => {
-                        let code = data.get(..4).and_then(|b| b.try_into().ok()).map_or(5, u32::from_be_bytes);
+                        let code =
+                            data.get(..4).and_then(|b| b.try_into().ok()).map_or(5, u32::from_be_bytes);
                         *error = if *error == 0 { code.max(1) } else { *error };
                     }
                     _ => return Err(nonsense("a chunk of a kind that was not asked for")),
@@ -314,7 +333,15 @@ impl Shared {
     }
 
     /// One request to its end, over as many connections as it takes.
-    fn call(&self, command: Command, fua: bool, offset: u64, len: u64, data: &[u8], back: usize) -> Result<Vec<u8>> {
+    fn call(
+        &self,
+        command: Command,
+        fua: bool,
+        offset: u64,
+        len: u64,
+        data: &[u8],
+        back: usize,
+    ) -> Result<Vec<u8>> {
         let number = {
             let mut state = self.state();
             loop {
@@ -410,7 +437,11 @@ impl Layer for NbdLayer {
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         // In pieces: a server without holes takes its time for each.
         const PIECE: u64 = 32 << 20;
-        let zeroes = if self.has(flag::SEND_WRITE_ZEROES) { Vec::new() } else { vec![0; len.min(MOST_WRITE) as usize] };
+        let zeroes = if self.has(flag::SEND_WRITE_ZEROES) {
+            Vec::new()
+        } else {
+            vec![0; len.min(MOST_WRITE) as usize]
+        };
         let mut done = 0;
         while done < len {
             let n = if zeroes.is_empty() { PIECE.min(len - done) } else { (len - done).min(MOST_WRITE) };

@@ -123,10 +123,8 @@ impl Kept {
     ) -> std::result::Result<(), Errno> {
         let skip = sent.min(frame[0].len());
         let rest = [&frame[0][skip..], &frame[1][sent - skip..]];
-        let mut iov = rest.map(|piece| libc::iovec {
-            iov_base: piece.as_ptr().cast_mut().cast(),
-            iov_len: piece.len(),
-        });
+        let mut iov = rest
+            .map(|piece| libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() });
         let header = Self::header(step);
         assert!(header.is_multiple_of(8) && header + size_of::<libc::mmsghdr>() <= self.0.len());
         let at: *mut libc::mmsghdr = self.0.as_ptr().wrapping_add(header).cast();
@@ -251,7 +249,10 @@ pub fn next_reply(
 pub fn slot_of(cookie: u64) -> Result<usize> {
     match usize::try_from(cookie) {
         Ok(slot) if slot < SLOTS => Ok(slot),
-        _ => Err(Error::new(ErrorKind::InvalidData, format!("nbd: a reply to {cookie:#x}, which was not asked"))),
+        _ => Err(Error::new(
+            ErrorKind::InvalidData,
+            format!("nbd: a reply to {cookie:#x}, which was not asked"),
+        )),
     }
 }
 

@@ -213,8 +213,13 @@ fn the_fence_waits_for_what_was_sent_whole() {
                 slow.answer(cookie);
             }
         });
-        drain(&ours, &memory, Duration::from_secs(5)).unwrap_or_else(|e| panic!("round {round}, cut {cut}: {e}"));
-        assert_eq!(carried_out.load(Relaxed), expected, "round {round}: everything is over when the fence is passed");
+        drain(&ours, &memory, Duration::from_secs(5))
+            .unwrap_or_else(|e| panic!("round {round}, cut {cut}: {e}"));
+        assert_eq!(
+            carried_out.load(Relaxed),
+            expected,
+            "round {round}: everything is over when the fence is passed"
+        );
         drop(ours);
         server.join().unwrap();
         assert_eq!(carried_out.load(Relaxed), expected, "round {round}: and nothing comes later");

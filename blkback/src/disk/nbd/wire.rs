@@ -132,7 +132,8 @@ pub fn handshake(stream: &mut (impl Read + Write), name: &str) -> Result<Export>
                     export = Some((size, u16::from_be_bytes([data[10], data[11]])));
                 }
                 INFO_BLOCK_SIZE if data.len() >= 14 => {
-                    let word = |at: usize| u32::from_be_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
+                    let word =
+                        |at: usize| u32::from_be_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]);
                     if word(2) > 512 {
                         return Err(wrong(format!(
                             "the server takes blocks of {} bytes at least, and sectors have 512",
@@ -144,8 +145,12 @@ pub fn handshake(stream: &mut (impl Read + Write), name: &str) -> Result<Export>
                 _ => {}
             },
             kind if kind & REP_ERROR != 0 => {
-                let text: String = String::from_utf8_lossy(&data).chars().filter(|c| !c.is_control()).take(200).collect();
-                return Err(wrong(format!("the server refuses export {name:?}: {text} (error {:#x})", kind ^ REP_ERROR)));
+                let text: String =
+                    String::from_utf8_lossy(&data).chars().filter(|c| !c.is_control()).take(200).collect();
+                return Err(wrong(format!(
+                    "the server refuses export {name:?}: {text} (error {:#x})",
+                    kind ^ REP_ERROR
+                )));
             }
             _ => {}
         }
@@ -208,7 +213,12 @@ pub fn reply(header: &[u8]) -> Reply {
     if header.len() == 16 {
         Reply::Simple { error: be(4..8) as u32, cookie: be(8..16) }
     } else {
-        Reply::Chunk { done: be(4..6) & 1 != 0, kind: be(6..8) as u16, cookie: be(8..16), len: be(16..20) as u32 }
+        Reply::Chunk {
+            done: be(4..6) & 1 != 0,
+            kind: be(6..8) as u16,
+            cookie: be(8..16),
+            len: be(16..20) as u32,
+        }
     }
 }
 
