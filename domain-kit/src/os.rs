@@ -1,12 +1,13 @@
 //! Descriptors inherited from hv-core and the few system calls that need `unsafe`.
 #![expect(unsafe_code, reason = "inherited descriptors are only known by their numbers")]
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-/// Bit n is set once descriptor n was taken.
-static TAKEN: AtomicU64 = AtomicU64::new(0);
+/// Descriptors that were taken.
+static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
 /// Takes ownership of a descriptor that this process was started with. Each can be taken once.
 ///
@@ -14,13 +15,13 @@ static TAKEN: AtomicU64 = AtomicU64::new(0);
 /// `EBADF` if it is not open or was taken before.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     let bad = || io::Error::from_raw_os_error(nix::libc::EBADF);
-    if !(3..64).contains(&fd) {
+    if fd < 3 {
         return Err(bad());
     }
     // SAFETY: the descriptor is only inspected; if it is not open the call fails.
     let probe = unsafe { BorrowedFd::borrow_raw(fd) };
     nix::fcntl::fcntl(probe, nix::fcntl::FcntlArg::F_GETFD)?;
-    if TAKEN.fetch_or(1 << fd, Ordering::SeqCst) & (1 << fd) != 0 {
+    if !TAKEN.lock().unwrap_or_else(PoisonError::into_inner).insert(fd) {
         return Err(bad());
     }
     nix::fcntl::fcntl(probe, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;

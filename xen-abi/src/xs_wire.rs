@@ -30,6 +30,10 @@ wire_enum! { "io/xs_wire.h";
         /// 20 was XS_RESTRICT and is no longer in use.
         ResetWatches(XS_RESET_WATCHES) = 21,
         DirectoryPart(XS_DIRECTORY_PART) = 22,
+        GetFeature(XS_GET_FEATURE) = 23,
+        SetFeature(XS_SET_FEATURE) = 24,
+        GetQuota(XS_GET_QUOTA) = 25,
+        SetQuota(XS_SET_QUOTA) = 26,
     }
 }
 

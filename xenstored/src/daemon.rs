@@ -1,6 +1,6 @@
 //! The event loop: one thread, one epoll, every client served in turn.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -15,12 +15,14 @@ use crate::domains::{Domains, Ring, Seen};
 use crate::engine::{Engine, Processed};
 use crate::journal::log::Full;
 use crate::keeper::FdKeeper;
-use crate::store::ConnId;
+use crate::live::{NoSuccessor, Plan, Session, Started, Step, Successor};
+use crate::store::{ConnId, ConnMap};
 use crate::transport::ring::{self, BadIndex};
 use crate::transport::{Pulled, Pushed, stream};
+use crate::turns::Turns;
 
 /// Requests of one client before the next client's turn.
-const BUDGET: usize = 16;
+const BUDGET: usize = 32;
 /// Commits in a row that fail before others wait for a client (XSA-206).
 const CONFLICTS: u32 = 3;
 /// How long the others wait at most, and then the client does not get another turn like that for as long.
@@ -87,10 +89,11 @@ pub struct Daemon<K, D> {
     engine: Engine,
     epoll: Epoll,
     listener: Option<UnixListener>,
-    links: BTreeMap<ConnId, Link>,
+    links: ConnMap<Link>,
     /// Whose turn comes, each once; `queued` holds the same.
     runnable: VecDeque<ConnId>,
-    queued: BTreeSet<ConnId>,
+    queued: ConnMap<()>,
+    turns: Turns,
     keeper: K,
     domains: D,
     priority: Option<(ConnId, Instant)>,
@@ -98,6 +101,10 @@ pub struct Daemon<K, D> {
     stalled: bool,
     /// A domain's ring could not be had: asked for again then.
     rescan_at: Option<Instant>,
+    /// CONTROL live-update.
+    live: Session,
+    successor: Box<dyn Successor>,
+    replaced: bool,
     stats: Arc<Stats>,
 }
 
@@ -125,15 +132,19 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             engine,
             epoll,
             listener,
-            links: BTreeMap::new(),
+            links: ConnMap::default(),
             runnable: VecDeque::new(),
-            queued: BTreeSet::new(),
+            queued: ConnMap::default(),
+            turns: Turns::default(),
             keeper,
             domains,
             priority: None,
             rest_until: Instant::now(),
             stalled: false,
             rescan_at: None,
+            live: Session::default(),
+            successor: Box::new(NoSuccessor),
+            replaced: false,
             stats: Arc::default(),
         };
         daemon.take_up_sockets()?;
@@ -179,8 +190,60 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     }
 
     fn wake(&mut self, id: ConnId) {
-        if self.queued.insert(id) {
+        if self.queued.insert(id, ()).is_none() {
             self.runnable.push_back(id);
+        }
+    }
+
+    /// Sets how CONTROL live-update starts another binary; without, it is refused.
+    pub fn set_successor(&mut self, successor: Box<dyn Successor>) {
+        self.successor = successor;
+    }
+
+    /// CONTROL live-update, the next request of this connection.
+    fn live_update(&mut self, id: ConnId) -> Result<(), DaemonError> {
+        let args: Vec<Vec<u8>> = self.engine.live_request().into_iter().map(<[u8]>::to_vec).collect();
+        let answer = match self.live.step(id, &args, &*self.successor) {
+            Step::Answer(answer) => answer,
+            Step::Start if self.engine.take_live_mark(id) => Ok("OK".to_owned()),
+            Step::Start => match self.live.take(id) {
+                None => Ok("Not in live-update session.".to_owned()),
+                Some(plan) => match self.hand_over(id, &plan)? {
+                    None => return Ok(()),
+                    Some(failed) => Ok(failed),
+                },
+            },
+        };
+        if self.engine.answer(id, answer.as_deref().map_err(|e| *e)).is_err() {
+            self.stalled = true;
+        }
+        self.wake(id);
+        self.flush_touched()
+    }
+
+    /// Starts the other binary. What it says if that fails.
+    fn hand_over(&mut self, id: ConnId, plan: &Plan) -> Result<Option<String>, DaemonError> {
+        // With no event to run again, the binary may carry requests out differently.
+        if let Err(e) = self.engine.compact() {
+            return Ok(Some(format!("The journal could not be compacted: {e}")));
+        }
+        tracing::info!(file = %plan.file.display(), "live update");
+        self.engine.mark_live(id);
+        let sockets = self.links.iter().filter_map(|(id, link)| match link {
+            Link::Socket { fd, .. } => Some((*id, fd.as_fd())),
+            Link::Ring(_) => None,
+        });
+        let listener = self.listener.as_ref().map(|l| l.as_fd());
+        match self.successor.start(plan, listener, &mut { sockets }) {
+            Started::Replaced => {
+                self.replaced = true;
+                Ok(None)
+            }
+            Started::Failed(why) => {
+                self.engine.take_live_mark(id);
+                tracing::error!(why, "live update failed; this process goes on");
+                Ok(Some(why))
+            }
         }
     }
 
@@ -209,6 +272,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 }
             }
             self.serve()?;
+            if self.replaced {
+                return Ok(());
+            }
             if self.rescan_at.is_some_and(|at| Instant::now() >= at) {
                 self.scan_domains()?;
             }
@@ -227,7 +293,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         set(&self.stats.nodes, store.tree.len() as u64);
         set(&self.stats.watches, store.watches.len() as u64);
         set(&self.stats.connections, self.links.len() as u64);
-        set(&self.stats.domains, store.domains().count() as u64);
+        set(&self.stats.domains, store.domain_count() as u64);
         set(&self.stats.journal_bytes, self.engine.log_len());
     }
 
@@ -235,20 +301,19 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         if self.stalled {
             return EpollTimeout::from(STALL.as_millis() as u16);
         }
-        match &self.priority {
-            _ if self.runnable.is_empty() => match self.rescan_at {
-                Some(at) => {
-                    let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
-                    EpollTimeout::from(left.min(1000) as u16)
-                }
-                None => EpollTimeout::NONE,
-            },
-            Some((_, until)) if self.runnable.iter().all(|id| self.has_to_wait(*id)) => {
-                let left = until.saturating_duration_since(Instant::now()).as_millis() + 1;
-                EpollTimeout::from(left.min(1000) as u16)
-            }
-            _ => EpollTimeout::ZERO,
+        let busy = match &self.priority {
+            Some(_) => self.runnable.iter().any(|id| !self.has_to_wait(*id)),
+            None => !self.runnable.is_empty(),
+        };
+        if busy {
+            return EpollTimeout::ZERO;
         }
+        let waiting = self.priority.filter(|_| !self.runnable.is_empty()).map(|(_, until)| until);
+        let first = [waiting, self.turns.deadline(), self.rescan_at].into_iter().flatten().min();
+        first.map_or(EpollTimeout::NONE, |at| {
+            let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+            EpollTimeout::from(left.min(1000) as u16)
+        })
     }
 
     fn accept(&mut self) -> Result<(), DaemonError> {
@@ -325,6 +390,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
 
     fn serve(&mut self) -> Result<(), DaemonError> {
         self.stalled = false;
+        if let Some(next) = self.turns.expired() {
+            self.wake(next);
+        }
         for _ in 0..self.runnable.len() {
             let Some(id) = self.runnable.pop_front() else { break };
             if self.has_to_wait(id) {
@@ -333,6 +401,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             }
             self.queued.remove(&id);
             self.turn(id)?;
+            if self.replaced {
+                return Ok(());
+            }
             self.flush_touched()?;
             self.drop_closed();
         }
@@ -347,7 +418,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             Some(Link::Ring(ring)) => {
                 let page = Arc::clone(&ring.page);
                 if ring::wants_reset(&*page) {
-                    ring::reset(&mut self.engine, id, &*page)?;
+                    if let Err(e) = ring::reset(&mut self.engine, id, &*page) {
+                        return self.later(id, e);
+                    }
                     ring.port.notify();
                 }
                 match ring::pull(&self.engine, id, &*page) {
@@ -361,9 +434,15 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             }
             Some(Link::Socket { .. }) => {}
         }
-        let outcome = self.engine.process(id, BUDGET);
-        self.note_conflicts(id);
+        let now = Instant::now();
+        let privileged = self.engine.store.conn(id).is_some_and(|c| c.privileged());
+        let turns = &mut self.turns;
+        let outcome = self.engine.process_while(id, BUDGET, |head| turns.may_run(id, privileged, head, now));
+        self.note_conflicts(id, now);
         match outcome {
+            // Woken when its turn comes.
+            Processed::Held => {}
+            Processed::Live => return self.live_update(id),
             Processed::More => again = true,
             Processed::Idle => {
                 if matches!(self.links.get(&id), Some(Link::Socket { ended: true, .. })) {
@@ -371,6 +450,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 }
             }
             Processed::Gated => {
+                self.engine.store.note_gated(id);
                 if let Some(Link::Socket { gated, .. }) = self.links.get_mut(&id) {
                     *gated = true;
                 }
@@ -392,9 +472,12 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     }
 
     /// A client whose commits keep failing gets a moment in which the others do not interfere.
-    fn note_conflicts(&mut self, id: ConnId) {
-        let conflicts = self.engine.store.conn(id).map_or(0, |c| c.conflicts);
-        let now = Instant::now();
+    fn note_conflicts(&mut self, id: ConnId, now: Instant) {
+        let (conflicts, open) =
+            self.engine.store.conn(id).map_or((0, false), |c| (c.conflicts, !c.txs.is_empty()));
+        if let Some(next) = self.turns.after(id, conflicts, open, now) {
+            self.wake(next);
+        }
         match self.priority {
             Some((holder, until)) if now >= until || (holder == id && conflicts == 0) => {
                 self.priority = None;
@@ -483,7 +566,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     fn cut_off(&mut self, id: ConnId, error: u32) -> Result<(), DaemonError> {
         let domid = self.engine.store.conn(id).and_then(|c| c.domid);
         tracing::warn!(conn = id.0, ?domid, error, "connection cut off");
-        self.engine.cut_off(id, error)?;
+        if let Err(e) = self.engine.cut_off(id, error) {
+            return self.later(id, e);
+        }
         if let Some(Link::Ring(ring)) = self.links.get(&id) {
             ring::publish(&self.engine, id, &*ring.page);
             ring.port.notify();
@@ -494,8 +579,18 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     }
 
     fn close(&mut self, id: ConnId) -> Result<(), DaemonError> {
-        self.engine.close(id)?;
+        if let Err(e) = self.engine.close(id) {
+            return self.later(id, e);
+        }
         self.drop_closed();
+        Ok(())
+    }
+
+    /// Nothing goes on for this client until there is room in the journal.
+    fn later(&mut self, id: ConnId, e: Full) -> Result<(), DaemonError> {
+        tracing::error!(error = %e, conn = id.0, "the journal is full, a connection's end waits");
+        self.stalled = true;
+        self.wake(id);
         Ok(())
     }
 
@@ -514,6 +609,10 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 None => {}
             }
             self.keeper.remove(id);
+            self.live.forget(id);
+            if let Some(next) = self.turns.forget(id, Instant::now()) {
+                self.wake(next);
+            }
         }
     }
 
@@ -534,16 +633,18 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         let alive = |domid, instance| {
             seen.iter().any(|s| s.domid == domid && !s.dying && (instance == 0 || s.instance == instance))
         };
-        let gone: Vec<u16> = self
-            .engine
-            .store
-            .domains()
-            .filter(|(domid, d)| !alive(*domid, d.instance))
-            .map(|(domid, _)| domid)
-            .collect();
+        let store = &self.engine.store;
+        let known = store.domains().map(|(domid, d)| (domid, d.instance));
+        let all = known.chain(store.prepared().map(|domid| (domid, 0)));
+        let gone: Vec<u16> =
+            all.filter(|(domid, instance)| !alive(*domid, *instance)).map(|(domid, _)| domid).collect();
         for domid in gone {
             tracing::info!(domid, "domain is gone");
-            self.engine.domain_down(domid)?;
+            if let Err(e) = self.engine.domain_down(domid) {
+                tracing::error!(error = %e, domid, "the journal is full, a domain's end waits");
+                self.rescan_at = Some(Instant::now() + RESCAN);
+                continue;
+            }
             self.flush_touched()?;
             self.drop_closed();
             self.domains.detach(domid);

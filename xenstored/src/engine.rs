@@ -6,6 +6,8 @@
 
 use std::rc::Rc;
 
+use xen_abi::xs_wire::XsMsgType as Op;
+
 use crate::codec::{Reader, Writer};
 use crate::journal::JournalError;
 use crate::journal::arena::Arena;
@@ -13,11 +15,17 @@ use crate::journal::layout::{BEHAVIOUR, SLOTS, sb};
 use crate::journal::log::{Full, Log, MIN_HALF};
 use crate::journal::mem::Mem;
 use crate::journal::slots::Slot;
-use crate::store::{Class, Conn, ConnId, Event, Limits, Loaded, Loader, Quota, Store, write_snapshot};
-use crate::wire::{HEADER, Header, TooLong};
+use crate::store::{Class, Conn, ConnId, Event, Item, Limits, Loaded, Loader, Notice, Store, write_snapshot};
+use crate::wire::{Errno, HEADER, Header, TooLong};
 
 /// A request that made the daemon die by its own fault this often costs its connection.
 const POISON: u64 = 3;
+/// Bytes of unread output at which no more requests of a client are taken.
+const UNREAD_GUEST: u64 = 16 << 10;
+const UNREAD_SERVICE: u64 = 64 << 10;
+const UNREAD_DOM0: u64 = 256 << 10;
+/// How the payload of a request begins that concerns the process.
+const LIVE: &[u8] = b"live-update\0";
 /// The journal is also compacted when so many times `compact_at` bytes of the arena changed.
 const CHANGED_AT: u64 = 4;
 
@@ -60,6 +68,10 @@ pub struct Opened {
 pub enum Processed {
     /// No complete request is left.
     Idle,
+    /// The next request has to wait (see [`Engine::process_while`]).
+    Held,
+    /// The next request concerns the process: CONTROL live-update. [`Engine::answer`] answers it.
+    Live,
     /// The budget is used up.
     More,
     /// The client has to read first.
@@ -155,6 +167,7 @@ impl Engine {
                     }
                 }
                 store.take_closed();
+                store.take_notices();
                 store.take_freed_into(&mut Vec::new());
                 Ok(false)
             }
@@ -257,7 +270,30 @@ impl Engine {
         self.record.u32(digest);
         self.log.append(&self.record.0);
         self.store.take_freed_into(&mut self.free);
+        self.tell();
         Ok(())
+    }
+
+    /// Tells the log of quotas that were reached.
+    fn tell(&mut self) {
+        for notice in self.store.take_notices() {
+            let Notice { domid, item, soft, limit } = notice;
+            let quota = item.name();
+            match (soft, item) {
+                (true, _) => tracing::warn!(domid, quota, limit, "over its soft quota"),
+                (false, Item::Outstanding) => {
+                    tracing::warn!(
+                        domid,
+                        quota,
+                        limit,
+                        "does not read its replies and is not served until it does"
+                    );
+                }
+                (false, _) => {
+                    tracing::warn!(domid, quota, limit, "a request was refused: the quota is used up")
+                }
+            }
+        }
     }
 
     /// The slot of a connection.
@@ -392,15 +428,44 @@ impl Engine {
         Ok(())
     }
 
-    fn gate(&self, conn: &Conn) -> u64 {
-        u64::from(match conn.class {
-            Class::Guest => self.store.limits().guest.unread,
-            Class::Service => self.store.limits().service.unread,
-            Class::Dom0 => Quota::PRIVILEGED_UNREAD,
-        })
+    /// Whether the client has to read before more of its requests are taken.
+    fn gated(&self, conn: &Conn) -> bool {
+        let most = match conn.class {
+            Class::Guest => UNREAD_GUEST,
+            Class::Service => UNREAD_SERVICE,
+            Class::Dom0 => UNREAD_DOM0,
+        };
+        if conn.out.end() - conn.out.base() >= most {
+            return true;
+        }
+        let quota =
+            conn.domid.filter(|_| !conn.privileged()).and_then(|d| self.store.domain(d)).map(|d| &d.quota);
+        quota.is_some_and(|q| conn.out.messages() >= q.most(Item::Outstanding))
     }
 
-    /// Whether a whole request waits in the connection's input.
+    /// What was received of a connection and not yet carried out.
+    pub fn unread_input(&self, id: ConnId) -> Vec<u8> {
+        let Some(conn) = self.store.conn(id) else { return Vec::new() };
+        let slot = Slot::new(&self.mem, conn.slot);
+        let mut bytes = vec![0; slot.received().saturating_sub(conn.consumed) as usize];
+        slot.read_input(conn.consumed, &mut bytes);
+        bytes
+    }
+
+    /// The header of the next request, if all of it has come.
+    pub fn next_request(&self, id: ConnId) -> Option<Header> {
+        let conn = self.store.conn(id).filter(|c| c.ignored.is_none())?;
+        let slot = Slot::new(&self.mem, conn.slot);
+        let have = slot.received() - conn.consumed;
+        if have < HEADER as u64 {
+            return None;
+        }
+        let mut head = [0; HEADER];
+        slot.read_input(conn.consumed, &mut head);
+        Header::decode(&head).ok().filter(|h| have >= (HEADER + h.len) as u64)
+    }
+
+    /// Whether there is something to do for the connection: a whole request, or a header that is wrong.
     pub fn has_request(&self, id: ConnId) -> bool {
         let Some(conn) = self.store.conn(id) else { return false };
         let slot = Slot::new(&self.mem, conn.slot);
@@ -415,6 +480,16 @@ impl Engine {
 
     /// Carries out up to `budget` requests of a connection.
     pub fn process(&mut self, id: ConnId, budget: usize) -> Processed {
+        self.process_while(id, budget, |_| true)
+    }
+
+    /// Carries out up to `budget` requests of a connection, for as long as `may_run` says yes to the next one's header.
+    pub fn process_while(
+        &mut self,
+        id: ConnId,
+        budget: usize,
+        mut may_run: impl FnMut(&Header) -> bool,
+    ) -> Processed {
         for _ in 0..budget {
             let Some(conn) = self.store.conn(id) else { return Processed::Gone };
             let at = conn.consumed;
@@ -425,26 +500,36 @@ impl Engine {
             }
             let mut head = [0; HEADER];
             slot.read_input(at, &mut head);
-            let len = match Header::decode(&head) {
-                Ok(head) => HEADER + head.len,
+            let head = match Header::decode(&head) {
+                Ok(head) => head,
                 Err(TooLong(len)) => return Processed::Violation(len),
             };
+            let len = HEADER + head.len;
             if have < len as u64 {
                 return Processed::Idle;
             }
-            if conn.out.end() - conn.out.base() >= self.gate(conn) {
+            if self.gated(conn) {
                 return Processed::Gated;
             }
+            if !may_run(&head) {
+                return Processed::Held;
+            }
+            let privileged = conn.privileged();
             let mut message = std::mem::take(&mut self.message);
             message.resize(len, 0);
             slot.read_input(at, &mut message);
+            if privileged && head.op() == Some(Op::Control) && message[HEADER..].starts_with(LIVE) {
+                self.message = message;
+                return Processed::Live;
+            }
             self.mem.store_u64(sb::EXEC_AT, at);
             self.mem.store_u64(sb::EXEC_CONN, id.0);
             let consumed = at + len as u64;
             let mut done = self.commit(&Event::Request { conn: id, consumed, message: &message });
             if let Err(e) = done {
-                // Refused, it needs no room in the arena; if there is none in the log either, it waits.
-                done = self.commit(&Event::Refuse { conn: id, consumed, message: &message[..HEADER] });
+                // Answered like this, it needs no room in the arena; if there is none in the log either, it waits.
+                let (message, text) = (&message[..HEADER], Errno::ENOMEM.payload());
+                done = self.commit(&Event::Answer { conn: id, consumed, message, error: true, text });
                 if done.is_ok() {
                     tracing::error!(error = %e, conn = id.0, "a request is answered with ENOMEM");
                 }
@@ -457,5 +542,44 @@ impl Engine {
             }
         }
         if self.has_request(id) { Processed::More } else { Processed::Idle }
+    }
+
+    /// The arguments of the CONTROL live-update request that [`Processed::Live`] told of.
+    pub fn live_request(&self) -> Vec<&[u8]> {
+        let payload = self.message.get(HEADER + LIVE.len()..).unwrap_or_default();
+        crate::wire::strings(payload).collect()
+    }
+
+    /// Notes that the request that [`Processed::Live`] told of is being carried out: the successor answers it.
+    pub fn mark_live(&self, id: ConnId) {
+        if let Some(conn) = self.store.conn(id) {
+            self.mem.store_u64(sb::LIVE_AT, conn.consumed);
+            self.mem.store_u64(sb::LIVE_CONN, id.0);
+        }
+    }
+
+    /// Whether a predecessor carried out the connection's next request. The mark is gone then.
+    pub fn take_live_mark(&self, id: ConnId) -> bool {
+        let marked = self.mem.load_u64(sb::LIVE_CONN) == id.0
+            && self.store.conn(id).is_some_and(|c| c.consumed == self.mem.load_u64(sb::LIVE_AT));
+        if marked {
+            self.mem.store_u64(sb::LIVE_CONN, 0);
+        }
+        marked
+    }
+
+    /// Answers the request that [`Processed::Live`] told of.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn answer(&mut self, id: ConnId, outcome: Result<&str, Errno>) -> Result<(), Full> {
+        let Some(conn) = self.store.conn(id) else { return Ok(()) };
+        let consumed = conn.consumed + self.message.len() as u64;
+        let head = self.message[..HEADER].to_vec();
+        let (error, text) = match outcome {
+            Ok(text) => (false, [text.as_bytes(), b"\0"].concat()),
+            Err(e) => (true, e.payload().to_vec()),
+        };
+        self.commit(&Event::Answer { conn: id, consumed, message: &head, error, text: &text })
     }
 }

@@ -28,6 +28,7 @@ use xenstored::engine::{Engine, Options};
 use xenstored::journal::log::Log;
 use xenstored::journal::mem::Mem;
 use xenstored::keeper::FdKeeper;
+use xenstored::live::{Plan, Started, Successor};
 use xenstored::store::{Class, ConnId};
 
 /// Name of the journal in the fd store.
@@ -79,6 +80,7 @@ pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
     let keeper = Kept(Arc::clone(&domain));
     let domains = HvDomains { domain: Arc::clone(&domain), virq, held: BTreeMap::new() };
     let mut daemon = Daemon::new(engine, listener, stop.as_fd(), keeper, domains)?;
+    daemon.set_successor(Box::new(NextIncarnation));
     let control = control::serve(&domain, Arc::new(Numbers(daemon.stats()))).context("gRPC")?;
     control.set_serving(true);
     domain.hv.served().context("telling hv-core that we serve")?;
@@ -141,6 +143,24 @@ impl FdKeeper for Kept {
             found.push((ConnId(id), fd));
         }
         Ok(found)
+    }
+}
+
+/// Live update: hv-core starts the domain's program again, which dom0 may have replaced; all descriptors are in the fd store.
+struct NextIncarnation;
+
+impl Successor for NextIncarnation {
+    fn check(&self, _plan: &Plan) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn start(
+        &mut self,
+        _plan: &Plan,
+        _listener: Option<BorrowedFd<'_>>,
+        _sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
+    ) -> Started {
+        Started::Replaced
     }
 }
 

@@ -23,8 +23,12 @@ pub trait FdKeeper {
     fn all(&mut self) -> io::Result<Vec<(ConnId, OwnedFd)>>;
 }
 
-/// Keeps nothing: sockets die with the process (standalone mode).
-pub struct NoKeeper;
+/// Keeps nothing: sockets die with the process (standalone mode), or are inherited at a live update.
+#[derive(Default)]
+pub struct NoKeeper {
+    /// Those of the predecessor.
+    pub inherited: Vec<(ConnId, OwnedFd)>,
+}
 
 impl FdKeeper for NoKeeper {
     fn put(&mut self, _id: ConnId, _fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -34,6 +38,6 @@ impl FdKeeper for NoKeeper {
     fn remove(&mut self, _id: ConnId) {}
 
     fn all(&mut self) -> io::Result<Vec<(ConnId, OwnedFd)>> {
-        Ok(Vec::new())
+        Ok(std::mem::take(&mut self.inherited))
     }
 }

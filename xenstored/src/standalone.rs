@@ -1,27 +1,43 @@
 //! `xenstored --standalone`: a Unix socket, a file, no hypervisor.
 
+use std::convert::Infallible;
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::FileTypeExt as _;
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use domain_kit::os::take_inherited;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use xenstored::daemon::Daemon;
 use xenstored::domains::NoDomains;
 use xenstored::engine::{Engine, Options};
+use xenstored::journal::layout::MAGIC;
 use xenstored::journal::log::Log;
 use xenstored::journal::mem::Mem;
 use xenstored::keeper::NoKeeper;
+use xenstored::live::{Plan, Started, Successor};
+use xenstored::store::ConnId;
 
-/// Serves until SIGTERM or SIGINT.
-pub fn run(socket: &Path, state: &Path, salvage: bool, half_size: u64) -> anyhow::Result<()> {
+/// Serves until SIGTERM or SIGINT. With `inherit`, a predecessor's sockets are taken over.
+pub fn run(
+    socket: &Path,
+    state: &Path,
+    salvage: bool,
+    half_size: u64,
+    inherit: Option<i32>,
+) -> anyhow::Result<()> {
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTERM);
     stop.add(Signal::SIGINT);
@@ -30,7 +46,8 @@ pub fn run(socket: &Path, state: &Path, salvage: bool, half_size: u64) -> anyhow
         SignalFd::with_flags(&stop, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
 
     // The file is locked before anything of the predecessor's is touched: it may still be going down.
-    let (mem, _lock) = open_state(state, half_size)?;
+    let mut inherited = inherit.map(Inherited::take).transpose().context("the predecessor's descriptors")?;
+    let (mem, lock) = open_state(state, half_size, inherited.as_mut().and_then(|i| i.state.take()))?;
     let options = Options { half_size, salvage, ..Options::default() };
     let (engine, opened) = Engine::open(Rc::new(mem), &options).with_context(|| {
         format!(
@@ -48,8 +65,14 @@ pub fn run(socket: &Path, state: &Path, salvage: bool, half_size: u64) -> anyhow
         "journal {}",
         state.display()
     );
-    let listener = listen(socket)?;
-    let mut daemon = Daemon::new(engine, Some(listener), stop.as_fd(), NoKeeper, NoDomains)?;
+    let (listener, sockets) = match inherited {
+        Some(inherited) => (inherited.listener, inherited.sockets),
+        None => (Some(listen(socket)?), Vec::new()),
+    };
+    let listener = listener.context("the predecessor had no listening socket")?;
+    let keeper = NoKeeper { inherited: sockets };
+    let mut daemon = Daemon::new(engine, Some(listener), stop.as_fd(), keeper, NoDomains)?;
+    daemon.set_successor(Box::new(Exec { state: lock }));
     tracing::info!("serving {}", socket.display());
     daemon.run()?;
     if let Err(e) = daemon.engine().compact() {
@@ -60,8 +83,20 @@ pub fn run(socket: &Path, state: &Path, salvage: bool, half_size: u64) -> anyhow
     Ok(())
 }
 
-fn open_state(path: &Path, half_size: u64) -> anyhow::Result<(Mem, Flock<File>)> {
+/// Opens and locks a journal's file, or takes over the one that the predecessor locked.
+pub fn open_state(
+    path: &Path,
+    half_size: u64,
+    inherited: Option<File>,
+) -> anyhow::Result<(Mem, Flock<File>)> {
     let name = path.display();
+    if let Some(file) = inherited {
+        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, e)| e)
+            .with_context(|| format!("{name}: the predecessor's lock"))?;
+        let len = file.metadata()?.len();
+        return Ok((Mem::map(file, len as usize)?, lock));
+    }
     let file: File = OpenOptions::new()
         .read(true)
         .write(true)
@@ -91,6 +126,145 @@ fn open_state(path: &Path, half_size: u64) -> anyhow::Result<(Mem, Flock<File>)>
     }
     let mem = Mem::map(file, have.max(want) as usize).with_context(|| format!("{name}: can't be mapped"))?;
     Ok((mem, lock))
+}
+
+/// What a live update hands over, as lines of text in a memfd.
+#[derive(Default)]
+struct Inherited {
+    state: Option<File>,
+    listener: Option<UnixListener>,
+    sockets: Vec<(ConnId, OwnedFd)>,
+}
+
+impl Inherited {
+    fn take(list: i32) -> anyhow::Result<Self> {
+        let mut text = String::new();
+        let mut file = File::from(take_inherited(list)?);
+        file.rewind()?;
+        file.read_to_string(&mut text)?;
+        let mut inherited = Self::default();
+        for line in text.lines() {
+            let words: Vec<&str> = line.split(' ').collect();
+            match words[..] {
+                ["state", fd] => inherited.state = Some(take_inherited(fd.parse()?)?.into()),
+                ["listener", fd] => inherited.listener = Some(take_inherited(fd.parse()?)?.into()),
+                ["conn", id, fd] => {
+                    inherited.sockets.push((ConnId(id.parse()?), take_inherited(fd.parse()?)?));
+                }
+                _ => bail!("{line:?} is no descriptor"),
+            }
+        }
+        Ok(inherited)
+    }
+}
+
+/// Live update by exec.
+struct Exec {
+    state: Flock<File>,
+}
+
+/// What a binary prints that takes over the journal.
+pub const ACCEPTED: &str = "accepted";
+/// How long a binary may take to say whether it takes over the journal.
+const CHECK: Duration = Duration::from_secs(1);
+
+impl Exec {
+    fn exec(
+        &self,
+        plan: &Plan,
+        listener: Option<BorrowedFd<'_>>,
+        sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
+    ) -> anyhow::Result<Infallible> {
+        let mut list = File::from(memfd_create(c"xenstored-live-update", MFdFlags::MFD_CLOEXEC)?);
+        let sockets: Vec<_> = sockets.collect();
+        let mut text = format!("state {}\n", self.state.as_raw_fd());
+        if let Some(listener) = listener {
+            text.push_str(&format!("listener {}\n", listener.as_raw_fd()));
+        }
+        for (id, fd) in &sockets {
+            text.push_str(&format!("conn {} {}\n", id.0, fd.as_raw_fd()));
+        }
+        list.write_all(text.as_bytes())?;
+        let file = CString::new(plan.file.as_os_str().as_bytes())?;
+        let mut args = vec![file.clone()];
+        match &plan.arguments {
+            Some(text) => {
+                for word in text.split_whitespace() {
+                    args.push(CString::new(word)?);
+                }
+            }
+            None => {
+                let mut own = std::env::args_os().skip(1);
+                while let Some(arg) = own.next() {
+                    if arg == "--inherit" {
+                        own.next();
+                    } else {
+                        args.push(CString::new(arg.as_bytes())?);
+                    }
+                }
+            }
+        }
+        args.push(c"--inherit".into());
+        args.push(CString::new(list.as_raw_fd().to_string())?);
+        let all = || {
+            let own = [list.as_fd(), self.state.as_fd()].into_iter().chain(listener);
+            own.chain(sockets.iter().map(|(_, fd)| *fd))
+        };
+        let set = |flags: FdFlag| all().try_for_each(|fd| fcntl(fd, FcntlArg::F_SETFD(flags)).map(drop));
+        set(FdFlag::empty())?;
+        let failed = nix::unistd::execv(&file, &args);
+        set(FdFlag::FD_CLOEXEC)?;
+        Ok(failed?)
+    }
+}
+
+impl Successor for Exec {
+    fn check(&self, plan: &Plan) -> Result<(), String> {
+        let meta = std::fs::metadata(&plan.file).map_err(|_| "File not accessible.")?;
+        if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {
+            return Err("File not executable.".into());
+        }
+        // A binary that would refuse the journal must not be started: there is no way back.
+        let mut child = Command::new(&plan.file)
+            .args(["--accepts", &MAGIC.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("Error activating new binary: {e}."))?;
+        let deadline = Instant::now() + CHECK;
+        loop {
+            match child.try_wait() {
+                Ok(Some(status)) if status.success() => {
+                    let mut said = String::new();
+                    let read = child.stdout.take().map(|out| out.take(16).read_to_string(&mut said));
+                    // Of a program that is no xenstored, success says nothing.
+                    if matches!(read, Some(Ok(_))) && said.trim_end() == ACCEPTED {
+                        return Ok(());
+                    }
+                    return Err("The binary does not take over this journal.".into());
+                }
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(200)),
+                _ => {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    return Err("The binary does not take over this journal.".into());
+                }
+            }
+        }
+    }
+
+    fn start(
+        &mut self,
+        plan: &Plan,
+        listener: Option<BorrowedFd<'_>>,
+        sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
+    ) -> Started {
+        match self.exec(plan, listener, sockets) {
+            Ok(never) => match never {},
+            Err(e) => Started::Failed(format!("Error activating new binary: {e:#}.")),
+        }
+    }
 }
 
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {

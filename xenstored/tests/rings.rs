@@ -124,7 +124,8 @@ impl Server {
             let mem = Mem::map(journal.into(), Log::memory_len(HALF) as usize).expect("map");
             let options = Options { half_size: HALF, ..Options::default() };
             let (engine, _) = Engine::open(Rc::new(mem), &options).expect("journal");
-            let mut daemon = Daemon::new(engine, None, stop_in.as_fd(), NoKeeper, host).expect("daemon");
+            let mut daemon =
+                Daemon::new(engine, None, stop_in.as_fd(), NoKeeper::default(), host).expect("daemon");
             daemon.run().expect("runs");
             daemon.engine().store.check().expect("invariants");
         });

@@ -34,6 +34,10 @@ pub mod sb {
     pub const EXEC_AT: usize = 40;
     /// `epoch << 32 | count` of the undo pages; of another epoch than the active one, there are none.
     pub const UNDO: usize = 48;
+    /// Connection whose live update is under way, or 0.
+    pub const LIVE_CONN: usize = 56;
+    /// That request's input position.
+    pub const LIVE_AT: usize = 64;
 }
 
 /// Most connections at a time.

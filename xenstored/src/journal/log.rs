@@ -55,6 +55,7 @@ impl Log {
         mem.store_u64(sb::BEHAVIOUR, BEHAVIOUR);
         mem.store_u64(sb::HALF, half_size);
         mem.store_u64(sb::EXEC_CONN, 0);
+        mem.store_u64(sb::LIVE_CONN, 0);
         // The first compaction goes to half 0.
         Self {
             mem,

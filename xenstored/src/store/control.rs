@@ -1,59 +1,108 @@
-//! CONTROL: the few commands of Xen's daemon that make sense here.
+//! CONTROL: the commands of Xen's daemon that make sense here. `live-update` is not the store's matter (`live.rs`).
 
-use super::Store;
-use crate::wire::{Errno, strings};
+use std::fmt::Write as _;
+
+use super::{Item, Store};
+use crate::wire::{Errno, decimal, strings};
+
+const HELP: &str = "\
+check           
+log             [on|off|+io|-io]
+live-update     [-F] [-t <timeout>] <file>
+memreport       
+print           <string>
+quota           [set <name> <val>|<domid>|max [-r]]
+quota-soft      [set <name> <val>]
+help            
+";
 
 impl Store {
-    /// Runs a command. What it says is the reply; commands that change nothing answer at once.
+    /// Runs a command. What it says is the reply.
     pub(super) fn control(&mut self, payload: &[u8], reply: &mut Vec<u8>) -> Result<(), Errno> {
         let args: Vec<&[u8]> = strings(payload).collect();
-        let text = match args[..] {
+        let mut text = String::new();
+        match args[..] {
             [b"check"] => match self.check() {
-                Ok(()) => "OK".to_owned(),
+                Ok(()) => text.push_str("OK"),
                 Err(what) => {
                     tracing::error!(what, "the store is inconsistent");
-                    what
+                    text = what;
                 }
             },
-            // Log levels are the process's (RUST_LOG); the command exists so that callers do not fail.
-            [b"log"] | [b"log", b"on" | b"off"] => "OK".to_owned(),
-            [b"print", text] => {
-                tracing::info!(text = %String::from_utf8_lossy(text), "CONTROL print");
-                "OK".to_owned()
+            [b"log"] => {
+                let on = if self.log_requests { "on" } else { "off" };
+                let _ = writeln!(text, "Log switch settings:\n{:<8}: {on}", "io");
             }
-            [b"quota"] => {
-                let lines = self.limits.guest.list().into_iter().map(|(n, v)| format!("{n}: {v}\n"));
-                lines.collect()
+            [b"log", how @ (b"on" | b"+io" | b"off" | b"-io")] => {
+                self.log_requests = matches!(how, b"on" | b"+io");
+                text.push_str("OK");
             }
-            [b"quota", b"set", name, value] => {
+            [b"print", what] => {
+                tracing::info!(text = %String::from_utf8_lossy(what), "CONTROL print");
+                text.push_str("OK");
+            }
+            [b"quota"] => self.show_limits(&mut text, false),
+            [b"quota-soft"] => self.show_limits(&mut text, true),
+            [which @ (b"quota" | b"quota-soft"), b"set", name, value] => {
                 let name = std::str::from_utf8(name).map_err(|_| Errno::EINVAL)?;
-                if !self.limits.guest.set(name, crate::wire::decimal(value)?) {
+                let (item, false) = Item::parse(name).ok_or(Errno::EINVAL)? else {
+                    return Err(Errno::EINVAL);
+                };
+                let value: u32 = decimal(value)?;
+                if value == 0 {
                     return Err(Errno::EINVAL);
                 }
-                "OK".to_owned()
+                self.limits.guest.set(item, which == b"quota-soft", value);
+                text.push_str("OK");
+            }
+            [b"quota", b"max", ref reset @ ..] if matches!(reset, [] | [b"-r"]) => {
+                if !reset.is_empty() {
+                    self.peaks.reset_peaks();
+                    self.domains.values_mut().for_each(|d| d.account.reset_peaks());
+                }
+                text.push_str("Max. seen accounting values:\n");
+                for item in Item::ALL {
+                    let _ = writeln!(text, "{:<17}: {:8}", item.name(), self.peaks.peak(item));
+                }
             }
             [b"quota", domid] => {
-                let domid: u16 = crate::wire::decimal(domid)?;
-                let conn = self.conns.values().find(|c| c.domid == Some(domid));
-                format!(
-                    "nodes: {}\nwatches: {}\ntransactions: {}\n",
-                    self.tree.owners().get(&domid).copied().unwrap_or(0),
-                    conn.map_or(0, |c| c.watches.len()),
-                    conn.map_or(0, |c| c.txs.len()),
-                )
+                let domid: u16 = decimal(domid)?;
+                let domain = self.domains.get(&domid).ok_or(Errno::ENOENT)?;
+                let _ = writeln!(text, "Domain {domid}:");
+                for item in Item::ALL {
+                    let (used, peak) = (self.used(domid, item), domain.account.peak(item));
+                    let refused = domain.account.refused(item);
+                    let peak = u64::from(peak).max(used);
+                    let _ = write!(text, "{:<17}: {used:8} (max {peak:8})", item.name());
+                    let _ = if refused > 0 { writeln!(text, " refused {refused}") } else { writeln!(text) };
+                }
             }
-            [b"memreport"] => format!(
-                "nodes: {}\nconnections: {}\nwatches: {}\ndomains: {}\n",
-                self.tree.len(),
-                self.conns.len(),
-                self.watches.len(),
-                self.domains.len()
-            ),
-            [b"help"] => "check\nhelp\nlog\nmemreport\nprint\nquota\n".to_owned(),
+            [b"memreport"] => {
+                let _ = write!(
+                    text,
+                    "nodes: {}\narena: {}\nconnections: {}\nwatches: {}\ndomains: {}\n",
+                    self.tree.len(),
+                    self.tree.arena().used(),
+                    self.conns.len(),
+                    self.watches.len(),
+                    self.domains.len()
+                );
+            }
+            [b"help"] => text.push_str(HELP),
             _ => return Err(Errno::EINVAL),
-        };
+        }
         reply.extend_from_slice(text.as_bytes());
         reply.push(0);
         Ok(())
+    }
+
+    fn show_limits(&self, text: &mut String, soft: bool) {
+        text.push_str("Quota settings:\n");
+        for item in Item::ALL {
+            let value = self.limits.guest.get(item, soft);
+            if value != 0 || !soft {
+                let _ = writeln!(text, "{:<17}: {value:8} {}", item.name(), item.description());
+            }
+        }
     }
 }

@@ -34,14 +34,18 @@ pub enum Event<'a> {
         /// Header and payload.
         message: &'a [u8],
     },
-    /// A request for which there is no memory; it is answered with ENOMEM.
-    Refuse {
+    /// A request that is answered without the store: there is no memory for it, or it concerns the process.
+    Answer {
         /// Whose.
         conn: ConnId,
         /// Input position after it.
         consumed: u64,
         /// Its header.
         message: &'a [u8],
+        /// The answer is an error.
+        error: bool,
+        /// The answer.
+        text: &'a [u8],
     },
     /// The output up to here has been handed over.
     Drained {
@@ -100,11 +104,13 @@ impl Event<'_> {
                 out.u64(*consumed);
                 out.bytes(message);
             }
-            Self::Refuse { conn, consumed, message } => {
+            Self::Answer { conn, consumed, message, error, text } => {
                 out.u8(11);
                 out.u64(conn.0);
                 out.u64(*consumed);
                 out.bytes(message);
+                out.u8(u8::from(*error));
+                out.bytes(text);
             }
             Self::Drained { conn, upto } => {
                 out.u8(6);
@@ -142,7 +148,7 @@ impl Event<'_> {
             self,
             Self::Open { .. }
                 | Self::Request { .. }
-                | Self::Refuse { .. }
+                | Self::Answer { .. }
                 | Self::DomainUp { .. }
                 | Self::Limits(_)
         )
@@ -170,9 +176,13 @@ impl Event<'_> {
             8 => Event::DomainDown(input.u16()?),
             9 => Event::DomainShutdown(input.u16()?),
             10 => Event::Limits(Limits { guest: Quota::decode(input)?, service: Quota::decode(input)? }),
-            11 => {
-                Event::Refuse { conn: ConnId(input.u64()?), consumed: input.u64()?, message: input.bytes()? }
-            }
+            11 => Event::Answer {
+                conn: ConnId(input.u64()?),
+                consumed: input.u64()?,
+                message: input.bytes()?,
+                error: input.u8()? != 0,
+                text: input.bytes()?,
+            },
             _ => return None,
         })
     }

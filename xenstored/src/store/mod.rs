@@ -3,6 +3,8 @@
 //! [`Store::apply`] takes one [`Event`] and changes the tree, the connections and what waits to be sent to them.
 //! It uses no clock, no randomness and no order that is not fixed, so that the journal can run events again.
 
+mod admin;
+mod conns;
 mod control;
 mod event;
 pub mod nodes;
@@ -13,12 +15,17 @@ mod snapshot;
 mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use xen_abi::xs_wire::XsMsgType;
 
+pub use admin::{
+    FEATURE_DOMID_ANY, FEATURE_ERROR, FEATURE_RECONNECTION, FEATURE_WATCHDEPTH, FEATURES, Prepared,
+};
+pub use conns::{ConnMap, IdHasher};
 pub use event::Event;
 pub use queue::{Folded, OutQueue, WatchKey};
-pub use quota::{Limits, Quota};
+pub use quota::{Account, ITEMS, Item, Limits, Notice, Quota};
 pub use snapshot::{Loaded, Loader, write_snapshot};
 pub use transaction::{Changes, Transaction, TxOp};
 
@@ -78,6 +85,10 @@ pub struct Conn {
     pub folded: Folded,
     /// (path, token) of its watches.
     pub watches: BTreeSet<WatchKey>,
+    /// Bytes of those.
+    pub watch_bytes: u64,
+    /// What its relative paths are relative to.
+    pub base: Rc<[u8]>,
     /// Open transactions.
     pub txs: BTreeMap<u32, Transaction>,
     /// Next transaction id to try.
@@ -100,6 +111,8 @@ impl Conn {
             drained: 0,
             folded: Folded::new(),
             watches: BTreeSet::new(),
+            watch_bytes: 0,
+            base: Store::base_of(domid),
             txs: BTreeMap::new(),
             next_tx: 1,
             ignored: None,
@@ -132,6 +145,12 @@ pub struct Domain {
     pub shutdown: bool,
     /// The domain it may act for.
     pub target: Option<u16>,
+    /// FEATURE_* bits offered to it.
+    pub features: u32,
+    /// What it may use.
+    pub quota: Quota,
+    /// What it used at most, and was refused.
+    pub account: Account,
 }
 
 /// All state.
@@ -141,10 +160,14 @@ pub struct Store {
     pub tree: Tree,
     /// The watches of all connections.
     pub watches: WatchIndex,
-    conns: BTreeMap<ConnId, Conn>,
+    conns: ConnMap<Conn>,
     domains: BTreeMap<u16, Domain>,
     /// Living domains that RELEASE cut off: the instance by domid, until another domain has the domid.
     released: BTreeMap<u16, u64>,
+    /// What was set for domains before they are introduced.
+    prepared: BTreeMap<u16, Prepared>,
+    /// The greatest values seen of any domain.
+    peaks: Account,
     next_conn: u64,
     next_tag: u64,
     limits: Limits,
@@ -158,6 +181,12 @@ pub struct Store {
     digest: u32,
     /// Requests carried out since the process started.
     pub requests: u64,
+    notices: Vec<Notice>,
+    /// Domains that were told of because they do not read.
+    gated: BTreeSet<u16>,
+    /// CONTROL log: each request goes to the log.
+    log_requests: bool,
+    reply: Vec<u8>,
 }
 
 impl Store {
@@ -175,9 +204,11 @@ impl Store {
         Self {
             tree,
             watches,
-            conns: BTreeMap::new(),
+            conns: ConnMap::default(),
             domains: BTreeMap::new(),
             released: BTreeMap::new(),
+            prepared: BTreeMap::new(),
+            peaks: Account::default(),
             next_conn: 1,
             next_tag: 1,
             limits: Limits::default(),
@@ -186,6 +217,10 @@ impl Store {
             freed: Vec::new(),
             digest: 0,
             requests: 0,
+            notices: Vec::new(),
+            gated: BTreeSet::new(),
+            log_requests: false,
+            reply: Vec::new(),
         }
     }
 
@@ -200,7 +235,9 @@ impl Store {
             Event::Ignore { conn, error } => self.ignore(*conn, *error),
             Event::Reset(conn) => self.reset(*conn),
             Event::Request { conn, consumed, message } => self.request(*conn, *consumed, message),
-            Event::Refuse { conn, consumed, message } => self.refuse(*conn, *consumed, message),
+            Event::Answer { conn, consumed, message, error, text } => {
+                self.answer(*conn, *consumed, message, *error, text);
+            }
             Event::Drained { conn, upto } => {
                 if let Some(conn) = self.conns.get_mut(conn) {
                     conn.drained = *upto;
@@ -238,7 +275,27 @@ impl Store {
 
     /// All connections in order.
     pub fn conns(&self) -> impl Iterator<Item = (ConnId, &Conn)> {
-        self.conns.iter().map(|(id, conn)| (*id, conn))
+        let mut ids: Vec<ConnId> = self.conns.keys().copied().collect();
+        ids.sort_unstable();
+        ids.into_iter().filter_map(|id| Some((id, self.conns.get(&id)?)))
+    }
+
+    /// Number of domains.
+    pub fn domain_count(&self) -> usize {
+        self.domains.len()
+    }
+
+    /// Domains for which something was set before they are introduced.
+    pub fn prepared(&self) -> impl Iterator<Item = u16> {
+        self.prepared.keys().copied()
+    }
+
+    /// The quota that new domains of a class get.
+    pub fn quota_of(&self, class: Class) -> &Quota {
+        match class {
+            Class::Guest => &self.limits.guest,
+            Class::Service | Class::Dom0 => &self.limits.service,
+        }
     }
 
     /// All domains in order.
@@ -292,7 +349,7 @@ impl Store {
                 let tx = tx.and_then(|tx_id| self.conns.get(conn)?.txs.get(&tx_id));
                 one(message.len()) + tx.map_or(0, |tx| 64 * tx.over.nodes as u64 + 2 * tx.bytes as u64)
             }
-            Event::Refuse { .. } | Event::Drained { .. } => 0,
+            Event::Answer { .. } | Event::Drained { .. } => 0,
             _ => one(0),
         }
     }
@@ -314,6 +371,7 @@ impl Store {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         let watches = std::mem::take(&mut conn.watches);
         conn.folded.clear();
+        conn.watch_bytes = 0;
         self.watches.remove_all(self.tree.arena_mut(), id, watches.iter().map(|(path, _)| &path[..]));
     }
 
@@ -357,13 +415,11 @@ impl Store {
         }
         let fresh = !self.domains.contains_key(&domid);
         let conn = self.open(Some(domid), class, slot);
-        let domain = self.domains.entry(domid).or_insert(Domain {
-            instance,
-            conn: None,
-            ring: None,
-            shutdown: false,
-            target: None,
-        });
+        if fresh {
+            let domain = self.new_domain(domid, class);
+            self.domains.insert(domid, domain);
+        }
+        let Some(domain) = self.domains.get_mut(&domid) else { return };
         domain.instance = instance;
         domain.conn = Some(conn);
         domain.ring = Some(ring);
@@ -372,8 +428,25 @@ impl Store {
         }
     }
 
+    /// A domain that is introduced now, with what was set for it before.
+    fn new_domain(&mut self, domid: u16, class: Class) -> Domain {
+        let prepared = self.prepared.remove(&domid).unwrap_or_default();
+        Domain {
+            instance: 0,
+            conn: None,
+            ring: None,
+            shutdown: false,
+            target: None,
+            features: prepared.features.unwrap_or(FEATURES),
+            quota: prepared.quota.unwrap_or_else(|| self.quota_of(class).clone()),
+            account: Account::default(),
+        }
+    }
+
     /// A domain is gone: its connection, its nodes and what others granted to its domid go with it.
     fn release(&mut self, domid: u16) {
+        self.prepared.remove(&domid);
+        self.gated.remove(&domid);
         let Some(domain) = self.domains.remove(&domid) else { return };
         if let Some(conn) = domain.conn {
             self.close(conn);
@@ -476,6 +549,7 @@ impl Store {
             self.digest = crc32c::crc32c_append(self.digest, part);
             conn.out.push(part);
         }
+        conn.out.end_message();
         if self.touched.last() != Some(&id) {
             self.touched.push(id);
         }

@@ -1,12 +1,13 @@
 //! The operations on nodes, written once for the tree and for transactions.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 
 use xen_abi::xs_wire::XsMsgType as Op;
 
-use super::Quota;
+use super::{Item, Quota};
 use crate::path::{self, canonicalize};
-use crate::perms::{Caller, OWNER, Perm, Perms, READ, WRITE};
+use crate::perms::{Caller, DOMID_ANY, OWNER, Perm, Perms, READ, WRITE};
 use crate::tree::{Found, Lookup, View};
 use crate::watches::WatchIndex;
 use crate::wire::{Errno, PAYLOAD_MAX, one_string, strings};
@@ -21,6 +22,9 @@ pub struct Env<'a> {
     pub quota: &'a Quota,
     /// Outside transactions: the watches, so that a removal finds those below.
     pub watches: Option<&'a WatchIndex>,
+    /// The caller may use DOMID_ANY in permissions.
+    pub any: bool,
+    refused: Cell<Option<Item>>,
 }
 
 /// Something that watches are to hear of.
@@ -97,9 +101,31 @@ pub fn run<V: View>(
     Ok(())
 }
 
-impl Env<'_> {
+impl<'a> Env<'a> {
+    /// Outside or inside of transactions; `watches` is to be set for the first.
+    pub fn new(caller: Caller, base: &'a [u8], quota: &'a Quota) -> Self {
+        Self { caller, base, quota, watches: None, any: true, refused: Cell::new(None) }
+    }
+
+    /// The quota for which something was refused.
+    pub fn refused(&self) -> Option<Item> {
+        self.refused.get()
+    }
+
+    /// Judges a use by the caller's quota.
+    ///
+    /// # Errors
+    /// ENOSPC.
+    pub fn within(&self, item: Item, value: u64) -> Result<(), Errno> {
+        if self.caller.privileged || !self.quota.exceeds(item, false, value) {
+            return Ok(());
+        }
+        self.refused.set(Some(item));
+        Err(Errno::ENOSPC)
+    }
+
     fn path<'p>(&self, raw: &'p [u8], special_ok: bool) -> Result<Cow<'p, [u8]>, Errno> {
-        let path_max = if self.caller.privileged { usize::MAX } else { self.quota.path_max as usize };
+        let path_max = if self.caller.privileged { usize::MAX } else { self.quota.most(Item::PathMax) };
         canonicalize(raw, self.base, special_ok, path_max)
     }
 }
@@ -197,7 +223,7 @@ fn write<V: View>(
                 return Err(Errno::EACCES);
             }
             let Some(value) = value else { return Ok(()) };
-            env.check_size(value)?;
+            env.within(Item::NodeSize, value.len() as u64)?;
             view.set_value(&path, value);
             changes.push(modified(view, &path, None));
             return Ok(());
@@ -207,29 +233,17 @@ fn write<V: View>(
     if perms.allowed(&env.caller) & WRITE == 0 {
         return Err(Errno::EACCES);
     }
-    env.check_size(value.unwrap_or_default())?;
+    env.within(Item::NodeSize, value.unwrap_or_default().len() as u64)?;
     let new: Vec<&[u8]> = path::prefixes(&path).skip(existing).collect();
     // Unprivileged domains own what they make; the rest is inherited.
     let perms = if env.caller.privileged { perms } else { perms.owned_by(env.caller.domid) };
-    if !env.caller.privileged && view.owned(env.caller.domid) + new.len() as u64 > u64::from(env.quota.nodes)
-    {
-        return Err(Errno::ENOSPC);
-    }
+    env.within(Item::Nodes, view.owned(env.caller.domid) + new.len() as u64)?;
     for step in &new {
         let value = if step.len() == path.len() { value.unwrap_or_default() } else { b"" };
         view.create(step, value, perms.clone());
     }
     changes.push(modified(view, &path, None));
     Ok(())
-}
-
-impl Env<'_> {
-    fn check_size(&self, value: &[u8]) -> Result<(), Errno> {
-        if !self.caller.privileged && value.len() > self.quota.node_size as usize {
-            return Err(Errno::ENOSPC);
-        }
-        Ok(())
-    }
 }
 
 fn remove<V: View>(view: &mut V, env: &Env<'_>, raw: &[u8], changes: &mut Vec<Changed>) -> Result<(), Errno> {
@@ -267,10 +281,16 @@ fn set_perms<V: View>(
     if texts.is_empty() || payload.last() != Some(&0) {
         return Err(Errno::EINVAL);
     }
-    if !env.caller.privileged && texts.len() > env.quota.perms as usize {
-        return Err(Errno::ENOSPC);
+    env.within(Item::NodePermissions, texts.len() as u64)?;
+    let mut list = texts.into_iter().map(Perm::parse).collect::<Result<Vec<_>, _>>()?;
+    if !env.any {
+        // Xen's daemon keeps such an entry and marks it as ignored; as nobody else sees it, it is not kept here.
+        let owner = list.first().copied();
+        list.retain(|p| p.domid != DOMID_ANY);
+        if list.first() != owner.as_ref() {
+            return Err(Errno::EINVAL);
+        }
     }
-    let list = texts.into_iter().map(Perm::parse).collect::<Result<Vec<_>, _>>()?;
     let perms = Perms::new(list).ok_or(Errno::EINVAL)?;
     let path = env.path(raw, true)?;
     let old = match view.find(&path) {

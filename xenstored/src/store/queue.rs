@@ -9,12 +9,18 @@ pub struct OutQueue {
     /// Position of the first byte in `bytes`.
     base: u64,
     bytes: VecDeque<u8>,
+    /// Where each message ends.
+    ends: VecDeque<u64>,
+    /// Where the first message that is not handed over whole begins.
+    whole_at: u64,
 }
 
 impl OutQueue {
-    /// A queue as a snapshot recorded it.
+    /// A queue as a snapshot recorded it; its messages count as one.
     pub fn restore(base: u64, bytes: &[u8]) -> Self {
-        Self { base, bytes: bytes.iter().copied().collect() }
+        let end = base + bytes.len() as u64;
+        let ends = if bytes.is_empty() { VecDeque::new() } else { VecDeque::from([end]) };
+        Self { base, bytes: bytes.iter().copied().collect(), ends, whole_at: base }
     }
 
     /// Position after the last byte.
@@ -27,6 +33,24 @@ impl OutQueue {
         self.base
     }
 
+    /// Messages that are not handed over whole.
+    pub fn messages(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Bytes left of a message of which some were handed over.
+    pub fn partial(&self) -> usize {
+        match (self.ends.front(), self.whole_at) {
+            (Some(end), at) if at < self.base => (*end - self.base) as usize,
+            _ => 0,
+        }
+    }
+
+    /// Ends a message.
+    pub fn end_message(&mut self) {
+        self.ends.push_back(self.end());
+    }
+
     /// Appends bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend(bytes);
@@ -37,6 +61,9 @@ impl OutQueue {
         let n = position.saturating_sub(self.base).min(self.bytes.len() as u64);
         self.bytes.drain(..n as usize);
         self.base += n;
+        while self.ends.front().is_some_and(|end| *end <= self.base) {
+            self.whole_at = self.ends.pop_front().unwrap_or(self.base);
+        }
         if self.bytes.is_empty() && self.bytes.capacity() > 16 << 10 {
             self.bytes = VecDeque::new();
         }

@@ -1,22 +1,31 @@
 //! From a request's bytes to its reply.
 
+use std::rc::Rc;
+
 use xen_abi::xs_wire::XsMsgType as Op;
 
 use super::nodes::{self, Env};
-use super::{Class, ConnId, Domain, Quota, Store, Transaction, WatchKey};
+use super::{
+    Class, ConnId, FEATURE_DOMID_ANY, FEATURE_WATCHDEPTH, Item, Quota, Store, Transaction, WatchKey,
+};
 use crate::path;
 use crate::perms::Caller;
+use crate::tree::View as _;
 use crate::watches::Watch;
 use crate::wire::{Errno, HEADER, Header, decimal, one_string, strings};
 
 /// What an operation needs to know about who called it.
-struct Ctx {
-    id: ConnId,
-    caller: Caller,
-    base: Vec<u8>,
-    quota: Quota,
+pub(super) struct Ctx {
+    pub id: ConnId,
+    pub caller: Caller,
+    base: Rc<[u8]>,
+    pub quota: Quota,
     tx_id: u32,
+    features: u32,
 }
+
+/// Bytes that a watch counts for, besides its path and token.
+pub(super) const WATCH_COST: u64 = 64;
 
 impl Store {
     pub(super) fn request(&mut self, id: ConnId, consumed: u64, message: &[u8]) {
@@ -25,7 +34,12 @@ impl Store {
         self.requests += 1;
         let Some((head, payload)) = message.split_first_chunk::<HEADER>() else { return };
         let Ok(head) = Header::decode(head) else { return };
-        let mut reply = Vec::new();
+        if self.log_requests {
+            let text = String::from_utf8_lossy(&payload[..payload.len().min(80)]).into_owned();
+            tracing::info!(conn = id.0, op = head.kind, tx = head.tx_id, len = head.len, text, "request");
+        }
+        let mut reply = std::mem::take(&mut self.reply);
+        reply.clear();
         let outcome = self.execute(id, &head, payload, &mut reply);
         let (kind, body) = match &outcome {
             Ok(()) => (head.kind, &reply[..]),
@@ -33,33 +47,29 @@ impl Store {
         };
         let answer = Header { kind, len: body.len(), ..head };
         self.emit(id, &[&answer.encode(), body]);
+        self.reply = reply;
         // The events of a WATCH come after its reply (xenstore.txt: it is triggered once straight away).
         if outcome.is_ok() && head.op() == Some(Op::Watch) {
             self.first_event(id, payload);
         }
     }
 
-    pub(super) fn refuse(&mut self, id: ConnId, consumed: u64, message: &[u8]) {
+    pub(super) fn answer(&mut self, id: ConnId, consumed: u64, message: &[u8], error: bool, text: &[u8]) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         conn.consumed = consumed;
         let Some((head, _)) = message.split_first_chunk::<HEADER>() else { return };
         let Ok(head) = Header::decode(head) else { return };
-        let body = Errno::ENOMEM.payload();
-        let answer = Header { kind: Op::Error.raw(), len: body.len(), ..head };
-        self.emit(id, &[&answer.encode(), body]);
-    }
-
-    fn quota_of(&self, class: Class) -> &Quota {
-        match class {
-            Class::Guest => &self.limits.guest,
-            Class::Service | Class::Dom0 => &self.limits.service,
-        }
+        let kind = if error { Op::Error.raw() } else { head.kind };
+        let answer = Header { kind, len: text.len(), ..head };
+        self.emit(id, &[&answer.encode(), text]);
     }
 
     fn context(&self, id: ConnId, tx_id: u32) -> Option<Ctx> {
         let conn = self.conns.get(&id)?;
-        let base = conn.domid.map(path::domain_path).unwrap_or_default();
-        Some(Ctx { id, caller: self.caller(conn), base, quota: self.quota_of(conn.class).clone(), tx_id })
+        let domain = conn.domid.and_then(|d| self.domains.get(&d));
+        let quota = domain.map_or(&self.limits.service, |d| &d.quota).clone();
+        let features = self.features_of(conn.domid);
+        Some(Ctx { id, caller: self.caller(conn), base: Rc::clone(&conn.base), quota, tx_id, features })
     }
 
     fn execute(
@@ -73,7 +83,15 @@ impl Store {
         let ctx = self.context(id, head.tx_id).ok_or(Errno::EINVAL)?;
         let privileged_only = matches!(
             op,
-            Op::Control | Op::Introduce | Op::Release | Op::IsDomainIntroduced | Op::Resume | Op::SetTarget
+            Op::Control
+                | Op::Introduce
+                | Op::Release
+                | Op::IsDomainIntroduced
+                | Op::Resume
+                | Op::SetTarget
+                | Op::SetFeature
+                | Op::GetQuota
+                | Op::SetQuota
         );
         if privileged_only && !ctx.caller.privileged {
             return Err(Errno::EACCES);
@@ -141,6 +159,9 @@ impl Store {
                 self.domains.get_mut(&domid).ok_or(Errno::ENOENT)?.target = Some(target);
             }
             Op::Control => return self.control(payload, reply),
+            Op::GetFeature | Op::SetFeature | Op::GetQuota | Op::SetQuota => {
+                return self.admin(&ctx, op, payload, reply);
+            }
             Op::WatchEvent | Op::Error => return Err(Errno::ENOSYS),
         }
         ok(reply);
@@ -148,32 +169,68 @@ impl Store {
     }
 
     fn node_op(&mut self, ctx: &Ctx, op: Op, payload: &[u8], reply: &mut Vec<u8>) -> Result<(), Errno> {
-        let mut env = Env { caller: ctx.caller, base: &ctx.base, quota: &ctx.quota, watches: None };
+        let changes_tree = matches!(op, Op::Write | Op::Mkdir | Op::SetPerms);
+        if changes_tree && !ctx.caller.privileged {
+            let after = self.memory_of(ctx.caller.domid) + payload.len() as u64;
+            self.charge(ctx, Item::Memory, after, Errno::ENOMEM)?;
+        }
+        let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
+        env.any = ctx.features & FEATURE_DOMID_ANY != 0;
         if ctx.tx_id != 0 {
             let tx =
                 self.conns.get_mut(&ctx.id).and_then(|c| c.txs.get_mut(&ctx.tx_id)).ok_or(Errno::ENOENT)?;
-            return tx.run(&self.tree, &env, op, payload, reply);
+            let result = tx.run(&self.tree, &env, op, payload, reply);
+            let touched = tx.over.nodes as u64;
+            return self.settle(ctx, env.refused(), result, Some((Item::TransactionNodes, touched)));
         }
         let mut changes = Vec::new();
         env.watches = Some(&self.watches);
-        nodes::run(&mut self.tree, &env, op, payload, reply, &mut changes)?;
+        let result = nodes::run(&mut self.tree, &env, op, payload, reply, &mut changes);
+        let refused = env.refused();
         for change in &changes {
             self.fire(change);
         }
-        Ok(())
+        let owned = changes_tree.then(|| (Item::Nodes, self.tree.owned(ctx.caller.domid)));
+        self.settle(ctx, refused, result, owned)
+    }
+
+    /// Books what an operation used or was refused.
+    fn settle(
+        &mut self,
+        ctx: &Ctx,
+        refused: Option<Item>,
+        result: Result<(), Errno>,
+        used: Option<(Item, u64)>,
+    ) -> Result<(), Errno> {
+        if ctx.caller.privileged {
+            return result;
+        }
+        if let Some(item) = refused {
+            self.refused(ctx.caller.domid, item);
+        } else if let Some((item, value)) = used.filter(|_| result.is_ok()) {
+            // Only to be told of: it is within its hard quota, or dom0 put it over.
+            let value = value.min(ctx.quota.most(item) as u64);
+            self.charge(ctx, item, value, Errno::ENOSPC)?;
+        }
+        result
     }
 
     fn watch(&mut self, ctx: &Ctx, payload: &[u8]) -> Result<(), Errno> {
         let (path, watch) = parse_watch(ctx, payload)?;
-        let conn = self.conns.get_mut(&ctx.id).ok_or(Errno::EINVAL)?;
+        let conn = self.conns.get(&ctx.id).ok_or(Errno::EINVAL)?;
         let key: WatchKey = (path[..].into(), watch.token.clone());
         if conn.watches.contains(&key) {
             return Err(Errno::EEXIST);
         }
-        if !ctx.caller.privileged && conn.watches.len() >= ctx.quota.watches as usize {
-            return Err(Errno::ENOSPC);
+        let cost = (path.len() + watch.token.len()) as u64 + WATCH_COST;
+        let count = conn.watches.len() as u64 + 1;
+        self.charge(ctx, Item::Watches, count, Errno::ENOSPC)?;
+        if !ctx.caller.privileged {
+            self.charge(ctx, Item::Memory, self.memory_of(ctx.caller.domid) + cost, Errno::ENOMEM)?;
         }
         let shared = self.watches.add(self.tree.arena_mut(), &path, watch);
+        let conn = self.conns.get_mut(&ctx.id).ok_or(Errno::EINVAL)?;
+        conn.watch_bytes += cost;
         conn.watches.insert((shared, key.1));
         Ok(())
     }
@@ -195,6 +252,7 @@ impl Store {
             return Err(Errno::ENOENT);
         }
         conn.folded.remove(&key);
+        conn.watch_bytes -= (path.len() + token.len()) as u64 + WATCH_COST;
         self.watches.remove(self.tree.arena_mut(), &path, ctx.id, token);
         Ok(())
     }
@@ -203,10 +261,9 @@ impl Store {
         if ctx.tx_id != 0 {
             return Err(Errno::EBUSY);
         }
+        let open = self.conns.get(&ctx.id).map_or(0, |c| c.txs.len() as u64);
+        self.charge(ctx, Item::Transactions, open + 1, Errno::ENOSPC)?;
         let conn = self.conns.get_mut(&ctx.id).ok_or(Errno::EINVAL)?;
-        if !ctx.caller.privileged && conn.txs.len() >= ctx.quota.transactions as usize {
-            return Err(Errno::ENOSPC);
-        }
         while conn.next_tx == 0 || conn.txs.contains_key(&conn.next_tx) {
             conn.next_tx = conn.next_tx.wrapping_add(1);
         }
@@ -229,7 +286,8 @@ impl Store {
         if !commit {
             return Ok(());
         }
-        let env = Env { caller: ctx.caller, base: &ctx.base, quota: &ctx.quota, watches: None };
+        let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
+        env.any = ctx.features & FEATURE_DOMID_ANY != 0;
         match tx.commit(&mut self.tree, &env, &self.watches) {
             Ok(changes) => {
                 conn.conflicts = 0;
@@ -254,7 +312,7 @@ impl Store {
             return Err(Errno::EINVAL);
         }
         if domid != 0 && !self.domains.contains_key(&domid) {
-            let domain = Domain { instance: 0, conn: None, ring: None, shutdown: false, target: None };
+            let domain = self.new_domain(domid, Class::Guest);
             self.domains.insert(domid, domain);
             self.fire_special(path::INTRODUCE, domid);
         }
@@ -275,14 +333,14 @@ impl Store {
 }
 
 fn path_max(ctx: &Ctx) -> usize {
-    if ctx.caller.privileged { usize::MAX } else { ctx.quota.path_max as usize }
+    if ctx.caller.privileged { usize::MAX } else { ctx.quota.most(Item::PathMax) }
 }
 
 fn parse_watch(ctx: &Ctx, payload: &[u8]) -> Result<(Vec<u8>, Watch), Errno> {
     let args: Vec<&[u8]> = strings(payload).take(4).collect();
     let (raw, token, depth) = match args[..] {
         [raw, token] => (raw, token, None),
-        [raw, token, depth] => (raw, token, Some(decimal(depth)?)),
+        [raw, token, depth] if ctx.features & FEATURE_WATCHDEPTH != 0 => (raw, token, Some(decimal(depth)?)),
         _ => return Err(Errno::EINVAL),
     };
     let path = path::canonicalize(raw, &ctx.base, true, path_max(ctx))?.into_owned();

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use xen_abi::xs_wire::XsMsgType;
 
 use super::nodes::Changed;
+use super::requests::WATCH_COST;
 use super::{
-    Changes, Class, Conn, ConnId, Domain, Folded, Limits, OutQueue, Quota, Store, Transaction, TxOp,
+    Account, Changes, Class, Conn, ConnId, Domain, Folded, Limits, OutQueue, Prepared, Quota, Store,
+    Transaction, TxOp,
 };
 use crate::codec::{Reader, Writer};
 use crate::journal::arena::Arena;
@@ -18,6 +20,7 @@ use crate::watches::WatchIndex;
 const META: u8 = 32;
 const PAGES: u8 = 33;
 const DOMAIN: u8 = 34;
+const PREPARED: u8 = 36;
 const CONN: u8 = 35;
 const TX: u8 = 37;
 const TX_OPS: u8 = 38;
@@ -74,6 +77,7 @@ pub fn write_snapshot<E>(
     for (domid, nodes) in &totals.owned {
         out.u16(*domid);
         out.u64(*nodes);
+        out.u64(totals.bytes.get(domid).copied().unwrap_or(0));
     }
     out.u32(store.tree.arena().pages());
     store.limits.guest.encode(&mut out);
@@ -83,7 +87,18 @@ pub fn write_snapshot<E>(
         out.u16(*domid);
         out.u64(*instance);
     }
+    store.peaks.encode(&mut out);
+    out.u8(u8::from(store.log_requests));
     sink(&out.0)?;
+    for (domid, prepared) in &store.prepared {
+        let mut out = Writer::default();
+        out.u8(PREPARED);
+        out.u16(*domid);
+        put_option(&mut out, prepared.features.map(u64::from));
+        out.u8(u8::from(prepared.quota.is_some()));
+        prepared.quota.as_ref().unwrap_or(&Quota::GUEST).encode(&mut out);
+        sink(&out.0)?;
+    }
 
     for some in sums.chunks(BATCH / 8) {
         let mut out = Writer::default();
@@ -103,10 +118,13 @@ pub fn write_snapshot<E>(
         put_option(&mut out, domain.ring.map(|(gref, port)| u64::from(gref) << 32 | u64::from(port)));
         out.u8(u8::from(domain.shutdown));
         put_option(&mut out, domain.target.map(u64::from));
+        out.u32(domain.features);
+        domain.quota.encode(&mut out);
+        domain.account.encode(&mut out);
         sink(&out.0)?;
     }
-    for (id, conn) in &store.conns {
-        write_conn(*id, conn, sent(conn), &mut sink)?;
+    for (id, conn) in store.conns() {
+        write_conn(id, conn, sent(conn), &mut sink)?;
     }
     let mut out = Writer::default();
     out.u8(END);
@@ -271,6 +289,7 @@ impl Loader {
         }
         for (path, watch) in watches.iter() {
             let conn = self.store.conns.get_mut(&watch.conn).ok_or("a watch without its connection")?;
+            conn.watch_bytes += (path.len() + watch.token.len()) as u64 + WATCH_COST;
             conn.watches.insert((Arc::clone(path), watch.token.clone()));
         }
         self.store.watches = watches;
@@ -288,13 +307,17 @@ impl Loader {
                 self.totals.generation = input.u64()?;
                 self.totals.nodes = input.u64()?;
                 for _ in 0..input.u32()? {
-                    self.totals.owned.insert(input.u16()?, input.u64()?);
+                    let domid = input.u16()?;
+                    self.totals.owned.insert(domid, input.u64()?);
+                    self.totals.bytes.insert(domid, input.u64()?);
                 }
                 self.pages = input.u32()?;
                 self.store.limits = Limits { guest: Quota::decode(input)?, service: Quota::decode(input)? };
                 for _ in 0..input.u32()? {
                     self.store.released.insert(input.u16()?, input.u64()?);
                 }
+                self.store.peaks = Account::decode(input)?;
+                self.store.log_requests = input.u8()? != 0;
             }
             PAGES => {
                 while !input.done() {
@@ -309,8 +332,18 @@ impl Loader {
                     ring: get_option(input)?.map(|r| ((r >> 32) as u32, r as u32)),
                     shutdown: input.u8()? != 0,
                     target: get_option(input)?.map(|t| t as u16),
+                    features: input.u32()?,
+                    quota: Quota::decode(input)?,
+                    account: Account::decode(input)?,
                 };
                 self.store.domains.insert(domid, domain);
+            }
+            PREPARED => {
+                let domid = input.u16()?;
+                let features = get_option(input)?.map(|f| f as u32);
+                let quota = (input.u8()? != 0, Quota::decode(input)?);
+                let prepared = Prepared { features, quota: quota.0.then_some(quota.1) };
+                self.store.prepared.insert(domid, prepared);
             }
             CONN => self.conn(input)?,
             TX => {

@@ -11,10 +11,14 @@ use std::hash::{DefaultHasher, Hasher as _};
 
 use xen_abi::xs_wire::XsMsgType as Op;
 
+use super::Item;
 use super::nodes::{self, Changed, Env};
 use crate::tree::{Lookup, Overlay, Tree, TxView, View as _};
 use crate::watches::WatchIndex;
 use crate::wire::Errno;
+
+/// Most bytes of requests in a transaction, whoever's it is.
+const BYTES_MAX: usize = 64 << 20;
 
 /// One operation of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,13 +105,10 @@ impl Transaction {
         payload: &[u8],
         reply: &mut Vec<u8>,
     ) -> Result<(), Errno> {
-        let (nodes_max, bytes_max) = match env.caller.privileged {
-            true => (usize::MAX, 64 << 20),
-            false => (env.quota.transaction_nodes as usize, env.quota.transaction_bytes as usize),
-        };
+        env.within(Item::TransactionNodes, self.over.nodes as u64)?;
         let cost = payload.len() + size_of::<TxOp>();
-        if self.over.nodes > nodes_max || self.bytes + cost > bytes_max {
-            return Err(Errno::ENOSPC);
+        if self.bytes + cost > BYTES_MAX || self.changes_memory_over(env, cost) {
+            return Err(Errno::ENOMEM);
         }
         let mut changes = Vec::new();
         let mut view = TxView { base: tree, over: &mut self.over };
@@ -116,6 +117,11 @@ impl Transaction {
         self.bytes += cost;
         self.ops.push(TxOp { op, payload: payload.into(), answer: digest(result, reply) });
         result
+    }
+
+    /// Reads count too: what was read is kept until the end.
+    fn changes_memory_over(&self, env: &Env<'_>, cost: usize) -> bool {
+        !env.caller.privileged && env.quota.exceeds(Item::Memory, false, (self.bytes + cost) as u64)
     }
 
     /// Commits. Returns what watches are to hear of.

@@ -10,16 +10,12 @@ use xen_abi::xs_wire::{
     XENSTORE_CONNECTED, XENSTORE_CONNECTION_OFFSET, XENSTORE_ERROR_OFFSET, XENSTORE_FEATURES_OFFSET,
     XENSTORE_RECONNECT, XENSTORE_REQ_CONS_OFFSET, XENSTORE_REQ_OFFSET, XENSTORE_REQ_PROD_OFFSET,
     XENSTORE_RING_SIZE, XENSTORE_RSP_CONS_OFFSET, XENSTORE_RSP_OFFSET, XENSTORE_RSP_PROD_OFFSET,
-    XENSTORE_SERVER_FEATURE_ERROR, XENSTORE_SERVER_FEATURE_RECONNECTION,
 };
 
 use super::{Pulled, Pushed};
 use crate::engine::Engine;
 use crate::journal::log::Full;
-use crate::store::ConnId;
-
-/// Features offered in the page: reconnection, error indicator, WATCH with depth (bit 2 of xenstore-ring.txt).
-pub const FEATURES: u32 = XENSTORE_SERVER_FEATURE_RECONNECTION | XENSTORE_SERVER_FEATURE_ERROR | 4;
+use crate::store::{ConnId, FEATURE_ERROR};
 
 /// The ring's indices make no sense (XENSTORE_ERROR_RINGIDX).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -36,10 +32,12 @@ fn pieces(at: u32, len: u32) -> [(usize, usize); 2] {
 /// Makes the page show what the journal says: after mapping it, and after a reset.
 pub fn publish(engine: &Engine, id: ConnId, page: &dyn SharedPage) {
     let (Some(slot), Some(conn)) = (engine.slot(id), engine.store.conn(id)) else { return };
-    page.store_u32(XENSTORE_FEATURES_OFFSET, FEATURES);
+    let features = engine.store.features_of(conn.domid);
+    page.store_u32(XENSTORE_FEATURES_OFFSET, features);
     page.store_u32(XENSTORE_REQ_CONS_OFFSET, slot.received() as u32);
     page.store_u32(XENSTORE_RSP_PROD_OFFSET, slot.sent() as u32);
-    page.store_u32(XENSTORE_ERROR_OFFSET, conn.ignored.unwrap_or(0));
+    let error = conn.ignored.filter(|_| features & FEATURE_ERROR != 0);
+    page.store_u32(XENSTORE_ERROR_OFFSET, error.unwrap_or(0));
 }
 
 /// A domain's ring is seen for the first time. A guest may have written its first request already, which stays; a page that

@@ -37,6 +37,8 @@ pub struct Tree {
     count: usize,
     /// Nodes owned, by domid; no entry for zero.
     owned: BTreeMap<u16, u64>,
+    /// Bytes of those.
+    bytes: BTreeMap<u16, u64>,
 }
 
 /// What a snapshot says of a tree besides the arena's pages.
@@ -48,16 +50,19 @@ pub struct Totals {
     pub nodes: u64,
     /// Nodes owned, by domid.
     pub owned: BTreeMap<u16, u64>,
+    /// Bytes of those.
+    pub bytes: BTreeMap<u16, u64>,
 }
 
 impl Tree {
     /// A fresh store in an empty arena, with the nodes that Xen's daemon starts with.
     pub fn fresh(arena: Arena) -> Self {
-        let mut tree =
-            Self { arena, rights: Rights::default(), generation: 0, count: 0, owned: BTreeMap::new() };
+        let (owned, bytes) = (BTreeMap::new(), BTreeMap::new());
+        let mut tree = Self { arena, rights: Rights::default(), generation: 0, count: 0, owned, bytes };
         tree.make_node(b"", b"", NONE, Perms::private(0));
         // The hidden root is nobody's.
         tree.owned.clear();
+        tree.bytes.clear();
         for name in [&b"/"[..], b"/tool", b"/tool/xenstored", path::INTRODUCE] {
             tree.create(name, b"", Perms::private(0));
         }
@@ -74,12 +79,14 @@ impl Tree {
     pub fn open(arena: Arena, totals: Totals) -> Result<Self, String> {
         let rights = Rights::open(&arena)?;
         let count = totals.nodes as usize + 1;
-        Ok(Self { arena, rights, generation: totals.generation, count, owned: totals.owned })
+        let (owned, bytes) = (totals.owned, totals.bytes);
+        Ok(Self { arena, rights, generation: totals.generation, count, owned, bytes })
     }
 
     /// For a snapshot.
     pub fn totals(&self) -> Totals {
-        Totals { generation: self.generation, nodes: self.len() as u64, owned: self.owned.clone() }
+        let (owned, bytes) = (self.owned.clone(), self.bytes.clone());
+        Totals { generation: self.generation, nodes: self.len() as u64, owned, bytes }
     }
 
     /// The arena, for others that keep things in it.
@@ -115,6 +122,11 @@ impl Tree {
     /// The counters of owned nodes.
     pub fn owners(&self) -> &BTreeMap<u16, u64> {
         &self.owned
+    }
+
+    /// Bytes of the nodes that a domain owns.
+    pub fn bytes_of(&self, domid: u16) -> u64 {
+        self.bytes.get(&domid).copied().unwrap_or(0)
     }
 
     /// A node by its address.
@@ -184,9 +196,14 @@ impl Tree {
         record.rights = self.rights.hold(&mut self.arena, &perms);
         record.write(&mut self.arena, id);
         self.rights.link(&mut self.arena, id, record.rights);
-        *self.owned.entry(perms.owner()).or_default() += 1;
+        self.own(perms.owner(), name.len() + value.len());
         self.count += 1;
         id
+    }
+
+    fn own(&mut self, owner: u16, blob_len: usize) {
+        *self.owned.entry(owner).or_default() += 1;
+        *self.bytes.entry(owner).or_default() += (Record::LEN + blob_len) as u64;
     }
 
     fn make_blob(&mut self, name: &[u8], value: &[u8]) -> u32 {
@@ -291,7 +308,7 @@ impl Tree {
     }
 
     fn drop_node(&mut self, id: NodeId, record: &Record) {
-        self.disown(self.rights.get(record.rights).owner());
+        self.disown(self.rights.get(record.rights).owner(), record.blob_len());
         self.rights.unlink(&mut self.arena, record);
         if record.blob != NONE {
             self.arena.free(record.blob, record.blob_len());
@@ -300,7 +317,13 @@ impl Tree {
         self.count -= 1;
     }
 
-    fn disown(&mut self, owner: u16) {
+    fn disown(&mut self, owner: u16, blob_len: usize) {
+        if let Some(bytes) = self.bytes.get_mut(&owner) {
+            *bytes -= (Record::LEN + blob_len) as u64;
+            if *bytes == 0 {
+                self.bytes.remove(&owner);
+            }
+        }
         if let Some(count) = self.owned.get_mut(&owner) {
             *count -= 1;
             if *count == 0 {
@@ -325,6 +348,9 @@ impl Tree {
             record.blob = blob;
         }
         record.set_value_len(value.len());
+        if let Some(bytes) = self.bytes.get_mut(&self.rights.get(record.rights).owner()) {
+            *bytes = *bytes + record.blob_len() as u64 - old as u64;
+        }
         record.generation = self.generation;
         record.write_head(&mut self.arena, id);
     }
@@ -335,8 +361,8 @@ impl Tree {
         let mut record = self.record(id);
         let old = self.rights.get(record.rights).owner();
         if old != perms.owner() {
-            *self.owned.entry(perms.owner()).or_default() += 1;
-            self.disown(old);
+            self.own(perms.owner(), record.blob_len());
+            self.disown(old, record.blob_len());
         }
         self.rights.unlink(&mut self.arena, &record);
         record.rights = self.rights.hold(&mut self.arena, &perms);
@@ -407,11 +433,14 @@ impl Tree {
     /// What does not hold.
     pub fn check(&self) -> Result<(), String> {
         let mut owned: BTreeMap<u16, u64> = BTreeMap::new();
+        let mut bytes: BTreeMap<u16, u64> = BTreeMap::new();
         let mut seen = 0;
         for (_, name, id) in self.walk() {
             seen += 1;
             let node = self.node(id);
             *owned.entry(node.perms.owner()).or_default() += 1;
+            let len = Record::LEN + name.len() + node.value.len();
+            *bytes.entry(node.perms.owner()).or_default() += len as u64;
             if node.generation > self.generation {
                 return Err(format!("node {:?} is newer than the tree", String::from_utf8_lossy(name)));
             }
@@ -429,6 +458,9 @@ impl Tree {
         }
         if seen != self.len() {
             return Err(format!("{seen} nodes reachable, {} counted", self.len()));
+        }
+        if bytes != self.bytes {
+            return Err(format!("bytes {:?}, counted {bytes:?}", self.bytes));
         }
         if owned != self.owned {
             return Err(format!("owners {:?}, counted {owned:?}", self.owned));

@@ -16,8 +16,9 @@ impl Reply {
     }
 }
 
-const ERRORS: [&str; 10] =
-    ["EINVAL", "EACCES", "EEXIST", "ENOENT", "ENOSPC", "ENOSYS", "EBUSY", "EAGAIN", "E2BIG", "EPERM"];
+const ERRORS: [&str; 11] = [
+    "EINVAL", "EACCES", "EEXIST", "ENOENT", "ENOSPC", "ENOSYS", "EBUSY", "EAGAIN", "E2BIG", "EPERM", "ENOMEM",
+];
 
 pub struct Lab {
     pub store: Store,
