@@ -16,7 +16,7 @@ pub fn set_sector(sector: u64) {
 pub fn hook() -> FaultHook {
     Box::new(|request: &Prepared| {
         let first = request.offset / SECTOR;
-        let sectors = u64::from(request.len) / SECTOR;
+        let sectors = request.len / SECTOR;
         let at = AT.load(Relaxed);
         if request.kind == Kind::Write && at.wrapping_sub(first) < sectors {
             panic!("--fault: a write to sector {at}");

@@ -4,18 +4,22 @@
 //! |---|---|
 //! | [`request`] | from a ring slot's bytes to a checked request |
 //! | [`engine`] | one ring's data path, every step journalled |
-//! | [`disk`] | the file or device: opened afresh, fenced, driven by io_uring |
+//! | [`disk`] | the attachment to storage, and what is behind it: opened afresh, fenced, driven by io_uring |
+//! | [`arena`] | which part of a ring's buffers a request has |
 //! | [`pages`] | the guest's pages by grants |
 //! | [`device`] | a connected device: ring, journal, thread |
 //! | [`driver`] | the xenbus driver, statistics, drain |
+//! | [`limit`] | requests and bytes per second |
 //! | [`stats`] | counters |
 //! | [`fault`] | `--fault`, for tests of poison requests |
 
+pub mod arena;
 pub mod device;
 pub mod disk;
 pub mod driver;
 pub mod engine;
 pub mod fault;
+pub mod limit;
 pub mod pages;
 pub mod request;
 pub mod stats;

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use blkback::device::{self, Shared};
-use blkback::disk::source::{self, Source, SourceError};
+use blkback::disk::attachment::Disk;
+use blkback::disk::source::{self, Cache, Source, SourceError};
 use blkback::driver::{DiskState, Registry, Vbd};
+use blkback::engine::NoSpace;
 use blkback::fault;
 use clap::{Parser, ValueEnum};
 use domain_kit::control::{self, ControlHandle};
@@ -38,33 +40,39 @@ struct Args {
     /// Whether the disk may be written.
     #[arg(long, value_enum, default_value = "w")]
     mode: Mode,
+    /// How the host's page cache is used.
+    #[arg(long, value_enum, default_value = "none")]
+    cache: Cache,
+    /// What happens to writes that find no room on the medium.
+    #[arg(long, value_enum, default_value = "report")]
+    no_space: NoSpace,
     /// For tests of poison requests only: panic at each write that covers this sector.
     #[arg(long, hide = true, value_name = "SECTOR")]
     fault: Option<u64>,
 }
 
-fn open(hv: &Hypercall, mode: Mode) -> Result<Source, SourceError> {
+fn open(hv: &Hypercall, mode: Mode, cache: Cache) -> Result<Source, SourceError> {
     let (kind, fd) = hv.resource_open(RESOURCE).map_err(|e| {
         SourceError::Open(match e.errno() {
             Some(errno) => errno.desc().to_owned(),
             None => e.to_string(),
         })
     })?;
-    source::open(fd, mode == Mode::R || kind == resource_kind::FILE_RO, PATIENCE)
+    source::open(fd, mode == Mode::R || kind == resource_kind::FILE_RO, cache, PATIENCE)
 }
 
 /// Tries until there is a disk; each failure's line goes to the devices' error nodes by way of the state.
 fn keep_trying(
     hv: &Hypercall,
-    mode: Mode,
+    (mode, cache): (Mode, Cache),
     disk: &DiskState,
     control: &ControlHandle,
     handle: &BackendHandle,
 ) {
     loop {
-        match open(hv, mode) {
+        match open(hv, mode, cache) {
             Ok(found) => {
-                tracing::info!(sectors = found.shape.sectors, "disk opened");
+                tracing::info!(geometry = ?found.geometry(), direct = found.direct(), "disk opened");
                 disk.set(Ok(Arc::new(found)));
                 control.set_serving(true);
                 handle.wake();
@@ -79,6 +87,19 @@ fn keep_trying(
     }
 }
 
+/// Looks once a second whether the disk has grown; the driver then tells the frontends.
+fn watch_size(disk: &DiskState, handle: &BackendHandle) {
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        let Ok(disk) = disk.get() else { continue };
+        match disk.look_again() {
+            Ok(true) => handle.wake(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the disk's size cannot be looked at"),
+        }
+    }
+}
+
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     if let Some(sector) = args.fault {
@@ -87,12 +108,14 @@ fn main() -> anyhow::Result<()> {
     let domain = Domain::join("blkback")?;
     let disk = Arc::new(DiskState::new());
     // The fence comes first: nothing of a predecessor's is touched before its I/O is over.
-    match open(&domain.hv, args.mode) {
+    match open(&domain.hv, args.mode, args.cache) {
         Ok(found) => {
+            let fence = found.fence();
             tracing::info!(
-                sectors = found.shape.sectors,
-                read_only = found.shape.read_only,
-                drain_us = found.drain.as_micros() as u64,
+                geometry = ?found.geometry(),
+                direct = found.direct(),
+                fence = fence.how,
+                drain_us = fence.drain.as_micros() as u64,
                 "disk opened"
             );
             disk.set(Ok(Arc::new(found)));
@@ -107,7 +130,8 @@ fn main() -> anyhow::Result<()> {
     let mut bus = Backend::new(
         |handle| {
             let fault = args.fault.map(|_| fault::hook as fn() -> _);
-            let shared = Shared { domain: domain.clone(), handle, fault, claiming: claiming.clone() };
+            let (no_space, claiming) = (args.no_space, claiming.clone());
+            let shared = Shared { domain: domain.clone(), handle, fault, no_space, claiming };
             Vbd::new(shared, disk.clone(), registry.clone(), args.mode == Mode::R)
         },
         domain.domid(),
@@ -124,12 +148,18 @@ fn main() -> anyhow::Result<()> {
     } else {
         let hv = domain.hv.new_channel()?;
         let (disk, control, handle) = (disk.clone(), control.clone(), bus.handle());
-        let mode = args.mode;
+        let how = (args.mode, args.cache);
         std::thread::Builder::new()
             .name("disk".into())
-            .spawn(move || keep_trying(&hv, mode, &disk, &control, &handle))
+            .spawn(move || keep_trying(&hv, how, &disk, &control, &handle))
             .context("thread")?;
     }
+    let handle = bus.handle();
+    std::thread::Builder::new()
+        .name("size".into())
+        .stack_size(64 << 10)
+        .spawn(move || watch_size(&disk, &handle))
+        .context("thread")?;
     let xs = loop {
         match connect_store(&domain, Duration::from_secs(10)) {
             Ok(xs) => break xs,

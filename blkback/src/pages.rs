@@ -3,10 +3,14 @@
 //! Which grants are mapped is recorded in the owner's area of the ring journal, so that the next incarnation takes the maps
 //! over when it first needs each, rather than mapping all again. A record is written after the map was made; a map without a
 //! record (killed in between) is given back at re-attach.
+//!
+//! A map is of up to 32 grants that were first seen together. When there is no room for another, those that were not used for
+//! a while are given back, the least recently used first; if all are in use, further grants are copied.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use domain_kit::grants::{CopyBatch, CopyBuffer, GrantError, MappedGrants};
 use domain_kit::hypercall::{CopyEntryExt, HvResult, Hypercall};
@@ -15,35 +19,73 @@ use domain_kit::ring::RingMem;
 use hv_abi::CopyEntry;
 use nix::errno::Errno;
 
-use crate::disk::uring::buffer_offset;
-use crate::engine::{Direction, GuestPages};
-use crate::request::Prepared;
+use crate::disk::attachment::BUFFER_CHUNK;
+use crate::engine::{ARENA_CHUNKS, Direction, GuestPages, IndirectPage};
+use crate::request::{MAX_INDIRECT_BYTES, Prepared};
 use crate::stats::Stats;
 
 /// Most grants of one map.
 const MAP_GREFS: usize = 32;
 /// Most maps of one ring; what is beyond is copied. 32 requests of 11 pages need 352 pages: 11 to 352 maps.
 const MAX_MAPS: usize = 384;
+/// A map that was not used for so long makes room for another.
+const STALE: Duration = Duration::from_secs(1);
+/// Time between two looks for stale maps.
+const LOOK: Duration = Duration::from_millis(100);
+/// A map that was not used for so long is given back even if there is room (as Linux's blkback does).
+const UNUSED: Duration = Duration::from_secs(60);
+
+/// Indirect pages that are copied at once: as many as a ring has slots at most.
+const SCRATCH_PAGES: usize = BUFFER_CHUNK / MAX_INDIRECT_BYTES;
 
 const RECORD: usize = 16 + 4 * MAP_GREFS;
 
 /// Bytes that the records take in the journal's user area.
 pub const RECORDS_BYTES: u32 = (MAX_MAPS * RECORD) as u32;
 
-/// Tag of a ring's map of its persistent grants, for a device.
-pub fn persistent_tag(device: u32) -> u64 {
-    u64::from(device) << 8 | 2
+/// What hv-core knows a ring's maps by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tags {
+    /// The ring's own pages.
+    pub ring: u64,
+    /// Persistent grants.
+    pub persistent: u64,
 }
 
-/// Tag of a ring's map of its ring pages.
-pub fn ring_tag(device: u32) -> u64 {
-    u64::from(device) << 8 | 1
+impl Tags {
+    /// Those of queue `queue` of device `device`.
+    pub fn new(device: u32, queue: u32) -> Self {
+        let base = u64::from(device) << 16 | u64::from(queue & 0xff) << 8;
+        Tags { ring: base | 1, persistent: base | 2 }
+    }
+
+    /// Whether a tag is of any queue of that device.
+    pub fn of_device(tag: u64, device: u32) -> bool {
+        tag >> 16 == u64::from(device) && matches!(tag & 0xff, 1 | 2)
+    }
+}
+
+/// Grant references are small numbers that their granter chooses; who makes them collide slows down its own ring alone.
+#[derive(Default)]
+struct GrefHasher(u64);
+
+impl Hasher for GrefHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&b| self.write_u32(b.into()));
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.0 = (self.0 ^ u64::from(n)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+    }
 }
 
 struct Map {
     handle: u64,
     /// `None` until this incarnation claims it.
     mapped: Option<MappedGrants>,
+    used: Instant,
 }
 
 /// See the module. `J`: the journal's memory.
@@ -58,7 +100,7 @@ pub struct GrantPages<J> {
     free: Vec<u32>,
     unclaimed: Vec<u32>,
     /// gref → (map, position in it).
-    index: HashMap<u32, (u32, u32)>,
+    index: HashMap<u32, (u32, u32), BuildHasherDefault<GrefHasher>>,
     records: J,
     records_at: usize,
     stats: Arc<Stats>,
@@ -66,11 +108,13 @@ pub struct GrantPages<J> {
     /// Slot of each entry of `copies`.
     owners: Vec<Slot>,
     wanted: Vec<u32>,
+    now: Instant,
+    looked: Instant,
 }
 
 impl<J: RingMem> GrantPages<J> {
-    /// Pages of `domid`, with a hypercall channel of its own. `records` at `records_at` are [`RECORDS_BYTES`] of kept memory,
-    /// zero at first. With `persistent`, grants stay mapped.
+    /// Pages of `domid`, with a hypercall channel of its own; maps of persistent grants carry `tag`. `records` at `records_at`
+    /// are [`RECORDS_BYTES`] of kept memory, zero at first. With `persistent`, grants stay mapped.
     ///
     /// # Errors
     /// The hypercalls'.
@@ -78,29 +122,32 @@ impl<J: RingMem> GrantPages<J> {
     pub fn new(
         hv: Hypercall,
         domid: u16,
-        device: u32,
+        tag: u64,
         buffers: Arc<CopyBuffer>,
         persistent: bool,
         records: J,
         records_at: usize,
         stats: Arc<Stats>,
     ) -> HvResult<Self> {
+        let now = Instant::now();
         let mut this = GrantPages {
             hv,
             domid,
-            tag: persistent_tag(device),
+            tag,
             buffers,
             persistent,
             maps: (0..MAX_MAPS).map(|_| None).collect(),
             free: Vec::new(),
             unclaimed: Vec::new(),
-            index: HashMap::new(),
+            index: HashMap::default(),
             records,
             records_at,
             stats,
             copies: CopyBatch::default(),
             owners: Vec::new(),
             wanted: Vec::new(),
+            now,
+            looked: now,
         };
         this.recover()?;
         Ok(this)
@@ -126,7 +173,7 @@ impl<J: RingMem> GrantPages<J> {
                 let gref = self.records.load_u32(at + 16 + 4 * n);
                 self.index.insert(gref, (i as u32, n as u32));
             }
-            self.maps[i] = Some(Map { handle, mapped: None });
+            self.maps[i] = Some(Map { handle, mapped: None, used: self.now });
             self.unclaimed.push(i as u32);
         }
         for map in known {
@@ -139,13 +186,17 @@ impl<J: RingMem> GrantPages<J> {
     }
 
     fn count(&self) {
-        self.stats.mapped_pages.store(self.index.len() as u64, Relaxed);
+        self.stats.mapped_pages.set(self.index.len() as u64);
     }
 
     /// Maps those of `wanted` that fit; what cannot be mapped is copied.
     fn map_wanted(&mut self) {
         let wanted = std::mem::take(&mut self.wanted);
         for grefs in wanted.chunks(MAP_GREFS) {
+            if self.free.is_empty() && self.now >= self.looked + LOOK {
+                self.looked = self.now;
+                self.give_back(STALE, MAX_MAPS / 8);
+            }
             let Some(slot) = self.free.pop() else { break };
             let mapped = match MappedGrants::map(&self.hv, self.domid, grefs, self.tag) {
                 Ok(mapped) => mapped,
@@ -168,7 +219,8 @@ impl<J: RingMem> GrantPages<J> {
                 self.index.insert(gref, (slot, n as u32));
             }
             self.records.store_u32(at, grefs.len() as u32);
-            self.maps[slot as usize] = Some(Map { handle: mapped.handle, mapped: Some(mapped) });
+            self.maps[slot as usize] =
+                Some(Map { handle: mapped.handle, mapped: Some(mapped), used: self.now });
         }
         self.wanted = wanted;
         self.wanted.clear();
@@ -179,8 +231,55 @@ impl<J: RingMem> GrantPages<J> {
     fn locate(&mut self, gref: u32) -> Option<(&MappedGrants, u32)> {
         let (slot, position) = *self.index.get(&gref)?;
         self.claim(slot);
-        let mapped = self.maps[slot as usize].as_ref()?.mapped.as_ref()?;
-        Some((mapped, position))
+        let map = self.maps[slot as usize].as_mut()?;
+        map.used = self.now;
+        Some((map.mapped.as_ref()?, position))
+    }
+
+    /// Gives back up to `most` maps that were not used for `age`, the least recently used first.
+    fn give_back(&mut self, age: Duration, most: usize) {
+        let mut stale: Vec<(Instant, u32)> = (0u32..)
+            .zip(&self.maps)
+            .filter_map(|(i, map)| map.as_ref().map(|m| (m.used, i)))
+            .filter(|(used, _)| self.now.saturating_duration_since(*used) >= age)
+            .collect();
+        stale.sort_unstable();
+        for (_, slot) in stale.into_iter().take(most) {
+            self.unmap(slot);
+        }
+        self.count();
+    }
+
+    fn unmap(&mut self, slot: u32) {
+        let Some(map) = self.maps[slot as usize].take() else { return };
+        // The record goes first: a map without one is given back by the next incarnation.
+        self.records.store_u32(self.records_at + slot as usize * RECORD, 0);
+        let result = match map.mapped {
+            Some(mapped) => mapped.unmap(&self.hv),
+            None => self.hv.grant_unmap(map.handle),
+        };
+        if let Err(error) = result {
+            tracing::warn!(domid = self.domid, %error, "grants not unmapped");
+        }
+        self.index.retain(|_, (s, _)| *s != slot);
+        self.unclaimed.retain(|s| *s != slot);
+        self.free.push(slot);
+    }
+
+    /// Maps those of the grants that are not mapped.
+    fn want(&mut self, grefs: impl Iterator<Item = u32>) {
+        self.now = Instant::now();
+        if !self.persistent {
+            return;
+        }
+        for gref in grefs {
+            if !self.index.contains_key(&gref) && !self.wanted.contains(&gref) {
+                self.wanted.push(gref);
+            }
+        }
+        if !self.wanted.is_empty() {
+            self.map_wanted();
+        }
     }
 
     fn claim(&mut self, slot: u32) {
@@ -210,19 +309,11 @@ impl<J: RingMem> GrantPages<J> {
 
     /// Gives all maps back.
     pub fn unmap_all(&mut self) {
+        for slot in 0..MAX_MAPS as u32 {
+            self.unmap(slot);
+        }
         self.index.clear();
         self.unclaimed.clear();
-        for (slot, map) in self.maps.iter_mut().enumerate() {
-            let Some(map) = map.take() else { continue };
-            self.records.store_u32(self.records_at + slot * RECORD, 0);
-            let result = match map.mapped {
-                Some(mapped) => mapped.unmap(&self.hv),
-                None => self.hv.grant_unmap(map.handle),
-            };
-            if let Err(error) = result {
-                tracing::warn!(domid = self.domid, %error, "grants not unmapped");
-            }
-        }
         self.free = (0..MAX_MAPS as u32).rev().collect();
         self.count();
     }
@@ -236,21 +327,11 @@ impl<J: RingMem> GuestPages for GrantPages<J> {
         requests: &[Prepared],
         failed: &mut Vec<Slot>,
     ) {
-        if self.persistent {
-            let new = slots.iter().flat_map(|s| &requests[s.0 as usize].segments).map(|s| s.gref);
-            for gref in new {
-                if !self.index.contains_key(&gref) && !self.wanted.contains(&gref) {
-                    self.wanted.push(gref);
-                }
-            }
-            if !self.wanted.is_empty() {
-                self.map_wanted();
-            }
-        }
+        self.want(slots.iter().flat_map(|s| &requests[s.0 as usize].segments).map(|s| s.gref));
         self.copies.clear();
         self.owners.clear();
         for &slot in slots {
-            let mut at = buffer_offset(slot);
+            let mut at = requests[slot.0 as usize].buffer as usize;
             let buffers = self.buffers.clone();
             for segment in &requests[slot.0 as usize].segments {
                 let len = usize::from(segment.len);
@@ -285,7 +366,7 @@ impl<J: RingMem> GuestPages for GrantPages<J> {
         if self.copies.entries.is_empty() {
             return;
         }
-        self.stats.copy_calls.fetch_add(1, Relaxed);
+        self.stats.copy_calls.add(1);
         if let Err(error) = self.copies.run(&self.hv) {
             tracing::error!(domid = self.domid, %error, "grant copy");
             failed.extend(self.owners.iter());
@@ -293,6 +374,51 @@ impl<J: RingMem> GuestPages for GrantPages<J> {
             failed.extend(
                 self.owners.iter().zip(&self.copies.statuses).filter(|(_, s)| **s != 0).map(|(slot, _)| slot),
             );
+        }
+    }
+
+    fn indirect(&mut self, pages: &[IndirectPage], each: &mut dyn FnMut(Slot, Option<&[u8]>)) {
+        self.want(pages.iter().map(|p| p.gref));
+        self.copies.clear();
+        self.owners.clear();
+        let mut bytes = [0; MAX_INDIRECT_BYTES];
+        let scratch = |i: usize| ARENA_CHUNKS * BUFFER_CHUNK + i % SCRATCH_PAGES * MAX_INDIRECT_BYTES;
+        for (i, page) in pages.iter().enumerate() {
+            let len = (page.len as usize).min(MAX_INDIRECT_BYTES);
+            if let Some((mapped, position)) = self.locate(page.gref) {
+                mapped.mem.copy_out(mapped.offset(position as usize), &mut bytes[..len]);
+                each(page.slot, Some(&bytes[..len]));
+            } else {
+                let (id, at) = (self.buffers.id, scratch(i) as u64);
+                let entry = CopyEntry::from_grant(self.domid, page.gref, 0, len as u16, id, at);
+                self.copies.entries.push(entry);
+                self.owners.push(Slot(i as u32));
+            }
+        }
+        if self.copies.entries.is_empty() {
+            return;
+        }
+        self.stats.copy_calls.add(1);
+        let copied = self.copies.run(&self.hv);
+        if let Err(error) = &copied {
+            tracing::error!(domid = self.domid, %error, "grant copy");
+        }
+        for (n, i) in self.owners.iter().enumerate() {
+            let page = &pages[i.0 as usize];
+            let fine = copied.is_ok() && self.copies.statuses.get(n) == Some(&0);
+            let len = (page.len as usize).min(MAX_INDIRECT_BYTES);
+            if fine {
+                self.buffers.mem.copy_out(scratch(i.0 as usize), &mut bytes[..len]);
+            }
+            each(page.slot, fine.then_some(&bytes[..len]));
+        }
+    }
+
+    fn idle(&mut self) {
+        self.now = Instant::now();
+        self.give_back(UNUSED, MAX_MAPS);
+        if let Err(error) = self.buffers.mem.release(0, self.buffers.mem.len()) {
+            tracing::debug!(%error, "buffers keep their memory");
         }
     }
 }

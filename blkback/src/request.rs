@@ -5,23 +5,21 @@
 
 use domain_kit::journal::RingFormat;
 use xen_abi::io::blkif::{
-    self, Abi, BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
-    BLKIF_OP_WRITE_BARRIER, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BlkifRequest, MAX_ENTRY_SIZE, Request,
+    self, Abi, BLKIF_DISCARD_SECURE, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
+    BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BlkifRequest,
+    BlkifRequestDiscard, BlkifRequestIndirect, BlkifRequestSegment, MAX_ENTRY_SIZE, Request,
 };
+use zerocopy::FromBytes;
+
+use crate::disk::attachment::Geometry;
 
 /// Bytes of the unit of all of blkif's sector numbers.
 pub const SECTOR: u64 = blkif::SECTOR_SIZE as u64;
-/// Most bytes of one request without indirect segments.
-pub const MAX_REQUEST_BYTES: usize = BLKIF_MAX_SEGMENTS_PER_REQUEST as usize * 4096;
-
-/// What of the disk a request is judged by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiskShape {
-    /// Units of 512 bytes on it.
-    pub sectors: u64,
-    /// Writes are refused.
-    pub read_only: bool,
-}
+/// Most segments of an indirect request: all of them lie in one page.
+pub const MAX_INDIRECT_SEGMENTS: u16 = 256;
+/// Bytes of that many segments, and of what is kept of them in the journal.
+pub const MAX_INDIRECT_BYTES: usize = MAX_INDIRECT_SEGMENTS as usize * SEGMENT_BYTES;
+const SEGMENT_BYTES: usize = size_of::<BlkifRequestSegment>();
 
 /// What a request wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,10 +29,15 @@ pub enum Kind {
     Read,
     /// Guest to disk.
     Write,
-    /// Everything answered before is on the medium when this is answered; with segments, then a write.
+    /// Everything answered before is on the medium when this is answered; with segments, then a write that is too.
     Flush,
-    /// Nothing overtakes it in either direction; a flush, a write if there are segments, a flush.
+    /// As a flush, and nothing overtakes it in either direction.
     Barrier,
+    /// The range's content is not needed any more.
+    Discard {
+        /// And must not be recoverable.
+        secure: bool,
+    },
 }
 
 /// A piece of a granted page.
@@ -55,10 +58,12 @@ pub struct Prepared {
     pub kind: Kind,
     /// First byte on the disk.
     pub offset: u64,
-    /// Bytes, the sum of the segments.
-    pub len: u32,
+    /// Bytes: the sum of the segments, or of a discard's range.
+    pub len: u64,
     /// Where in the guest, in order.
     pub segments: Vec<Segment>,
+    /// Where its data are in the ring's buffers, once it runs; the engine's.
+    pub buffer: u32,
 }
 
 /// Why a request is answered with an error and goes no further.
@@ -83,21 +88,33 @@ impl Refusal {
 }
 
 impl Prepared {
-    /// Checks a copied ring slot. What is in `self` before is overwritten; its memory is used again.
+    /// Whether it has data, and so a buffer.
+    pub fn has_data(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
+    /// Checks a copied ring slot; `extra` is the copy of an indirect request's segments. What is in `self` before is
+    /// overwritten; its memory is used again.
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn check(&mut self, abi: Abi, slot: &[u8], disk: &DiskShape) -> Result<(), Refusal> {
+    pub fn check(&mut self, abi: Abi, slot: &[u8], extra: &[u8], disk: &Geometry) -> Result<(), Refusal> {
         self.segments.clear();
         self.len = 0;
         self.offset = 0;
-        match decode(abi, slot) {
+        let checked = match decode(abi, slot) {
             Request::Direct(request) => self.direct(&request, disk),
-            other => Err(Refusal::Unsupported(other.operation())),
+            Request::Indirect(request) => self.indirect(&request, extra, disk),
+            Request::Discard(request) => self.discard(&request, disk),
+            Request::Unknown { operation, .. } => Err(Refusal::Unsupported(operation)),
+        };
+        if checked.is_err() {
+            self.segments.clear();
         }
+        checked
     }
 
-    fn direct(&mut self, request: &BlkifRequest, disk: &DiskShape) -> Result<(), Refusal> {
+    fn direct(&mut self, request: &BlkifRequest, disk: &Geometry) -> Result<(), Refusal> {
         self.kind = match request.operation {
             BLKIF_OP_READ => Kind::Read,
             BLKIF_OP_WRITE => Kind::Write,
@@ -109,6 +126,54 @@ impl Prepared {
         if segments.is_empty() && matches!(self.kind, Kind::Read | Kind::Write) {
             return Err(Refusal::Invalid("no segments"));
         }
+        self.segments(segments.iter().copied(), request.sector_number, disk)
+    }
+
+    fn indirect(
+        &mut self,
+        request: &BlkifRequestIndirect,
+        extra: &[u8],
+        disk: &Geometry,
+    ) -> Result<(), Refusal> {
+        self.kind = match request.indirect_op {
+            BLKIF_OP_READ => Kind::Read,
+            BLKIF_OP_WRITE => Kind::Write,
+            _ => return Err(Refusal::Invalid("an indirect request that neither reads nor writes")),
+        };
+        if request.nr_segments == 0 {
+            return Err(Refusal::Invalid("no segments"));
+        }
+        if request.nr_segments > MAX_INDIRECT_SEGMENTS {
+            return Err(Refusal::Invalid("more indirect segments than were offered"));
+        }
+        if extra.len() != usize::from(request.nr_segments) * SEGMENT_BYTES {
+            return Err(Refusal::Invalid("its indirect page is not there"));
+        }
+        let segments = extra
+            .chunks_exact(SEGMENT_BYTES)
+            .map(|bytes| BlkifRequestSegment::read_from_bytes(bytes).unwrap_or_default());
+        self.segments(segments, request.sector_number, disk)
+    }
+
+    fn discard(&mut self, request: &BlkifRequestDiscard, disk: &Geometry) -> Result<(), Refusal> {
+        let Some(offered) = disk.discard else { return Err(Refusal::Unsupported(request.operation)) };
+        let secure = request.flag & BLKIF_DISCARD_SECURE != 0;
+        if secure && !offered.secure {
+            return Err(Refusal::Unsupported(request.operation));
+        }
+        self.kind = Kind::Discard { secure };
+        if request.nr_sectors == 0 {
+            return Err(Refusal::Invalid("a discard of nothing"));
+        }
+        self.range(request.sector_number, request.nr_sectors, disk)
+    }
+
+    fn segments(
+        &mut self,
+        segments: impl Iterator<Item = BlkifRequestSegment>,
+        sector_number: u64,
+        disk: &Geometry,
+    ) -> Result<(), Refusal> {
         let mut sectors = 0u64;
         for segment in segments {
             let count = segment.sectors().ok_or(Refusal::Invalid("a segment leaves its page"))?;
@@ -119,17 +184,23 @@ impl Prepared {
                 len: count as u16 * SECTOR as u16,
             });
         }
-        if sectors > 0 {
-            let end = request.sector_number.checked_add(sectors);
-            if end.is_none_or(|end| end > disk.sectors) {
-                return Err(Refusal::Invalid("beyond the end of the disk"));
-            }
-            if disk.read_only && self.kind != Kind::Read {
-                return Err(Refusal::Invalid("a write to a read-only disk"));
-            }
-            // Below disk.sectors, which is bytes / 512: no overflow.
-            self.offset = request.sector_number * SECTOR;
-            self.len = (sectors * SECTOR) as u32;
+        if sectors == 0 { Ok(()) } else { self.range(sector_number, sectors, disk) }
+    }
+
+    fn range(&mut self, first: u64, sectors: u64, disk: &Geometry) -> Result<(), Refusal> {
+        let end = first.checked_add(sectors);
+        if end.is_none_or(|end| end > disk.sectors) {
+            return Err(Refusal::Invalid("beyond the end of the disk"));
+        }
+        if disk.read_only && self.kind != Kind::Read {
+            return Err(Refusal::Invalid("a write to a read-only disk"));
+        }
+        // Below disk.sectors, which is bytes / 512: no overflow.
+        self.offset = first * SECTOR;
+        self.len = sectors * SECTOR;
+        let unit = u64::from(disk.logical);
+        if !self.offset.is_multiple_of(unit) || !self.len.is_multiple_of(unit) {
+            return Err(Refusal::Invalid("not in whole sectors of the disk"));
         }
         Ok(())
     }
@@ -140,6 +211,25 @@ fn decode(abi: Abi, slot: &[u8]) -> Request {
     let n = slot.len().min(MAX_ENTRY_SIZE);
     whole[..n].copy_from_slice(&slot[..n]);
     abi.decode(&whole)
+}
+
+/// The grant of the page with an indirect request's segments, and how many bytes of it they are. `None` for other requests, and
+/// for those that [`Prepared::check`] refuses whatever is in the page.
+pub fn indirect_page(abi: Abi, slot: &[u8]) -> Option<(u32, u32)> {
+    if slot.first() != Some(&BLKIF_OP_INDIRECT) {
+        return None;
+    }
+    match decode(abi, slot) {
+        Request::Indirect(r) if (1..=MAX_INDIRECT_SEGMENTS).contains(&r.nr_segments) => {
+            Some((r.indirect_grefs[0], u32::from(r.nr_segments) * SEGMENT_BYTES as u32))
+        }
+        _ => None,
+    }
+}
+
+/// Whether it is a barrier: the operation is the first byte in every ABI.
+pub fn is_barrier(slot: &[u8]) -> bool {
+    slot.first() == Some(&BLKIF_OP_WRITE_BARRIER)
 }
 
 /// blkif's entries for the journal.
@@ -164,16 +254,16 @@ impl RingFormat for BlkifFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::attachment::{Discard, MAX_OPERATION_BYTES};
     use proptest::prelude::*;
-    use xen_abi::io::blkif::BlkifRequestSegment;
 
-    const DISK: DiskShape = DiskShape { sectors: 1000, read_only: false };
+    const DISK: Geometry = Geometry::plain(1000, false);
 
-    fn check(request: BlkifRequest, disk: &DiskShape) -> Result<Prepared, Refusal> {
+    fn check(request: BlkifRequest, disk: &Geometry) -> Result<Prepared, Refusal> {
         let mut prepared = Prepared::default();
         for abi in [Abi::X86_64, Abi::X86_32] {
             let slot = abi.encode(&Request::Direct(request));
-            prepared.check(abi, &slot[..abi.entry_size()], disk)?;
+            prepared.check(abi, &slot[..abi.entry_size()], &[], disk)?;
         }
         Ok(prepared)
     }
@@ -200,32 +290,118 @@ mod tests {
         assert!(check(request(BLKIF_OP_FLUSH_DISKCACHE, 5000, &[]), &DISK).is_ok());
         let many = BlkifRequest { nr_segments: 12, ..request(BLKIF_OP_READ, 0, &[(0, 7); 11]) };
         assert!(check(many, &DISK).is_err());
-        for operation in [4, 5, 6, 7, 255] {
+        for operation in [4, 5, 7, 255] {
             let e = check(request(operation, 0, &[(0, 7)]), &DISK).unwrap_err();
             assert_eq!(e.status(), BLKIF_RSP_EOPNOTSUPP);
         }
-        let read_only = DiskShape { read_only: true, ..DISK };
+        let read_only = Geometry { read_only: true, ..DISK };
         assert!(check(request(BLKIF_OP_WRITE, 0, &[(0, 0)]), &read_only).is_err());
         assert!(check(request(BLKIF_OP_WRITE_BARRIER, 0, &[(0, 0)]), &read_only).is_err());
         assert!(check(request(BLKIF_OP_READ, 0, &[(0, 0)]), &read_only).is_ok());
     }
 
+    fn indirect(operation: u8, nr_segments: u16, sector_number: u64) -> BlkifRequestIndirect {
+        BlkifRequestIndirect {
+            operation: BLKIF_OP_INDIRECT,
+            indirect_op: operation,
+            nr_segments,
+            sector_number,
+            indirect_grefs: [77, 1, 2, 3, 4, 5, 6, 7],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn indirect_requests() {
+        use zerocopy::IntoBytes;
+        let big = Geometry::plain(1 << 20, false);
+        let whole = [BlkifRequestSegment::new(5, 0, 7); 257];
+        let try_it = |request: BlkifRequestIndirect, segments: &[BlkifRequestSegment]| {
+            let mut prepared = Prepared::default();
+            for abi in [Abi::X86_64, Abi::X86_32] {
+                let slot = abi.encode(&Request::Indirect(request));
+                let slot = &slot[..abi.entry_size()];
+                let page = indirect_page(abi, slot);
+                let wanted = (1..=256).contains(&request.nr_segments);
+                assert_eq!(page, wanted.then_some((77, u32::from(request.nr_segments) * 8)));
+                prepared.check(abi, slot, segments.as_bytes(), &big)?;
+            }
+            Ok::<_, Refusal>(prepared)
+        };
+        let fine = try_it(indirect(BLKIF_OP_WRITE, 256, 8), &whole[..256]).unwrap();
+        assert_eq!((fine.kind, fine.offset, fine.len), (Kind::Write, 4096, 1 << 20));
+        assert_eq!(fine.segments[255], Segment { gref: 5, offset: 0, len: 4096 });
+        assert!(try_it(indirect(BLKIF_OP_READ, 1, 8), &whole[..1]).is_ok());
+        assert!(try_it(indirect(BLKIF_OP_READ, 257, 8), &whole).is_err());
+        assert!(try_it(indirect(BLKIF_OP_READ, 0, 8), &[]).is_err());
+        assert!(try_it(indirect(BLKIF_OP_READ, 2, 8), &whole[..1]).is_err(), "not all segments are there");
+        assert!(try_it(indirect(BLKIF_OP_READ, 1, 1 << 20), &whole[..1]).is_err(), "beyond the end");
+        for operation in [BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, 255] {
+            assert!(try_it(indirect(operation, 1, 8), &whole[..1]).is_err());
+        }
+        let torn = [whole[0], BlkifRequestSegment::new(5, 4, 3)];
+        assert!(try_it(indirect(BLKIF_OP_READ, 2, 8), &torn).is_err());
+    }
+
+    #[test]
+    fn discards() {
+        let offered = Some(Discard { granularity: 512, alignment: 0, secure: false });
+        let disk = Geometry { discard: offered, ..DISK };
+        let try_it = |sector_number, nr_sectors, flag, disk: &Geometry| {
+            let request = BlkifRequestDiscard {
+                operation: xen_abi::io::blkif::BLKIF_OP_DISCARD,
+                flag,
+                sector_number,
+                nr_sectors,
+                ..Default::default()
+            };
+            let mut prepared = Prepared::default();
+            for abi in [Abi::X86_64, Abi::X86_32] {
+                let slot = abi.encode(&Request::Discard(request));
+                prepared.check(abi, &slot[..abi.entry_size()], &[], disk)?;
+            }
+            Ok::<_, Refusal>(prepared)
+        };
+        let fine = try_it(0, 1000, 0, &disk).unwrap();
+        assert_eq!((fine.kind, fine.len, fine.has_data()), (Kind::Discard { secure: false }, 512_000, false));
+        assert!(try_it(1, 1000, 0, &disk).is_err());
+        assert!(try_it(u64::MAX, 2, 0, &disk).is_err());
+        assert!(try_it(0, 0, 0, &disk).is_err());
+        assert_eq!(try_it(0, 8, 1, &disk).unwrap_err().status(), BLKIF_RSP_EOPNOTSUPP);
+        assert_eq!(try_it(0, 8, 0, &DISK).unwrap_err().status(), BLKIF_RSP_EOPNOTSUPP);
+        assert!(try_it(0, 8, 0, &Geometry { read_only: true, ..disk }).is_err());
+        let secure = Some(Discard { granularity: 512, alignment: 0, secure: true });
+        let fine = try_it(0, 8, 1, &Geometry { discard: secure, ..DISK }).unwrap();
+        assert_eq!(fine.kind, Kind::Discard { secure: true });
+    }
+
     proptest! {
         /// Whatever bytes a frontend writes: no panic, and what passes lies on the disk and in its pages.
         #[test]
-        fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..=112), op in 0u8..4, nr in 0u8..14,
-                     sector in 0u64..1100, abi in prop_oneof![Just(Abi::X86_64), Just(Abi::X86_32)], plain: bool) {
+        fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..=112), op in 0u8..8, nr in 0u8..14,
+                     sector in 0u64..1100, abi in prop_oneof![Just(Abi::X86_64), Just(Abi::X86_32)], plain: bool,
+                     extra in proptest::collection::vec(any::<u8>(), 0..100), logical in prop_oneof![Just(512u32), Just(4096)]) {
             let mut bytes = bytes;
+            let disk = Geometry {
+                logical,
+                discard: Some(Discard { granularity: 512, alignment: 0, secure: false }),
+                ..DISK
+            };
             if plain && bytes.len() >= 24 {
                 (bytes[0], bytes[1]) = (op, nr);
                 let at = if abi == Abi::X86_64 { 16 } else { 12 };
                 bytes[at..at + 8].copy_from_slice(&sector.to_le_bytes());
             }
             let mut prepared = Prepared::default();
-            if prepared.check(abi, &bytes, &DISK).is_ok() {
-                prop_assert!(prepared.offset + u64::from(prepared.len) <= DISK.sectors * SECTOR);
-                prop_assert!(prepared.len as usize <= MAX_REQUEST_BYTES);
-                prop_assert_eq!(prepared.segments.iter().map(|s| u32::from(s.len)).sum::<u32>(), prepared.len);
+            let page = indirect_page(abi, &bytes);
+            prop_assert!(page.is_none_or(|(_, len)| (8..=MAX_INDIRECT_BYTES).contains(&(len as usize))));
+            if prepared.check(abi, &bytes, &extra, &disk).is_ok() {
+                prop_assert!(prepared.offset + prepared.len <= DISK.sectors * SECTOR);
+                prop_assert!(prepared.offset.is_multiple_of(u64::from(logical)) && prepared.len.is_multiple_of(u64::from(logical)));
+                if prepared.has_data() {
+                    prop_assert!(prepared.len as usize <= MAX_OPERATION_BYTES);
+                    prop_assert_eq!(prepared.segments.iter().map(|s| u64::from(s.len)).sum::<u64>(), prepared.len);
+                }
                 prop_assert!(prepared.segments.iter().all(|s| s.offset + s.len <= 4096 && s.len >= 512));
             }
             let format = BlkifFormat(abi);

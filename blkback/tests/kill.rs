@@ -9,10 +9,10 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blkback::disk::source;
-use blkback::disk::uring::{UringDisk, buffer_offset};
-use blkback::engine::{Direction, Engine, GuestPages};
-use blkback::request::{BlkifFormat, MAX_REQUEST_BYTES, Prepared};
+use blkback::disk::attachment::{Disk, DiskQueue};
+use blkback::disk::source::{self, Cache};
+use blkback::engine::{BUFFERS_BYTES, Direction, Engine, GuestPages, IndirectPage};
+use blkback::request::{BlkifFormat, Prepared};
 use blkback::stats::Stats;
 use domain_kit::journal::{JournaledRing, Shape, Slot};
 use domain_kit::mem::SharedMem;
@@ -46,7 +46,7 @@ impl GuestPages for PlainPages {
         failed: &mut Vec<Slot>,
     ) {
         for &slot in slots {
-            let mut at = buffer_offset(slot);
+            let mut at = requests[slot.0 as usize].buffer as usize;
             for s in &requests[slot.0 as usize].segments {
                 if s.gref as usize >= PAGES {
                     failed.push(slot);
@@ -61,6 +61,8 @@ impl GuestPages for PlainPages {
             }
         }
     }
+
+    fn indirect(&mut self, _pages: &[IndirectPage], _each: &mut dyn FnMut(Slot, Option<&[u8]>)) {}
 }
 
 struct Shared {
@@ -77,7 +79,8 @@ struct Shared {
 /// One incarnation. Never returns.
 fn incarnation(s: &Shared, own_fault: bool, poison: Option<u64>) -> ! {
     let file = File::options().read(true).write(true).open(&s.path).expect("open");
-    let source = Arc::new(source::open(file.into(), false, Duration::from_secs(10)).expect("fence"));
+    let source =
+        Arc::new(source::open(file.into(), false, Cache::None, Duration::from_secs(10)).expect("fence"));
     let (ring, unanswered) = JournaledRing::reattach(
         s.ring.clone(),
         s.layout,
@@ -87,9 +90,9 @@ fn incarnation(s: &Shared, own_fault: bool, poison: Option<u64>) -> ! {
         own_fault,
     )
     .expect("a sound journal");
-    let (buffers, _fd) = SharedMem::create("buffers", 32 * MAX_REQUEST_BYTES).expect("buffers");
+    let (buffers, _fd) = SharedMem::create("buffers", BUFFERS_BYTES).expect("buffers");
     let buffers = Arc::new(buffers);
-    let disk = UringDisk::new(source, buffers.clone(), 32).expect("io_uring");
+    let disk = source.queue(buffers.clone(), 32).expect("io_uring");
     let guest = PlainPages { guest: s.guest.clone(), buffers };
     let mut engine = Engine::new(ring, ABI, unanswered, guest, disk, Arc::new(Stats::default()));
     if let Some(poison) = poison {
@@ -106,13 +109,7 @@ fn incarnation(s: &Shared, own_fault: bool, poison: Option<u64>) -> ! {
             s.to_front.write(1).expect("notify");
         }
         if !polled.more {
-            let disk: &UringDisk = engine.disk();
-            let mut fds = [
-                PollFd::new(s.to_back.as_fd(), PollFlags::POLLIN),
-                PollFd::new(disk.as_fd(), PollFlags::POLLIN),
-            ];
-            poll(&mut fds, PollTimeout::NONE).expect("poll");
-            let _ = s.to_back.read();
+            engine.disk().wait(&[s.to_back.as_fd()], None).expect("wait");
         }
     }
 }

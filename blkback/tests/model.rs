@@ -11,8 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blkback::engine::{Direction, Disk, DiskError, Engine, GuestPages};
-use blkback::request::{BlkifFormat, DiskShape, Prepared};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use blkback::disk::attachment::{Completions, DiskQueue, DiskRequest, Geometry, Operation, Tag};
+use blkback::engine::{Direction, Engine, GuestPages, IndirectPage};
+use blkback::request::{BlkifFormat, Prepared};
 use blkback::stats::Stats;
 use domain_kit::journal::{JournaledRing, Shape, Slot};
 use domain_kit::model::{Chooser, Death, DyingMem, Fate, Life};
@@ -60,16 +64,19 @@ type Version = u64;
 #[derive(Clone, Copy, Debug)]
 enum Io {
     Read(u64),
-    Write(u64),
+    /// With FUA or without.
+    Write(u64, bool),
     Flush,
 }
 
 type Buffers = Rc<RefCell<Vec<Version>>>;
-type Done = Rc<RefCell<Vec<(Slot, Result<(), DiskError>)>>>;
+type Done = Rc<RefCell<Completions>>;
 
 #[derive(Debug)]
 struct InFlight {
-    slot: Slot,
+    tag: Tag,
+    /// Page of the buffers.
+    buffer: usize,
     io: Io,
     /// The buffers of the incarnation that handed it over.
     buffers: Buffers,
@@ -88,19 +95,22 @@ struct Medium {
 impl Medium {
     fn land(&mut self, which: usize) {
         let op = self.in_flight.remove(which);
-        let i = op.slot.0 as usize;
+        let i = op.buffer;
         match op.io {
             Io::Read(sector) => op.buffers.borrow_mut()[i] = self.cache[sector as usize],
-            Io::Write(sector) => {
+            Io::Write(sector, fua) => {
                 let version = op.buffers.borrow()[i];
                 let old = std::mem::replace(&mut self.cache[sector as usize], version);
                 assert!(version >= old, "version {version} landed over {old} in sector {sector}");
                 self.check_barriers(version);
                 self.landed.insert(version);
+                if fua {
+                    self.durable[sector as usize] = version;
+                }
             }
             Io::Flush => self.durable.clone_from(&self.cache),
         }
-        op.done.borrow_mut().push((op.slot, Ok(())));
+        op.done.borrow_mut().push((op.tag, Ok(())));
     }
 
     fn check_barriers(&self, version: Version) {
@@ -125,40 +135,50 @@ struct ModelDisk {
     medium: Rc<RefCell<Medium>>,
     life: Rc<Life>,
     buffers: Buffers,
-    queued: Vec<(Slot, Io)>,
+    queued: Vec<(Tag, usize, Io)>,
     done: Done,
     poison: BTreeSet<Version>,
 }
 
-impl Disk for ModelDisk {
-    fn shape(&self) -> DiskShape {
-        DiskShape { sectors: SECTORS, read_only: false }
+impl DiskQueue for ModelDisk {
+    fn geometry(&self) -> Geometry {
+        Geometry::plain(SECTORS, false)
     }
-    fn read(&mut self, slot: Slot, offset: u64, len: u32) {
-        assert_eq!(len, 512);
-        self.queued.push((slot, Io::Read(offset / 512)));
+    fn submit(&mut self, tag: Tag, request: &DiskRequest) {
+        let sector = request.offset / 512;
+        let page = request.buffer as usize / 4096;
+        let io = match request.operation {
+            Operation::Read => Io::Read(sector),
+            Operation::Write { fua } => {
+                if self.poison.contains(&self.buffers.borrow()[page]) {
+                    self.life.crash();
+                }
+                Io::Write(sector, fua)
+            }
+            Operation::Flush => Io::Flush,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(request.len, if matches!(io, Io::Flush) { 0 } else { 512 });
+        self.queued.push((tag, page, io));
     }
-    fn write(&mut self, slot: Slot, offset: u64, len: u32) {
-        assert_eq!(len, 512);
-        if self.poison.contains(&self.buffers.borrow()[slot.0 as usize]) {
-            self.life.crash();
-        }
-        self.queued.push((slot, Io::Write(offset / 512)));
-    }
-    fn flush(&mut self, slot: Slot) {
-        self.queued.push((slot, Io::Flush));
-    }
-    fn submit(&mut self) {
-        for (slot, io) in self.queued.drain(..) {
+    fn kick(&mut self) {
+        for (tag, buffer, io) in self.queued.drain(..) {
             if self.life.step() {
                 let (buffers, done) = (self.buffers.clone(), self.done.clone());
-                self.medium.borrow_mut().in_flight.push(InFlight { slot, io, buffers, done });
+                self.medium.borrow_mut().in_flight.push(InFlight { tag, buffer, io, buffers, done });
             }
         }
     }
-    fn completed(&mut self, into: &mut Vec<(Slot, Result<(), DiskError>)>) {
+    fn completed(&mut self, into: &mut Completions) {
         into.append(&mut self.done.borrow_mut());
     }
+    fn ready(&mut self) -> bool {
+        !self.done.borrow().is_empty()
+    }
+    fn wait(&mut self, _events: &[BorrowedFd<'_>], _timeout: Option<Duration>) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn finish(&mut self) {}
 }
 
 /// Guest pages: one version each, by gref.
@@ -178,16 +198,17 @@ impl GuestPages for ModelPages {
     ) {
         for slot in slots {
             let gref = requests[slot.0 as usize].segments[0].gref as usize;
+            let page = requests[slot.0 as usize].buffer as usize / 4096;
             let mut buffers = self.buffers.borrow_mut();
             match direction {
-                Direction::Fetch => buffers[slot.0 as usize] = self.pages.borrow()[gref],
-                Direction::Store if self.life.step() => {
-                    self.pages.borrow_mut()[gref] = buffers[slot.0 as usize]
-                }
+                Direction::Fetch => buffers[page] = self.pages.borrow()[gref],
+                Direction::Store if self.life.step() => self.pages.borrow_mut()[gref] = buffers[page],
                 Direction::Store => {}
             }
         }
     }
+
+    fn indirect(&mut self, _pages: &[IndirectPage], _each: &mut dyn FnMut(Slot, Option<&[u8]>)) {}
 }
 
 type ModelEngine = Engine<DyingMem, DyingMem, ModelPages, ModelDisk>;

@@ -135,7 +135,8 @@ fn blkback(host: &HostFile, entry: &BlkbackEntry) -> Service {
     let name = entry.name.as_str();
     let mut request = service(host, name, Role::Backend, "blkback", entry.restart, entry.limits);
     request.resources.push(disk_resource(&entry.disk, entry.mode));
-    request.args.clone_from(&entry.args);
+    request.args = entry.options().args();
+    request.args.extend(entry.args.iter().cloned());
     let writable = entry.mode == AccessMode::ReadWrite;
     Service {
         name: name.into(),
@@ -183,6 +184,7 @@ pub fn private_blkback(host: &HostFile, guest: &Guest, index: usize) -> Option<C
     let mut request = service(host, &name, Role::Backend, "blkback", None, None);
     request.uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
     request.resources.push(disk_resource(path, disk.mode));
+    request.args = disk.options().args();
     Some(request)
 }
 

@@ -113,82 +113,41 @@ impl SharedMem {
         )
     }
 
-    /// Copies bytes out, each exactly once. Words are read whole where source and length allow.
+    /// Copies bytes out, each exactly once.
     pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
         self.check(offset, into.len(), 1);
-        // SAFETY: in bounds (checked).
-        let base = unsafe { self.map.as_mut_ptr().add(offset) };
-        let head = base.align_offset(8).min(into.len());
-        let (head_out, rest) = into.split_at_mut(head);
-        for (i, byte) in head_out.iter_mut().enumerate() {
-            // SAFETY: in bounds, only touched as atomics.
-            *byte = unsafe { AtomicU8::from_ptr(base.add(i)) }.load(Ordering::Relaxed);
-        }
-        let mut at = head;
-        let mut words = rest.chunks_exact_mut(8);
-        for word in &mut words {
-            // SAFETY: in bounds and aligned to 8, only touched as atomics.
-            let value = unsafe { AtomicU64::from_ptr(base.add(at).cast()) }.load(Ordering::Relaxed);
-            word.copy_from_slice(&value.to_ne_bytes());
-            at += 8;
-        }
-        for (i, byte) in words.into_remainder().iter_mut().enumerate() {
-            // SAFETY: in bounds, only touched as atomics.
-            *byte = unsafe { AtomicU8::from_ptr(base.add(at + i)) }.load(Ordering::Relaxed);
-        }
+        // SAFETY: the source is in bounds (checked) and mapped, the target is a slice; a mapping and a Rust object never overlap.
+        unsafe { copy_bytes(into.as_mut_ptr(), self.map.as_mut_ptr().add(offset), into.len()) };
     }
 
     /// Copies bytes in.
     pub fn copy_in(&self, offset: usize, from: &[u8]) {
         self.check(offset, from.len(), 1);
-        // SAFETY: in bounds (checked).
-        let base = unsafe { self.map.as_mut_ptr().add(offset) };
-        let head = base.align_offset(8).min(from.len());
-        let (head_in, rest) = from.split_at(head);
-        for (i, byte) in head_in.iter().enumerate() {
-            // SAFETY: in bounds, only touched as atomics.
-            unsafe { AtomicU8::from_ptr(base.add(i)) }.store(*byte, Ordering::Relaxed);
-        }
-        let mut at = head;
-        let words = rest.chunks_exact(8);
-        let tail = words.remainder();
-        for word in words {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(word);
-            // SAFETY: in bounds and aligned to 8, only touched as atomics.
-            unsafe { AtomicU64::from_ptr(base.add(at).cast()) }
-                .store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
-            at += 8;
-        }
-        for (i, byte) in tail.iter().enumerate() {
-            // SAFETY: in bounds, only touched as atomics.
-            unsafe { AtomicU8::from_ptr(base.add(at + i)) }.store(*byte, Ordering::Relaxed);
-        }
+        // SAFETY: the target is in bounds (checked) and mapped, the source is a slice; a mapping and a Rust object never overlap.
+        unsafe { copy_bytes(self.map.as_mut_ptr().add(offset), from.as_ptr(), from.len()) };
     }
 
     /// Copies `len` bytes between two mappings (which may be the same if the ranges do not overlap).
     pub fn copy_from(&self, offset: usize, source: &SharedMem, source_offset: usize, len: usize) {
         self.check(offset, len, 1);
         source.check(source_offset, len, 1);
-        // Whole words where both ends are aligned, which sectors and pages are: once through a register.
-        let words = if (offset | source_offset).is_multiple_of(8) { len / 8 } else { 0 };
-        for i in 0..words {
-            let at = 8 * i;
-            // SAFETY: in bounds (checked) and aligned to 8, only touched as atomics.
-            unsafe {
-                let from = AtomicU64::from_ptr(source.map.as_mut_ptr().add(source_offset + at).cast());
-                let to = AtomicU64::from_ptr(self.map.as_mut_ptr().add(offset + at).cast());
-                to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
-            }
+        // SAFETY: both ranges are in bounds (checked) and mapped.
+        unsafe {
+            copy_bytes(self.map.as_mut_ptr().add(offset), source.map.as_mut_ptr().add(source_offset), len);
         }
-        let mut done = 8 * words;
-        let mut chunk = [0; 512];
-        while done < len {
-            let n = (len - done).min(chunk.len());
-            source.copy_out(source_offset + done, &mut chunk[..n]);
-            self.copy_in(offset + done, &chunk[..n]);
-            done += n;
-        }
+    }
+
+    /// Gives the memory of whole pages back to the kernel: they read as zeroes from now on. Of a memfd only.
+    ///
+    /// # Errors
+    /// That of madvise(2).
+    pub fn release(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len, PAGE_SIZE);
+        let start = std::ptr::NonNull::new(self.map.as_mut_ptr().wrapping_add(offset).cast());
+        let start = start.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a range of this mapping; its bytes change to zero, as shared bytes may at any time.
+        unsafe { nix::sys::mman::madvise(start, len, nix::sys::mman::MmapAdvise::MADV_REMOVE) }?;
+        Ok(())
     }
 
     /// Sets bytes to zero.
@@ -199,6 +158,34 @@ impl SharedMem {
             let n = (len - done).min(zeros.len());
             self.copy_in(offset + done, &zeros[..n]);
             done += n;
+        }
+    }
+}
+
+/// Copies bytes of which some are shared, each read once and written once, in no particular order. Not a Rust copy: the other
+/// side may write at the same time, which the compiler must not reason about.
+///
+/// # Safety
+/// Both ranges are mapped; they do not overlap unless they are shared memory.
+#[inline]
+unsafe fn copy_bytes(to: *mut u8, from: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the ranges are the caller's; the direction flag is clear by the ABI.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rdi") to => _,
+            inout("rsi") from => _,
+            options(nostack, preserves_flags)
+        );
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..len {
+        // SAFETY: inside the caller's ranges.
+        unsafe {
+            let byte = AtomicU8::from_ptr(from.add(i).cast_mut()).load(Ordering::Relaxed);
+            AtomicU8::from_ptr(to.add(i)).store(byte, Ordering::Relaxed);
         }
     }
 }

@@ -148,11 +148,12 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     /// No memory or descriptors for it.
-    fn queue(self: Arc<Self>, buffers: Arc<dyn Buffers>, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
+    fn queue(self: Arc<Self>, buffers: Arc<dyn Buffers>, depth: u32)
+    -> io::Result<Box<dyn DiskQueue + Send>>;
 }
 
 /// A ring's way to its disk. One thread uses it.
-pub trait DiskQueue: Send {
+pub trait DiskQueue {
     /// What the disk is now.
     fn geometry(&self) -> Geometry;
     /// Queues an operation; `tag` must have none under way. An operation that cannot be carried out completes with an error.

@@ -66,7 +66,11 @@ impl Disk for LayeredDisk {
         Ok(self.sectors.swap(now, Relaxed) != now)
     }
 
-    fn queue(self: Arc<Self>, buffers: Arc<dyn Buffers>, _depth: u32) -> io::Result<Box<dyn DiskQueue>> {
+    fn queue(
+        self: Arc<Self>,
+        buffers: Arc<dyn Buffers>,
+        _depth: u32,
+    ) -> io::Result<Box<dyn DiskQueue + Send>> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let work = Work { disk: self, buffers, jobs: Mutex::default(), more: Condvar::new(), event };
         Ok(Box::new(PoolQueue { work: Arc::new(work), queued: Vec::new() }))

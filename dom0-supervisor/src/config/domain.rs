@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{AccessMode, ConfigError, LimitsEntry, Mac, Name, Vdev, text};
+use super::{AccessMode, ConfigError, DiskCache, DiskOptions, LimitsEntry, Mac, Name, NoSpace, Vdev, text};
 
 /// A domain file, checked. Serialised, it is also how the state file keeps a guest's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +118,12 @@ pub struct DiskEntry {
     /// Only "raw".
     #[serde(default = "super::host::raw")]
     pub format: String,
+    /// How the host's page cache is used.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// What a full file system under it means.
+    #[serde(default)]
+    pub no_space: NoSpace,
 }
 
 /// Where a disk comes from.
@@ -137,6 +143,11 @@ impl DiskEntry {
             (None, Some(path)) => Some(DiskSource::Path(path)),
             _ => None,
         }
+    }
+
+    /// How it is served.
+    pub fn options(&self) -> DiskOptions {
+        DiskOptions { cache: self.cache, no_space: self.no_space }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AccessMode, ConfigError, Name, text};
+use super::{AccessMode, ConfigError, DiskCache, DiskOptions, Name, NoSpace, text};
 
 /// The host file, checked.
 #[derive(Clone, Debug, Deserialize)]
@@ -127,6 +127,12 @@ pub struct BlkbackEntry {
     /// More arguments of the program: for tests and debugging.
     #[serde(default)]
     pub args: Vec<String>,
+    /// How the host's page cache is used.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// What a full file system under it means.
+    #[serde(default)]
+    pub no_space: NoSpace,
     /// Read-write or read-only.
     #[serde(default)]
     pub mode: AccessMode,
@@ -175,6 +181,13 @@ pub enum NetbackMode {
 
 fn default_state_dir() -> PathBuf {
     "/var/lib/bulkhead".into()
+}
+
+impl BlkbackEntry {
+    /// How it is served.
+    pub fn options(&self) -> DiskOptions {
+        DiskOptions { cache: self.cache, no_space: self.no_space }
+    }
 }
 
 pub(super) fn raw() -> String {

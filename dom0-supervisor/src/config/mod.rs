@@ -15,7 +15,7 @@ pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,
 };
-pub use values::{AccessMode, Mac, Name, Vdev};
+pub use values::{AccessMode, DiskCache, DiskOptions, Mac, Name, NoSpace, Vdev};
 
 /// Why a file was refused: one line that says where, what, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -190,6 +190,58 @@ pub enum AccessMode {
     ReadOnly,
 }
 
+/// How the host's page cache is used for a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskCache {
+    /// Not at all: O_DIRECT. As xl's raw disks.
+    #[default]
+    None,
+    /// Reads and writes go through it.
+    Writeback,
+    /// Reads come from it; each write is on the medium when it is answered.
+    Writethrough,
+}
+
+/// What a full file system under a disk means to the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoSpace {
+    /// Writes fail.
+    #[default]
+    Report,
+    /// The guest's disk stops until there is room.
+    Stop,
+}
+
+/// How a disk is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The page cache.
+    pub cache: DiskCache,
+    /// A full file system.
+    pub no_space: NoSpace,
+}
+
+impl DiskOptions {
+    /// blkback's arguments; none for what is blkback's default anyway.
+    pub fn args(self) -> Vec<String> {
+        let mut args = Vec::new();
+        let cache = match self.cache {
+            DiskCache::None => None,
+            DiskCache::Writeback => Some("writeback"),
+            DiskCache::Writethrough => Some("writethrough"),
+        };
+        if let Some(cache) = cache {
+            args.extend(["--cache".to_owned(), cache.to_owned()]);
+        }
+        if self.no_space == NoSpace::Stop {
+            args.extend(["--no-space".to_owned(), "stop".to_owned()]);
+        }
+        args
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -27,7 +27,7 @@ pub struct Shape {
 }
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"BHRINGJ\0");
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 // The header. Static part, covered by the checksum:
 pub(super) const H_MAGIC: usize = 0;
@@ -54,6 +54,7 @@ pub(super) const E_RESP_INDEX: usize = 8;
 pub(super) const E_AUX: usize = 12;
 pub(super) const E_EXTRA_LEN: usize = 16;
 pub(super) const E_CRC: usize = 20;
+pub(super) const E_EXTRA_CRC: usize = 24;
 pub(super) const E_REQUEST: usize = 32;
 
 impl Shape {

@@ -14,6 +14,7 @@
 //!
 //! 1. `take`: request bytes, index, checksum; then the state word; for the whole batch then `req_cons`. Entries with
 //!    `req_index >= req_cons` were never begun: recovery drops them and takes them from the ring again.
+//!    Bytes kept beside a request are complete once their length, stored last, says so (`take_with`, or `keep` later).
 //! 2. `start`: the state word. Only running entries can be blamed for a crash.
 //! 3. `respond`: `resp_index` and `aux`; then the state word with the status in it. From here on it never runs again.
 //! 4. `push`: response bytes into the ring; the journalled publish (from, to) in one word; the ring's `rsp_prod`; then the

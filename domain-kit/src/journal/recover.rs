@@ -34,6 +34,7 @@ impl<M: RingMem> RingJournal<M> {
         let mut answered = Vec::new();
         let mut unanswered = Vec::new();
         let mut request = vec![0; self.shape.req_size as usize];
+        let mut extra = Vec::new();
         for slot in (0..entries).map(Slot) {
             let damaged = |what| JournalError::Damaged { what, slot: slot.0 };
             let word = Word::unpack(self.word(slot)).ok_or(damaged("unknown state"))?;
@@ -46,8 +47,12 @@ impl<M: RingMem> RingJournal<M> {
                 return Err(damaged("too many segments"));
             }
             self.read_request(slot, &mut request);
-            if self.field(slot, E_CRC) != entry_crc(req_index, &request, &self.read_extra(slot)) {
+            if self.field(slot, E_CRC) != entry_crc(req_index, &request) {
                 return Err(damaged("checksum"));
+            }
+            self.read_extra(slot, &mut extra);
+            if !extra.is_empty() && self.field(slot, E_EXTRA_CRC) != crc32c::crc32c(&extra) {
+                return Err(damaged("checksum of what is kept beside it"));
             }
             if req_index.wrapping_sub(req_cons) as i32 >= 0 {
                 if word.state != State::Taken {

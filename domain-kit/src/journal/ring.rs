@@ -170,7 +170,34 @@ impl<R: RingMem, J: RingMem, F: RingFormat> JournaledRing<R, J, F> {
 
     /// What was kept beside it.
     pub fn extra(&self, slot: Slot) -> Vec<u8> {
-        self.journal.read_extra(slot)
+        let mut extra = Vec::new();
+        self.journal.read_extra(slot, &mut extra);
+        extra
+    }
+
+    /// The same into memory that is used again.
+    pub fn kept_bytes(&self, slot: Slot, into: &mut Vec<u8>) {
+        self.journal.read_extra(slot, into);
+    }
+
+    /// How many bytes are kept beside it.
+    pub fn kept(&self, slot: Slot) -> usize {
+        self.journal.extra_len(slot)
+    }
+
+    /// Keeps bytes beside a request that was taken without; at most [`Shape::extra_size`], longer is cut. To be called before
+    /// [`JournaledRing::start`], once: what later incarnations find is all of it or nothing.
+    pub fn keep(&self, slot: Slot, bytes: &[u8]) {
+        let most = self.journal.shape().extra_size as usize;
+        self.journal.write_extra(slot, &bytes[..bytes.len().min(most)]);
+    }
+
+    /// How many requests wait to be taken.
+    ///
+    /// # Errors
+    /// As [`JournaledRing::take_with`].
+    pub fn waiting(&self) -> Result<u32, JournalError> {
+        Ok(self.ring.unconsumed().inspect_err(|_| self.journal.fail())?)
     }
 
     /// Its index in the ring.

@@ -54,12 +54,12 @@ impl<M: RingMem> RingJournal<M> {
         Ok(RingJournal { mem, shape })
     }
 
-    /// Opens a predecessor's journal. Its entries are judged by recovery.
+    /// What a journal says of itself: its shape, and the identity given to [`RingJournal::create`].
     ///
     /// # Errors
-    /// [`JournalError::Header`] if this is no journal of that shape, [`JournalError::FailedEarlier`].
-    pub fn open(mem: M, shape: Shape) -> Result<Self, JournalError> {
-        if mem.size() < shape.bytes() {
+    /// [`JournalError::Header`] if this is no journal.
+    pub fn peek(mem: &M) -> Result<(Shape, [u32; IDENTITY_WORDS]), JournalError> {
+        if mem.size() < HEADER_BYTES {
             return Err(JournalError::Header("the memory is too small"));
         }
         if mem.load_u64(H_MAGIC) != MAGIC {
@@ -68,16 +68,27 @@ impl<M: RingMem> RingJournal<M> {
         if mem.load_u32(H_VERSION) != VERSION {
             return Err(JournalError::Header("of another version"));
         }
-        if mem.load_u32(H_CRC) != header_crc(&mem) {
+        if mem.load_u32(H_CRC) != header_crc(mem) {
             return Err(JournalError::Header("the header's checksum is wrong"));
         }
-        let found = Shape {
+        let shape = Shape {
             entries: mem.load_u32(H_ENTRIES),
             req_size: mem.load_u32(H_REQ_SIZE),
             extra_size: mem.load_u32(H_EXTRA_SIZE),
             user_size: mem.load_u32(H_USER_SIZE),
         };
-        if found != shape {
+        Ok((shape, std::array::from_fn(|i| mem.load_u32(H_IDENTITY + 4 * i))))
+    }
+
+    /// Opens a predecessor's journal. Its entries are judged by recovery.
+    ///
+    /// # Errors
+    /// [`JournalError::Header`] if this is no journal of that shape, [`JournalError::FailedEarlier`].
+    pub fn open(mem: M, shape: Shape) -> Result<Self, JournalError> {
+        if mem.size() < shape.bytes() {
+            return Err(JournalError::Header("the memory is too small"));
+        }
+        if Self::peek(&mem)?.0 != shape {
             return Err(JournalError::Header("of another ring's shape"));
         }
         if mem.load_u32(H_FAILED) != 0 {
@@ -140,13 +151,23 @@ impl<M: RingMem> RingJournal<M> {
         // What freed the entry stays before what fills it.
         compiler_fence(Ordering::SeqCst);
         self.mem.copy_in(at + E_REQUEST, request);
-        if !extra.is_empty() {
-            self.mem.copy_in(self.shape.extra(slot.0), extra);
+        if extra.is_empty() {
+            self.mem.store_u32(at + E_EXTRA_LEN, 0);
+        } else {
+            self.write_extra(slot, extra);
         }
         self.mem.store_u32(at + E_REQ_INDEX, req_index);
-        self.mem.store_u32(at + E_EXTRA_LEN, extra.len() as u32);
-        self.mem.store_u32(at + E_CRC, entry_crc(req_index, request, extra));
+        self.mem.store_u32(at + E_CRC, entry_crc(req_index, request));
         self.set_word(slot, Word::new(State::Taken, 0));
+    }
+
+    /// The length is stored last: until then there is nothing.
+    pub(super) fn write_extra(&self, slot: Slot, extra: &[u8]) {
+        let at = self.shape.entry(slot.0);
+        debug_assert!(extra.len() <= self.shape.extra_size as usize);
+        self.mem.copy_in(self.shape.extra(slot.0), extra);
+        self.mem.store_u32(at + E_EXTRA_CRC, crc32c::crc32c(extra));
+        self.mem.store_u32(at + E_EXTRA_LEN, extra.len() as u32);
     }
 
     pub(super) fn commit(&self, req_cons: u32) {
@@ -169,18 +190,24 @@ impl<M: RingMem> RingJournal<M> {
         self.mem.copy_out(self.shape.entry(slot.0) + E_REQUEST, into);
     }
 
-    /// The bytes kept beside an entry's request; at most [`Shape::extra_size`] of them.
-    pub(super) fn read_extra(&self, slot: Slot) -> Vec<u8> {
-        let len = self.field(slot, E_EXTRA_LEN).min(self.shape.extra_size);
-        let mut extra = vec![0; len as usize];
-        self.mem.copy_out(self.shape.extra(slot.0), &mut extra);
-        extra
+    /// How many bytes are kept beside an entry's request; at most [`Shape::extra_size`].
+    pub(super) fn extra_len(&self, slot: Slot) -> usize {
+        self.field(slot, E_EXTRA_LEN).min(self.shape.extra_size) as usize
+    }
+
+    /// Those bytes.
+    pub(super) fn read_extra(&self, slot: Slot, into: &mut Vec<u8>) {
+        into.clear();
+        let len = self.extra_len(slot);
+        if len > 0 {
+            into.resize(len, 0);
+            self.mem.copy_out(self.shape.extra(slot.0), into);
+        }
     }
 }
 
-pub(super) fn entry_crc(req_index: u32, request: &[u8], extra: &[u8]) -> u32 {
-    let crc = crc32c::crc32c(&req_index.to_le_bytes());
-    crc32c::crc32c_append(crc32c::crc32c_append(crc, request), extra)
+pub(super) fn entry_crc(req_index: u32, request: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&req_index.to_le_bytes()), request)
 }
 
 fn header_crc(mem: &impl RingMem) -> u32 {

@@ -5,6 +5,7 @@
 //! | [`BackRing`] | the backend's end: takes requests, puts responses |
 //! | [`FrontRing`] | the frontend's end: puts requests, takes responses |
 //! | [`RingMem`] | the memory under both, touched by atomics and copies alone |
+//! | [`Pages`] | the memory of a ring of several granted pages |
 //!
 //! All indices run freely modulo 2^32. The peer owns half of the shared page and can write all of it at any time, so each end
 //! keeps its own indices privately, reads of the peer's only what it must, once, and checks it: an index that no honest peer
@@ -14,10 +15,12 @@
 mod back;
 mod front;
 mod mem;
+mod pages;
 
 pub use back::BackRing;
 pub use front::FrontRing;
 pub use mem::{HeapMem, RingMem};
+pub use pages::Pages;
 
 use xen_abi::io::ring::{RING_OFFSET, ring_size};
 

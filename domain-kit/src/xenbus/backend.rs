@@ -69,6 +69,14 @@ pub trait BackendDriver {
     /// Called after Connected is written: the frontend may be served now. (`resume` and re-attach serve at once.)
     fn connected(&mut self, _node: &DeviceNode, _device: &mut Self::Device) {}
 
+    /// Called for a device that is served and connected at both ends, each time its nodes or anything else may have changed.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    fn live(&mut self, _node: &DeviceNode, _device: &mut Self::Device) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Stops serving: everything mapped is unmapped, nothing kept for a next incarnation.
     fn disconnect(&mut self, key: DeviceKey, device: Self::Device);
 
@@ -311,7 +319,15 @@ impl<D: BackendDriver> Backend<D> {
                 tracing::info!(device = %key, front = ?front_state, back = ?back_state, ?action, "{}", D::KIND);
             }
             match action {
-                Action::Wait => return Ok(()),
+                Action::Wait => {
+                    if back_state == XenbusState::Connected
+                        && front_state == XenbusState::Connected
+                        && let Some(device) = self.devices.get_mut(&key)
+                    {
+                        self.driver.live(&node, device)?;
+                    }
+                    return Ok(());
+                }
                 Action::Offer => self.offer(&node)?,
                 Action::Connect => {
                     let (mut device, properties) = self.driver.connect(&node, false)?;

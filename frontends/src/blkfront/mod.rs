@@ -14,19 +14,19 @@ use std::time::{Duration, Instant};
 use domain_kit::evtchn::Port;
 use domain_kit::grants::{GrantError, Region};
 use domain_kit::hypercall::{HvError, Hypercall};
-use domain_kit::mem::{Page, SharedMem};
-use domain_kit::ring::RingMem;
+use domain_kit::mem::SharedMem;
+use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{Frontend, XenbusState};
-use domain_kit::xs::{XsClient, XsError};
+use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
-use xen_abi::io::blkif::{Abi, VDISK_READONLY, node};
+use xen_abi::io::blkif::{BLKIF_MAX_SEGMENTS_PER_REQUEST, VDISK_READONLY, node};
 
 pub mod disk;
 pub mod queue;
 
 pub use disk::BlkDisk;
 use queue::BlkQueue;
-pub use queue::{Completion, MAX_BYTES, Op, Outcome, QueueError, SECTOR, SubmitError};
+pub use queue::{Completion, MAX_BYTES, Op, Outcome, QueueError, QueueShape, SECTOR, SubmitError};
 
 /// Why a device could not be connected.
 #[derive(Debug, thiserror::Error)]
@@ -48,33 +48,35 @@ pub enum ConnectError {
     Closed(u32),
 }
 
-/// The data part of the region: all but the ring's page.
+/// The data part of the region: all but the ring's pages.
 #[derive(Debug)]
 pub struct DataPages {
     region: std::sync::Arc<SharedMem>,
+    /// Where it starts.
+    base: usize,
 }
 
 impl RingMem for DataPages {
     fn size(&self) -> usize {
-        self.region.len() - PAGE_SIZE
+        self.region.len() - self.base
     }
     fn load_u32(&self, offset: usize) -> u32 {
-        RingMem::load_u32(&*self.region, PAGE_SIZE + offset)
+        RingMem::load_u32(&*self.region, self.base + offset)
     }
     fn store_u32(&self, offset: usize, value: u32) {
-        RingMem::store_u32(&*self.region, PAGE_SIZE + offset, value);
+        RingMem::store_u32(&*self.region, self.base + offset, value);
     }
     fn load_u64(&self, offset: usize) -> u64 {
-        RingMem::load_u64(&*self.region, PAGE_SIZE + offset)
+        RingMem::load_u64(&*self.region, self.base + offset)
     }
     fn store_u64(&self, offset: usize, value: u64) {
-        RingMem::store_u64(&*self.region, PAGE_SIZE + offset, value);
+        RingMem::store_u64(&*self.region, self.base + offset, value);
     }
     fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        self.region.copy_out(PAGE_SIZE + offset, into);
+        self.region.copy_out(self.base + offset, into);
     }
     fn copy_in(&self, offset: usize, from: &[u8]) {
-        self.region.copy_in(PAGE_SIZE + offset, from);
+        self.region.copy_in(self.base + offset, from);
     }
 }
 
@@ -87,12 +89,33 @@ pub struct DiskInfo {
     pub read_only: bool,
     /// Flushes work.
     pub flush: bool,
+    /// Discards work.
+    pub discard: bool,
 }
 
-/// A connected block device, for one thread.
+/// How to connect. What the backend offers less of is used as far as it offers it.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Rings, each for a thread.
+    pub queues: u32,
+    /// Sizes of each.
+    pub shape: QueueShape,
+    /// Grants may stay mapped.
+    pub persistent: bool,
+    /// Says the ring's size in pages (`num-ring-pages`) instead of by `ring-page-order`.
+    pub legacy_pages: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { queues: 1, shape: QueueShape::default(), persistent: true, legacy_pages: false }
+    }
+}
+
+/// A queue of a connected block device, for one thread.
 #[derive(Debug)]
 pub struct BlkFront {
-    queue: BlkQueue<Page, DataPages>,
+    queue: BlkQueue<Pages, DataPages>,
     port: Port,
     info: DiskInfo,
     progress: Progress,
@@ -106,7 +129,7 @@ struct Progress {
 }
 
 impl BlkFront {
-    /// Connects device `id` of domain `domid`, waiting up to `timeout` for its backend.
+    /// Connects device `id` of domain `domid` with one queue, waiting up to `timeout` for its backend.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -117,26 +140,57 @@ impl BlkFront {
         id: u32,
         timeout: Duration,
     ) -> Result<BlkFront, ConnectError> {
+        let mut queues = Self::connect_with(hv, xs, domid, id, timeout, &Options::default())?;
+        queues.pop().ok_or(ConnectError::Node(id, "no queue"))
+    }
+
+    /// The same with these options; gives a front for each queue.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub fn connect_with(
+        hv: &Hypercall,
+        xs: &XsClient,
+        domid: u16,
+        id: u32,
+        timeout: Duration,
+        options: &Options,
+    ) -> Result<Vec<BlkFront>, ConnectError> {
         use XenbusState::{Closed, Closing, Connected, InitWait, Initialised};
         let deadline = Instant::now() + timeout;
         let left = || deadline.saturating_duration_since(Instant::now());
         let front = Frontend::open(xs, domid, "vbd", id)?;
         front.wait_backend(&[InitWait], timeout)?;
-        let flush = front.backend_number::<u32>(node::FEATURE_FLUSH_CACHE)?.unwrap_or(0) != 0;
-        let tag = u64::from_le_bytes(*b"blkfront").wrapping_add(u64::from(id));
-        let region = Region::create(hv, front.backend_domid, 1 + queue::data_pages() as u32, tag)?;
-        let data = DataPages { region: region.mem.clone() };
-        let queue = BlkQueue::new(Page::new(region.mem.clone(), 0), data, region.gref(1));
-        let port = hv.port_alloc_unbound(front.backend_domid)?;
-        front.publish(
-            &[
-                (node::RING_REF, region.gref(0).to_string()),
-                (node::EVENT_CHANNEL, port.port.to_string()),
-                (node::PROTOCOL, Abi::X86_64.protocol().to_owned()),
-                (node::FEATURE_PERSISTENT, "1".to_owned()),
-            ],
-            Initialised,
-        )?;
+        let offered = |name: &str, least: u32| -> Result<u32, ConnectError> {
+            Ok(front.backend_number::<u32>(name)?.unwrap_or(least))
+        };
+        let flush = offered(node::FEATURE_FLUSH_CACHE, 0)? != 0;
+        let discard = offered(node::FEATURE_DISCARD, 0)? != 0;
+        let queues = options.queues.clamp(1, offered(node::MULTI_QUEUE_MAX_QUEUES, 1)?.max(1));
+        let most_pages = 1usize << offered(node::MAX_RING_PAGE_ORDER, 0)?.min(4);
+        let indirect = offered(node::FEATURE_MAX_INDIRECT_SEGMENTS, 0)? as usize;
+        let mut shape = options.shape;
+        shape.ring_pages = shape.ring_pages.min(most_pages);
+        shape.segments = shape.segments.min(indirect.max(BLKIF_MAX_SEGMENTS_PER_REQUEST as usize));
+        let mut nodes = vec![
+            (node::PROTOCOL.to_owned(), shape.abi.protocol().to_owned()),
+            (node::FEATURE_PERSISTENT.to_owned(), u32::from(options.persistent).to_string()),
+        ];
+        if shape.ring_pages > 1 && options.legacy_pages {
+            nodes.push((node::NUM_RING_PAGES.to_owned(), shape.ring_pages.to_string()));
+        } else if shape.ring_pages > 1 {
+            nodes.push((node::RING_PAGE_ORDER.to_owned(), shape.ring_pages.ilog2().to_string()));
+        }
+        if queues > 1 {
+            nodes.push((node::MULTI_QUEUE_NUM_QUEUES.to_owned(), queues.to_string()));
+        }
+        let mut parts = Vec::new();
+        for n in 0..queues {
+            let prefix = if queues > 1 { format!("queue-{n}/") } else { String::new() };
+            parts.push(Self::queue(hv, front.backend_domid, id, n, &shape, &prefix, &mut nodes)?);
+        }
+        let nodes: Vec<(&str, String)> = nodes.iter().map(|(n, v)| (n.as_str(), v.clone())).collect();
+        front.publish(&nodes, Initialised)?;
         if front.wait_backend(&[Connected, Closing, Closed], left())? != Connected {
             return Err(ConnectError::Closed(id));
         }
@@ -147,13 +201,42 @@ impl BlkFront {
         }
         let info = front.backend_number::<u32>(node::INFO)?.unwrap_or(0);
         front.publish(&[], Connected)?;
-        let info = DiskInfo { sectors, read_only: info & VDISK_READONLY != 0, flush };
-        Ok(BlkFront {
-            queue,
-            port,
-            info,
-            progress: Progress { last: Instant::now(), longest: Duration::ZERO },
-        })
+        let info = DiskInfo { sectors, read_only: info & VDISK_READONLY != 0, flush, discard };
+        let progress = Progress { last: Instant::now(), longest: Duration::ZERO };
+        Ok(parts.into_iter().map(|(queue, port)| BlkFront { queue, port, info, progress }).collect())
+    }
+
+    /// Memory, grants and port of a queue, and the nodes that tell of them.
+    fn queue(
+        hv: &Hypercall,
+        backend: u16,
+        id: u32,
+        number: u32,
+        shape: &QueueShape,
+        prefix: &str,
+        nodes: &mut Vec<(String, String)>,
+    ) -> Result<(BlkQueue<Pages, DataPages>, Port), ConnectError> {
+        let tag = u64::from_le_bytes(*b"blkfront").wrapping_add(u64::from(id) | u64::from(number) << 56);
+        let pages = shape.ring_pages;
+        let region = Region::create(hv, backend, (pages + shape.data_pages()) as u32, tag)?;
+        let ring = Pages::new(region.mem.clone(), (0..pages).map(|p| p * PAGE_SIZE).collect());
+        let data = DataPages { region: region.mem.clone(), base: pages * PAGE_SIZE };
+        let queue = BlkQueue::new(ring, data, region.gref(pages as u32), *shape);
+        let port = hv.port_alloc_unbound(backend)?;
+        match pages {
+            1 => nodes.push((format!("{prefix}{}", node::RING_REF), region.gref(0).to_string())),
+            _ => nodes
+                .extend((0..pages as u32).map(|page| {
+                    (format!("{prefix}{}{page}", node::RING_REF), region.gref(page).to_string())
+                })),
+        }
+        nodes.push((format!("{prefix}{}", node::EVENT_CHANNEL), port.port.to_string()));
+        Ok((queue, port))
+    }
+
+    /// Most bytes of a read or write.
+    pub fn max_bytes(&self) -> usize {
+        self.queue.max_bytes()
     }
 
     /// What the backend says of the disk.
@@ -247,4 +330,31 @@ impl BlkFront {
     pub fn reset_longest_wait(&mut self) {
         self.progress = Progress { last: Instant::now(), longest: Duration::ZERO };
     }
+}
+
+/// Says goodbye to device `id` of domain `domid`, whose fronts are not used any more, and begins again: it can then be connected
+/// anew, in another way too.
+///
+/// # Errors
+/// The store's.
+pub fn disconnect(xs: &XsClient, domid: u16, id: u32, timeout: Duration) -> Result<(), XsError> {
+    let front = Frontend::open(xs, domid, "vbd", id)?;
+    front.close(timeout)?;
+    front.wait_backend(&[XenbusState::Closed, XenbusState::InitWait], timeout)?;
+    let ring_refs = (0..16).map(|page| format!("{}{page}", node::RING_REF));
+    let queues = (0..16).map(|queue| format!("queue-{queue}"));
+    let rest = [
+        node::RING_REF,
+        node::EVENT_CHANNEL,
+        node::RING_PAGE_ORDER,
+        node::NUM_RING_PAGES,
+        node::MULTI_QUEUE_NUM_QUEUES,
+    ];
+    for name in ring_refs.chain(queues).chain(rest.map(str::to_owned)) {
+        match xs.rm(&format!("{}/{name}", front.path)) {
+            Err(e) if !e.is_not_found() => return Err(e),
+            _ => {}
+        }
+    }
+    front.publish(&[], XenbusState::Initialising)
 }

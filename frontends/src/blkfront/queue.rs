@@ -1,28 +1,60 @@
 //! The ring and its data pages, and every check of what the backend says.
 //!
-//! Each request in flight has a tag, which is its id on the ring and owns 11 data pages for good: the same grants are used for
+//! Each request in flight has a tag, which is its id on the ring and owns its data pages for good: the same grants are used for
 //! ever, which is what persistent grants are about. Free tags are a stack, so that few pages are in use at low depth.
+//! A tag of a queue with indirect requests owns one page more, for the segments.
 
 use domain_kit::ring::{FrontRing, RingError, RingLayout, RingMem};
 use hv_abi::PAGE_SIZE;
 use xen_abi::io::blkif::*;
+use zerocopy::IntoBytes;
 
-/// Data pages of one request.
-pub const PAGES_PER_TAG: usize = BLKIF_MAX_SEGMENTS_PER_REQUEST as usize;
-/// Most bytes of one request.
-pub const MAX_BYTES: usize = PAGES_PER_TAG * PAGE_SIZE;
+/// Most segments of a request that is not indirect.
+const DIRECT: usize = BLKIF_MAX_SEGMENTS_PER_REQUEST as usize;
+/// Most bytes of one request that is not indirect.
+pub const MAX_BYTES: usize = DIRECT * PAGE_SIZE;
 /// Bytes of the unit of sector numbers.
 pub const SECTOR: u64 = SECTOR_SIZE as u64;
-const ABI: Abi = Abi::X86_64;
 
-/// Layout of the ring's one page.
-pub fn layout() -> RingLayout {
-    RingLayout::new(1, ABI.entry_size(), ABI.response_size())
+/// The sizes of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueShape {
+    /// Layout of the entries.
+    pub abi: Abi,
+    /// Pages of the ring, a power of two.
+    pub ring_pages: usize,
+    /// Most requests in flight; at most as many as the ring has slots are used.
+    pub depth: usize,
+    /// Most segments (pages) of a request; more than 11 make indirect requests.
+    pub segments: usize,
 }
 
-/// Data pages of a whole queue.
-pub fn data_pages() -> usize {
-    layout().size as usize * PAGES_PER_TAG
+impl Default for QueueShape {
+    fn default() -> Self {
+        QueueShape { abi: Abi::X86_64, ring_pages: 1, depth: usize::MAX, segments: DIRECT }
+    }
+}
+
+impl QueueShape {
+    /// Layout of the ring.
+    pub fn layout(&self) -> RingLayout {
+        RingLayout::new(self.ring_pages, self.abi.entry_size(), self.abi.response_size())
+    }
+
+    /// Requests in flight at most.
+    pub fn tags(&self) -> usize {
+        self.depth.min(self.layout().size as usize)
+    }
+
+    /// Pages that a tag owns.
+    fn tag_pages(&self) -> usize {
+        self.segments + usize::from(self.segments > DIRECT)
+    }
+
+    /// Data pages of the whole queue.
+    pub fn data_pages(&self) -> usize {
+        self.tags() * self.tag_pages()
+    }
 }
 
 /// What a request does.
@@ -44,6 +76,20 @@ pub enum Op<'a> {
     },
     /// Makes all answered writes durable.
     Flush,
+    /// Writes the bytes at `sector`; nothing on this queue overtakes it, and it is durable when answered.
+    Barrier {
+        /// First sector.
+        sector: u64,
+        /// What: at most [`MAX_BYTES`].
+        data: &'a [u8],
+    },
+    /// The content of the sectors is not needed any more.
+    Discard {
+        /// First sector.
+        sector: u64,
+        /// How many.
+        sectors: u64,
+    },
 }
 
 /// Why a request was not taken.
@@ -52,7 +98,7 @@ pub enum SubmitError {
     /// All tags are in flight; take completions first.
     #[error("the ring is full")]
     Full,
-    /// Length 0, no multiple of 512, or more than [`MAX_BYTES`].
+    /// Length 0, no multiple of 512, or more than a request of this queue has.
     #[error("a request of {0} bytes")]
     Length(usize),
     /// The backend broke the protocol earlier; the device is not used any more.
@@ -129,28 +175,34 @@ struct Pending {
 pub struct BlkQueue<R, D> {
     ring: FrontRing<R>,
     data: D,
+    shape: QueueShape,
     first_gref: u32,
-    free: Vec<u8>,
+    free: Vec<u32>,
     pending: Vec<Option<Pending>>,
     failed: Option<QueueError>,
 }
 
 impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
-    /// Makes a new, empty ring. `data` has [`data_pages`] pages, whose grants start at `first_gref`.
+    /// Makes a new, empty ring. `data` has [`QueueShape::data_pages`] pages, whose grants start at `first_gref`.
     ///
     /// # Panics
     /// If the memory is too short.
-    pub fn new(ring: R, data: D, first_gref: u32) -> Self {
-        let layout = layout();
-        assert!(data.size() >= data_pages() * PAGE_SIZE, "too few data pages");
+    pub fn new(ring: R, data: D, first_gref: u32, shape: QueueShape) -> Self {
+        assert!(data.size() >= shape.data_pages() * PAGE_SIZE, "too few data pages");
         BlkQueue {
-            ring: FrontRing::init(ring, layout),
+            ring: FrontRing::init(ring, shape.layout()),
             data,
+            shape,
             first_gref,
-            free: (0..layout.size as u8).rev().collect(),
-            pending: vec![None; layout.size as usize],
+            free: (0..shape.tags() as u32).rev().collect(),
+            pending: vec![None; shape.tags()],
             failed: None,
         }
+    }
+
+    /// Most bytes of a read or write.
+    pub fn max_bytes(&self) -> usize {
+        self.shape.segments * PAGE_SIZE
     }
 
     /// Requests that can still be submitted.
@@ -188,33 +240,66 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
             Op::Read { sector, len } => (BLKIF_OP_READ, sector, len),
             Op::Write { sector, data } => (BLKIF_OP_WRITE, sector, data.len()),
             Op::Flush => (BLKIF_OP_FLUSH_DISKCACHE, 0, 0),
+            Op::Barrier { sector, data } => (BLKIF_OP_WRITE_BARRIER, sector, data.len()),
+            Op::Discard { sector, .. } => (BLKIF_OP_DISCARD, sector, 0),
         };
-        let whole = len > 0 && len <= MAX_BYTES && len.is_multiple_of(SECTOR as usize);
-        if !whole && op != Op::Flush {
+        let most = if operation == BLKIF_OP_WRITE_BARRIER { MAX_BYTES } else { self.max_bytes() };
+        let whole = len > 0 && len <= most && len.is_multiple_of(SECTOR as usize);
+        if !whole && !matches!(op, Op::Flush | Op::Discard { .. }) {
             return Err(SubmitError::Length(len));
         }
         let Some(tag) = self.free.pop() else { return Err(SubmitError::Full) };
-        let page = usize::from(tag) * PAGES_PER_TAG;
-        if let Op::Write { data, .. } = op {
+        let page = tag as usize * self.shape.tag_pages();
+        if let Op::Write { data, .. } | Op::Barrier { data, .. } = op {
             self.data.copy_in(page * PAGE_SIZE, data);
         }
-        let mut request =
-            BlkifRequest { operation, id: tag.into(), sector_number: sector, ..Default::default() };
-        let mut left = len;
-        for (i, segment) in request.seg.iter_mut().enumerate() {
-            if left == 0 {
-                break;
-            }
-            let bytes = left.min(PAGE_SIZE);
-            let gref = self.first_gref + (page + i) as u32;
-            *segment = BlkifRequestSegment::new(gref, 0, (bytes / SECTOR as usize - 1) as u8);
-            request.nr_segments += 1;
-            left -= bytes;
-        }
-        self.ring.put(&ABI.encode(&Request::Direct(request)));
+        let request = self.request(op, operation, tag, sector, len);
+        let abi = self.shape.abi;
+        self.ring.put(&abi.encode(&request)[..abi.entry_size()]);
         let read_len = if operation == BLKIF_OP_READ { len } else { 0 };
-        self.pending[usize::from(tag)] = Some(Pending { operation, mark, read_len });
+        self.pending[tag as usize] = Some(Pending { operation: request.operation(), mark, read_len });
         Ok(())
+    }
+
+    fn request(&self, op: Op<'_>, operation: u8, tag: u32, sector: u64, len: usize) -> Request {
+        let id = tag.into();
+        if let Op::Discard { sectors, .. } = op {
+            let discard = BlkifRequestDiscard {
+                operation,
+                id,
+                sector_number: sector,
+                nr_sectors: sectors,
+                ..Default::default()
+            };
+            return Request::Discard(discard);
+        }
+        let page = tag as usize * self.shape.tag_pages();
+        let segment = |i: usize| {
+            let bytes = (len - i * PAGE_SIZE).min(PAGE_SIZE);
+            let gref = self.first_gref + (page + i) as u32;
+            BlkifRequestSegment::new(gref, 0, (bytes / SECTOR as usize - 1) as u8)
+        };
+        let segments = len.div_ceil(PAGE_SIZE);
+        if segments <= DIRECT {
+            let mut request = BlkifRequest { operation, id, sector_number: sector, ..Default::default() };
+            request.nr_segments = segments as u8;
+            request.seg.iter_mut().take(segments).enumerate().for_each(|(i, s)| *s = segment(i));
+            return Request::Direct(request);
+        }
+        let list = page + self.shape.segments;
+        for i in 0..segments {
+            self.data.copy_in(list * PAGE_SIZE + i * size_of::<BlkifRequestSegment>(), segment(i).as_bytes());
+        }
+        let mut request = BlkifRequestIndirect {
+            operation: BLKIF_OP_INDIRECT,
+            indirect_op: operation,
+            id,
+            sector_number: sector,
+            nr_segments: segments as u16,
+            ..Default::default()
+        };
+        request.indirect_grefs[0] = self.first_gref + list as u32;
+        Request::Indirect(request)
     }
 
     /// Publishes what was submitted; true if the backend wants an event.
@@ -244,8 +329,8 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
             let waiting = self.ring.unconsumed()?;
             for _ in 0..waiting {
                 let mut bytes = [0; size_of::<BlkifResponse>()];
-                self.ring.take(&mut bytes);
-                self.judge(ABI.decode_response(&bytes), each)?;
+                self.ring.take(&mut bytes[..self.shape.abi.response_size()]);
+                self.judge(self.shape.abi.decode_response(&bytes), each)?;
                 count += 1;
             }
             if waiting == 0 && !self.ring.final_check()? {
@@ -280,10 +365,10 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
             mark: pending.mark,
             outcome,
             data: &self.data,
-            base: tag * PAGES_PER_TAG * PAGE_SIZE,
+            base: tag * self.shape.tag_pages() * PAGE_SIZE,
             len,
         });
-        self.free.push(tag as u8);
+        self.free.push(tag as u32);
         Ok(())
     }
 }
@@ -295,13 +380,15 @@ mod tests {
     use std::sync::Arc;
     use xen_abi::io::ring::RSP_PROD_OFFSET;
 
+    const ABI: Abi = Abi::X86_64;
     type Queue = BlkQueue<Arc<HeapMem>, Arc<HeapMem>>;
 
     fn pair() -> (Queue, BackRing<Arc<HeapMem>>, Arc<HeapMem>, Arc<HeapMem>) {
         let ring = Arc::new(HeapMem::new(PAGE_SIZE));
-        let data = Arc::new(HeapMem::new(data_pages() * PAGE_SIZE));
-        let queue = BlkQueue::new(ring.clone(), data.clone(), 100);
-        (queue, BackRing::attach(ring.clone(), layout(), 0, 0), ring, data)
+        let shape = QueueShape::default();
+        let data = Arc::new(HeapMem::new(shape.data_pages() * PAGE_SIZE));
+        let queue = BlkQueue::new(ring.clone(), data.clone(), 100, shape);
+        (queue, BackRing::attach(ring.clone(), shape.layout(), 0, 0), ring, data)
     }
 
     fn answer(back: &mut BackRing<Arc<HeapMem>>, id: u64, operation: u8, status: i16) {
@@ -401,5 +488,46 @@ mod tests {
         assert_eq!(queue.take(|_| ()), Ok(1));
         answer(&mut back, first.id, BLKIF_OP_READ, 0);
         assert_eq!(queue.take(|_| ()), Err(QueueError::NotPending(first.id)));
+    }
+
+    #[test]
+    fn indirect_requests_barriers_and_discards() {
+        for abi in [Abi::X86_64, Abi::X86_32] {
+            let shape = QueueShape { abi, ring_pages: 4, depth: 5, segments: 40 };
+            let ring = Arc::new(HeapMem::new(4 * PAGE_SIZE));
+            let data = Arc::new(HeapMem::new(shape.data_pages() * PAGE_SIZE));
+            let mut queue = BlkQueue::new(ring.clone(), data.clone(), 100, shape);
+            let mut back = BackRing::attach(ring, shape.layout(), 0, 0);
+            assert_eq!((shape.layout().size, queue.free(), queue.max_bytes()), (128, 5, 40 * PAGE_SIZE));
+            let bytes = vec![5; 39 * PAGE_SIZE + 512];
+            queue.submit(Op::Write { sector: 3, data: &bytes }, 1).unwrap();
+            queue.submit(Op::Barrier { sector: 9, data: &[1; 512] }, 2).unwrap();
+            queue.submit(Op::Discard { sector: 16, sectors: 1 << 40 }, 3).unwrap();
+            let too_long = Op::Barrier { sector: 0, data: &bytes };
+            assert_eq!(queue.submit(too_long, 4), Err(SubmitError::Length(bytes.len())));
+            assert!(queue.push());
+            let mut take = || {
+                let mut slot = [0; MAX_ENTRY_SIZE];
+                back.take(&mut slot[..abi.entry_size()]);
+                abi.decode(&slot)
+            };
+            let Request::Indirect(write) = take() else { panic!("not indirect") };
+            assert_eq!((write.indirect_op, write.nr_segments, write.sector_number), (BLKIF_OP_WRITE, 40, 3));
+            let list = (write.indirect_grefs[0] - 100) as usize * PAGE_SIZE;
+            let mut segment = [0; 8];
+            data.copy_out(list + 39 * 8, &mut segment);
+            assert_eq!(segment, BlkifRequestSegment::new(139, 0, 0).as_bytes());
+            let Request::Direct(barrier) = take() else { panic!("not direct") };
+            assert_eq!((barrier.operation, barrier.nr_segments), (BLKIF_OP_WRITE_BARRIER, 1));
+            let Request::Discard(discard) = take() else { panic!("no discard") };
+            assert_eq!((discard.sector_number, discard.nr_sectors), (16, 1 << 40));
+            for (id, operation) in [(discard.id, BLKIF_OP_DISCARD), (write.id, BLKIF_OP_INDIRECT)] {
+                back.put(&abi.encode_response(id, operation, 0)[..abi.response_size()]);
+            }
+            back.push();
+            let mut marks = Vec::new();
+            assert_eq!(queue.take(|c| marks.push(c.mark)), Ok(2));
+            assert_eq!(marks, [3, 1]);
+        }
     }
 }

@@ -65,6 +65,10 @@ pub mod node {
     pub const FEATURE_MAX_INDIRECT_SEGMENTS: &str = "feature-max-indirect-segments";
     /// Backend: log2 of the most pages of a ring.
     pub const MAX_RING_PAGE_ORDER: &str = "max-ring-page-order";
+    /// Backend: most pages of a ring; the older way to say it.
+    pub const MAX_RING_PAGES: &str = "max-ring-pages";
+    /// Frontend: pages of its ring; the older way to say it.
+    pub const NUM_RING_PAGES: &str = "num-ring-pages";
     /// Frontend: log2 of the pages of its ring.
     pub const RING_PAGE_ORDER: &str = "ring-page-order";
     /// Backend: most queues.
@@ -87,7 +91,15 @@ pub mod node {
     pub const INFO: &str = "info";
     /// Both: the device's number, major and minor in Linux's old encoding.
     pub const VIRTUAL_DEVICE: &str = "virtual-device";
-    /// Backend: "r" or "w".
+    /// Frontend: it takes all sector numbers in units of `sector-size`.
+    pub const FEATURE_LARGE_SECTOR_SIZE: &str = "feature-large-sector-size";
+    /// Toolstack, in the backend's directory: 0 if discards are not to be offered.
+    pub const DISCARD_ENABLE: &str = "discard-enable";
+    /// Toolstack, in both directories: "disk" or "cdrom".
+    pub const DEVICE_TYPE: &str = "device-type";
+    /// Toolstack, in the backend's directory: 1 for a medium that can be taken out.
+    pub const REMOVABLE: &str = "removable";
+    /// Backend: "r" or "w"; "w!" for a disk that several write.
     pub const MODE: &str = "mode";
 }
 

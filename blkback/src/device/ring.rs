@@ -1,0 +1,389 @@
+//! One ring of a device: made, then served by a thread of its own.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use domain_kit::evtchn::Port;
+use domain_kit::grants::{CopyBuffer, MappedGrants};
+use domain_kit::hypercall::Hypercall;
+use domain_kit::journal::{JournalError, JournaledRing, Slot};
+use domain_kit::mem::SharedMem;
+use domain_kit::ring::{Pages, RingMem};
+use domain_kit::xenbus::{BackendHandle, DeviceKey};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::connection::{Connection, USER_RECORDS, journal_name, store_limits};
+use super::poll::Window;
+use super::{AttachError, Shared, all_claimed};
+use crate::disk::attachment::{Disk, DiskQueue};
+use crate::engine::{BUFFERS_BYTES, Engine};
+use crate::limit::{Limiter, Limits};
+use crate::pages::{GrantPages, Tags};
+use crate::request::BlkifFormat;
+use crate::stats::Stats;
+
+/// Time without requests after which memory is given back.
+const IDLE: Duration = Duration::from_secs(2);
+
+/// What a ring's thread and the control thread share.
+#[derive(Debug)]
+pub struct RingControl {
+    wake: EventFd,
+    stop: AtomicBool,
+    paused: AtomicBool,
+    in_flight: AtomicU32,
+}
+
+impl RingControl {
+    fn wake(&self) {
+        let _full_is_awake_too = self.wake.write(1);
+    }
+
+    /// While paused, nothing new is taken off the ring.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Relaxed);
+        self.wake();
+    }
+
+    /// Requests taken and not answered.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Relaxed)
+    }
+}
+
+type RingEngine = Engine<Pages, Arc<SharedMem>, GrantPages<Arc<SharedMem>>, Box<dyn DiskQueue + Send>>;
+
+/// A ring that is served.
+#[derive(Debug)]
+pub struct Ring {
+    stats: Arc<Stats>,
+    control: Arc<RingControl>,
+    thread: JoinHandle<()>,
+    mapped: MappedGrants,
+    port: u32,
+    journal: Arc<SharedMem>,
+    user: usize,
+}
+
+impl Ring {
+    /// To pause it.
+    pub fn control(&self) -> Arc<RingControl> {
+        self.control.clone()
+    }
+
+    /// Its counters.
+    pub fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
+    }
+
+    /// Notes that the frontend knows of the connection.
+    pub fn known(&self) {
+        RingMem::store_u32(&*self.journal, self.user, 1);
+    }
+
+    /// Keeps the device's limits; of its first ring.
+    pub fn keep_limits(&self, limits: &Limits) {
+        store_limits(&self.journal, self.user, limits);
+    }
+
+    /// Tells its thread to end.
+    pub fn stop(&self) {
+        self.control.stop.store(true, Relaxed);
+        self.control.wake();
+    }
+
+    /// Waits for its thread and lets ring and port go.
+    pub fn close(self, hv: &Hypercall) {
+        self.stop();
+        if self.thread.join().is_err() {
+            tracing::error!(port = self.port, "the ring's thread panicked");
+        }
+        let results = [self.mapped.unmap(hv), hv.port_close(self.port)];
+        for error in results.into_iter().filter_map(Result::err) {
+            tracing::warn!(port = self.port, %error, "closing");
+        }
+    }
+}
+
+/// A ring whose engine is made and does not run yet.
+pub struct StartingRing {
+    number: u32,
+    stats: Arc<Stats>,
+    engine: RingEngine,
+    mapped: MappedGrants,
+    port: Port,
+    journal: Arc<SharedMem>,
+    user: usize,
+    hv: Hypercall,
+    handle: BackendHandle,
+    claiming: Arc<AtomicUsize>,
+}
+
+impl StartingRing {
+    /// Maps ring `number` of a connection, binds its port and takes its journal up (`fresh`: makes it).
+    ///
+    /// # Errors
+    /// [`AttachError`]; ring and port are given back.
+    pub fn new(
+        shared: &Shared,
+        disk: &Arc<dyn Disk>,
+        connection: &Connection,
+        number: u32,
+        memory: SharedMem,
+        limiter: &Arc<Limiter>,
+        fresh: bool,
+    ) -> Result<Self, AttachError> {
+        let hv = &shared.domain.hv;
+        let key = connection.key;
+        let refs = &connection.rings[number as usize];
+        let tag = Tags::new(key.id, number).ring;
+        let known = hv
+            .grant_list()?
+            .into_iter()
+            .find(|m| m.tag == tag && m.domid == key.frontend && m.count as usize == refs.grefs.len());
+        let mapped = match known.filter(|_| !fresh) {
+            Some(map) => MappedGrants::claim(hv, map.handle)?,
+            None => MappedGrants::map(hv, key.frontend, &refs.grefs, tag)?,
+        };
+        let undo = |mapped: MappedGrants| {
+            if let Err(error) = mapped.unmap(hv) {
+                tracing::warn!(device = %key, %error, "the ring is not unmapped");
+            }
+        };
+        let port = match hv.port_bind_interdomain(key.frontend, refs.remote_port) {
+            Ok(port) => port,
+            Err(e) => {
+                undo(mapped);
+                return Err(e.into());
+            }
+        };
+        let stats = Arc::new(Stats::default());
+        stats.drain_us.set(disk.fence().drain.as_micros() as u64);
+        let journal = Arc::new(memory);
+        let made = engine(shared, disk, connection, number, &mapped, &journal, &stats, fresh)
+            .and_then(|made| Ok((made, hv.new_channel()?)));
+        match made {
+            Ok(((mut engine, user), channel)) => {
+                engine.set_limiter(limiter.clone());
+                Ok(StartingRing {
+                    number,
+                    stats,
+                    engine,
+                    mapped,
+                    port,
+                    journal,
+                    user,
+                    hv: channel,
+                    handle: shared.handle.clone(),
+                    claiming: shared.claiming.clone(),
+                })
+            }
+            Err(e) => {
+                undo(mapped);
+                let _closed_or_gone = hv.port_close(port.port);
+                Err(e)
+            }
+        }
+    }
+
+    /// Lets everything go without ever having served.
+    pub fn abandon(self, hv: &Hypercall, key: DeviceKey) {
+        let StartingRing { engine, mapped, port, .. } = self;
+        let (mut guest, disk) = engine.into_parts();
+        guest.unmap_all();
+        drop((guest, disk));
+        for error in [mapped.unmap(hv), hv.port_close(port.port)].into_iter().filter_map(Result::err) {
+            tracing::warn!(device = %key, %error, "abandoning");
+        }
+    }
+
+    /// Starts its thread.
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub fn start(self, key: DeviceKey) -> Result<Ring, AttachError> {
+        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| AttachError::Os("eventfd", e.into()))?;
+        let control = Arc::new(RingControl {
+            wake,
+            stop: false.into(),
+            paused: false.into(),
+            in_flight: AtomicU32::new(0),
+        });
+        let StartingRing { number, stats, engine, mapped, port, journal, user, hv, handle, claiming } = self;
+        let port_number = port.port;
+        let theirs = control.clone();
+        // Counted down by its thread.
+        claiming.fetch_add(1, Relaxed);
+        let thread = std::thread::Builder::new()
+            .name(journal_name(key, number))
+            .stack_size(256 << 10)
+            .spawn(move || {
+                if let Err(error) = serve(engine, &port, &theirs, &hv, &claiming, key) {
+                    handle.failed(key, error.to_string());
+                }
+            })
+            .map_err(|e| AttachError::Os("thread", e))?;
+        Ok(Ring { stats, control, thread, mapped, port: port_number, journal, user })
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "made in one place")]
+fn engine(
+    shared: &Shared,
+    disk: &Arc<dyn Disk>,
+    connection: &Connection,
+    number: u32,
+    mapped: &MappedGrants,
+    journal: &Arc<SharedMem>,
+    stats: &Arc<Stats>,
+    fresh: bool,
+) -> Result<(RingEngine, usize), AttachError> {
+    let hv = &shared.domain.hv;
+    let bases = (0..mapped.pages()).map(|i| mapped.offset(i)).collect();
+    let pages = Pages::new(mapped.mem.clone(), bases);
+    let (layout, shape, format) = (connection.layout(), connection.shape(), BlkifFormat(connection.abi));
+    let (ring, unanswered) = if fresh {
+        connection.store_grefs(number, journal);
+        let identity = connection.identity(number);
+        (JournaledRing::create(pages, layout, journal.clone(), shape, identity, format)?, Vec::<Slot>::new())
+    } else {
+        let own_fault = shared.domain.predecessor_crashed();
+        JournaledRing::reattach(pages, layout, journal.clone(), shape, format, own_fault)?
+    };
+    if !unanswered.is_empty() {
+        tracing::info!(device = %connection.key, ring = number, requests = unanswered.len(), "to be run again");
+    }
+    let user = ring.journal().user_offset();
+    let buffers = Arc::new(CopyBuffer::new(hv, BUFFERS_BYTES)?);
+    let queue = disk
+        .clone()
+        .queue(buffers.clone(), layout.size)
+        .map_err(|e| AttachError::Os("the disk's queue", e))?;
+    let guest = GrantPages::new(
+        hv.new_channel()?,
+        connection.key.frontend,
+        Tags::new(connection.key.id, number).persistent,
+        buffers,
+        connection.persistent,
+        journal.clone(),
+        user + USER_RECORDS,
+        stats.clone(),
+    )?;
+    let mut engine = Engine::new(ring, connection.abi, unanswered, guest, queue, stats.clone());
+    engine.set_read_only(connection.read_only);
+    engine.set_no_space(shared.no_space);
+    if let Some(fault) = shared.fault {
+        engine.set_fault_hook(fault());
+    }
+    Ok((engine, user))
+}
+
+/// Looks for work for as long as that is worth while; true if there is some.
+fn look(engine: &mut RingEngine, window: Duration, since: Instant) -> Result<bool, JournalError> {
+    loop {
+        if engine.has_work()? {
+            return Ok(true);
+        }
+        if since.elapsed() >= window {
+            return Ok(false);
+        }
+        // A few glances for each look at the clock.
+        for _ in 0..8 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// A ring's thread.
+fn serve(
+    mut engine: RingEngine,
+    port: &Port,
+    control: &RingControl,
+    hv: &Hypercall,
+    claiming: &AtomicUsize,
+    key: DeviceKey,
+) -> Result<(), JournalError> {
+    let mut served = false;
+    let mut claimed = false;
+    // At re-attach and at the start: poll the ring whatever latched, then notify once.
+    let mut notify_once = true;
+    let mut window = Window::new(std::thread::available_parallelism().map_or(1, usize::from));
+    let mut gave_back = false;
+    let result = loop {
+        if control.stop.load(Relaxed) {
+            break Ok(());
+        }
+        engine.set_paused(control.paused.load(Relaxed));
+        let polled = match engine.round() {
+            Ok(polled) => polled,
+            Err(e) => break Err(e),
+        };
+        if polled.notify || std::mem::take(&mut notify_once) {
+            port.notify();
+        }
+        control.in_flight.store(engine.in_flight(), Relaxed);
+        if !claimed {
+            // One in each round, so that requests do not wait for all.
+            claimed = !engine.guest().claim_one();
+            if claimed {
+                claiming.fetch_sub(1, Relaxed);
+            }
+        }
+        if !served && engine.answered() > 0 && all_claimed(claiming) {
+            served = true;
+            if let Err(error) = hv.served() {
+                tracing::warn!(%error, "telling hv-core of service");
+            }
+        }
+        if polled.more || !claimed {
+            engine.disk().kick();
+            gave_back &= !polled.more;
+            continue;
+        }
+        let since = Instant::now();
+        if !window.get().is_zero() {
+            engine.disk().kick();
+        }
+        let found = match look(&mut engine, window.get(), since) {
+            Ok(true) => true,
+            Ok(false) => match engine.may_sleep() {
+                Ok(may) => !may,
+                Err(e) => break Err(e),
+            },
+            Err(e) => break Err(e),
+        };
+        if !found {
+            let quiet = (!gave_back && engine.in_flight() == 0).then_some(IDLE);
+            let timeout = engine.due().or(quiet);
+            let events = [port.rx(), control.wake.as_fd()];
+            if let Err(error) = engine.disk().wait(&events, timeout) {
+                tracing::error!(device = %key, %error, "waiting");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        let idle = since.elapsed();
+        window.learn(idle);
+        if quiet_for(idle) && !gave_back && engine.in_flight() == 0 {
+            gave_back = true;
+            engine.idle();
+        }
+    };
+    control.in_flight.store(0, Relaxed);
+    if !claimed {
+        claiming.fetch_sub(1, Relaxed);
+    }
+    // What the kernel still does must end before buffers and lock may go.
+    let (mut guest, mut disk) = engine.into_parts();
+    disk.finish();
+    guest.unmap_all();
+    tracing::info!(device = %key, "no longer served");
+    result
+}
+
+fn quiet_for(idle: Duration) -> bool {
+    idle >= IDLE
+}
