@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use domain_kit::resource_of;
 use proto::hvcore::resource::Kind;
 use proto::hvcore::{Bind, CreateDomainRequest, Limits, Resource, RestartPolicy, Role};
 
 use crate::config::{
-    AccessMode, BlkbackEntry, DomainFile, GuestType, HostFile, LimitsEntry, NetbackEntry, NetbackMode,
-    RestartEntry,
+    AccessMode, BlkbackEntry, DiskEntry, DomainFile, GuestType, HostFile, LimitsEntry, NetbackEntry,
+    NetbackMode, Place, RestartEntry,
 };
 use crate::state::{Guest, guest_uuid_text, private_backend_name, private_backend_uuid, service_uuid};
 
@@ -112,8 +113,39 @@ fn resource(name: &str, kind: Kind, path: &Path) -> Resource {
 }
 
 fn disk_resource(path: &Path, mode: AccessMode) -> Resource {
-    let kind = if mode == AccessMode::ReadWrite { Kind::FileRw } else { Kind::FileRo };
+    let kind = if mode != AccessMode::ReadOnly { Kind::FileRw } else { Kind::FileRo };
     resource("disk", kind, path)
+}
+
+/// What blkback is told of a disk of its own, and what it may open. Names and resources belong together by a hash of the name, so that
+/// the one can be changed before the other (see [`disk_resources`]).
+fn disk_files(disk: &DiskEntry, request: &mut CreateDomainRequest) {
+    if disk.mode == AccessMode::ReadOnly {
+        request.args.extend(["--mode".into(), "r".into()]);
+    }
+    request.args.extend(disk.options().args());
+    if !disk.is_plain() {
+        for file in disk.files() {
+            request.args.extend(["--disk".into(), format!("{}:{}", file.format, file.name)]);
+        }
+    }
+    request.resources.extend(disk_resources(disk));
+}
+
+/// The approved resources of a disk of its own.
+pub fn disk_resources(disk: &DiskEntry) -> Vec<Resource> {
+    let mut out = Vec::new();
+    for file in disk.files() {
+        let name = |base: &str| if disk.is_plain() { base.to_owned() } else { resource_of(base, &file.name) };
+        let kind = if file.writable { Kind::FileRw } else { Kind::FileRo };
+        out.push(match file.place {
+            Place::Path(path) => resource(&name("disk"), kind, path),
+            Place::Server(server) => resource(&name("disk"), Kind::Connect, Path::new(server)),
+            Place::Temporary(dir) => resource(&name("disk"), Kind::FileTemporary, dir),
+        });
+        out.extend(file.key.map(|key| resource(&name("key"), Kind::FileRo, key)));
+    }
+    out
 }
 
 fn xenstored(host: &HostFile) -> Service {
@@ -137,7 +169,7 @@ fn blkback(host: &HostFile, entry: &BlkbackEntry) -> Service {
     request.resources.push(disk_resource(&entry.disk, entry.mode));
     request.args = entry.options().args();
     request.args.extend(entry.args.iter().cloned());
-    let writable = entry.mode == AccessMode::ReadWrite;
+    let writable = entry.mode != AccessMode::ReadOnly;
     Service {
         name: name.into(),
         kind: ServiceKind::Blkback,
@@ -178,13 +210,14 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
 /// The driver domain of a guest's own disk.
 pub fn private_blkback(host: &HostFile, guest: &Guest, index: usize) -> Option<CreateDomainRequest> {
     let disk = guest.config.disk.get(index)?;
-    let path = disk.path.as_ref()?;
+    if !disk.has_own_backend() {
+        return None;
+    }
     let vdev = disk.vdev.name();
     let name = private_backend_name(guest.config.name.as_str(), vdev);
     let mut request = service(host, &name, Role::Backend, "blkback", None, None);
     request.uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
-    request.resources.push(disk_resource(path, disk.mode));
-    request.args = disk.options().args();
+    disk_files(disk, &mut request);
     Some(request)
 }
 

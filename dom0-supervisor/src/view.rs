@@ -138,7 +138,7 @@ impl Manager {
             ));
         }
         for (name, guest) in &state.guests {
-            for disk in guest.config.disk.iter().filter(|d| d.path.is_some()) {
+            for disk in guest.config.disk.iter().filter(|d| d.has_own_backend()) {
                 let uuid = private_backend_uuid(&guest.uuid, disk.vdev.name()).to_string();
                 let domain = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&uuid));
                 seen.extend(domain.map(|d| d.instance));
@@ -247,7 +247,8 @@ fn describe(saga: &crate::state::Saga) -> String {
 
 fn disk_path(guest: &Guest, kind: &str, id: u32) -> String {
     let disk = guest.config.disk.iter().find(|d| kind == "vbd" && d.vdev.number() == id);
-    disk.and_then(|d| d.path.as_ref()).map_or_else(String::new, |p| p.display().to_string())
+    let files = disk.map(|d| d.files()).unwrap_or_default();
+    files.into_iter().map(|file| file.name).collect::<Vec<_>>().join(" <- ")
 }
 
 pub(crate) fn is_guest(domain: &Domain) -> bool {

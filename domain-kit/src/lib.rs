@@ -33,3 +33,13 @@ pub mod xs;
 
 pub use domain::Domain;
 pub use hypercall::{HvError, Hypercall};
+
+/// A short name of an approved resource for what is called `name` in the configuration: `BASE-` and 16 digits (FNV-1a). Toolstack and
+/// service make it of the same name, so that a command line and resources that are changed one after the other are never mistaken
+/// for each other.
+pub fn resource_of(base: &str, name: &str) -> String {
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{base}-{hash:016x}")
+}

@@ -19,6 +19,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::{Duration, Instant};
 
 use domain_kit::mem::SharedMem;
+use domain_kit::resource_of;
 use hv_abi::resource_kind;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -150,11 +151,6 @@ pub trait Approved: Send + Sync {
 
 /// See [`Approved::kept`].
 pub const KEPT_BYTES: usize = 4096;
-
-/// A short name for what is called `name` in the configuration: `BASE-` and 16 digits, FNV-1a.
-pub fn resource_of(base: &str, name: &str) -> String {
-    format!("{base}-{:016x}", fnv(name.bytes()))
-}
 
 fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))

@@ -72,8 +72,13 @@ pub fn check_guest_files(guest: &DomainFile) -> Result<(), ConfigError> {
     }
     for disk in &guest.disk {
         if let Some(DiskSource::Path(path)) = disk.source() {
-            let writable = disk.mode == super::AccessMode::ReadWrite;
-            check_disk(&format!("disk {}:", disk.vdev.name()), path, writable)?;
+            check_disk(&format!("disk {}:", disk.vdev.name()), path, disk.writes_path())?;
+        }
+        for backing in &disk.backing {
+            check_disk(&format!("disk {}: backing file", disk.vdev.name()), &backing.path, false)?;
+        }
+        if let Some(key) = &disk.key {
+            check_file(&format!("disk {}: key", disk.vdev.name()), key)?;
         }
     }
     Ok(())

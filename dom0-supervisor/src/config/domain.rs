@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{AccessMode, ConfigError, DiskCache, DiskOptions, LimitsEntry, Mac, Name, NoSpace, Vdev, text};
+use super::{ConfigError, DiskEntry, LimitsEntry, Mac, Name, text};
 
 /// A domain file, checked. Serialised, it is also how the state file keeps a guest's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,57 +100,6 @@ pub enum Lifecycle {
     Crash,
 }
 
-/// `[[disk]]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskEntry {
-    /// The guest's name for it.
-    pub vdev: Vdev,
-    /// A blkback service of the host file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backend: Option<Name>,
-    /// Or a disk of its own: an image file or block device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// Read-write or read-only.
-    #[serde(default)]
-    pub mode: AccessMode,
-    /// Only "raw".
-    #[serde(default = "super::host::raw")]
-    pub format: String,
-    /// How the host's page cache is used.
-    #[serde(default)]
-    pub cache: DiskCache,
-    /// What a full file system under it means.
-    #[serde(default)]
-    pub no_space: NoSpace,
-}
-
-/// Where a disk comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskSource<'a> {
-    /// The host file's service.
-    Service(&'a Name),
-    /// A driver domain is made for this path.
-    Path(&'a PathBuf),
-}
-
-impl DiskEntry {
-    /// Exactly one of `backend` and `path` is there: [`DomainFile::parse`] saw to it.
-    pub fn source(&self) -> Option<DiskSource<'_>> {
-        match (&self.backend, &self.path) {
-            (Some(name), None) => Some(DiskSource::Service(name)),
-            (None, Some(path)) => Some(DiskSource::Path(path)),
-            _ => None,
-        }
-    }
-
-    /// How it is served.
-    pub fn options(&self) -> DiskOptions {
-        DiskOptions { cache: self.cache, no_space: self.no_space }
-    }
-}
-
 /// `[[vif]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -194,16 +143,7 @@ impl DomainFile {
             if !vdevs.insert(disk.vdev.number()) {
                 return Err(format!("disk {vdev} is there twice"));
             }
-            match disk.source() {
-                Some(DiskSource::Path(path)) if !path.is_absolute() => {
-                    return Err(format!("disk {vdev}: path {path:?} must be absolute"));
-                }
-                Some(_) => {}
-                None => return Err(format!("disk {vdev}: give either backend or path")),
-            }
-            if disk.format != "raw" {
-                return Err(format!("disk {vdev}: format {:?} is not known, only \"raw\"", disk.format));
-            }
+            disk.check()?;
         }
         let mut macs = std::collections::BTreeSet::new();
         for mac in self.vif.iter().filter_map(|vif| vif.mac) {

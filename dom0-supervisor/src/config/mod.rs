@@ -4,13 +4,15 @@
 //! machine; [`check`] then looks at the machine (does the kernel image exist, is the disk long enough).
 
 mod check;
+mod disk;
 mod domain;
 mod host;
 mod text;
 mod values;
 
 pub use check::{check_disk, check_file, check_guest_files};
-pub use domain::{DiskEntry, DiskSource, DomainFile, GuestType, Lifecycle, OnEvent, VifEntry};
+pub use disk::{Backing, DiskEntry, DiskFile, DiskSource, Format, Nbd, Place};
+pub use domain::{DomainFile, GuestType, Lifecycle, OnEvent, VifEntry};
 pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,

@@ -188,6 +188,9 @@ pub enum AccessMode {
     /// Reads only.
     #[serde(rename = "ro")]
     ReadOnly,
+    /// Reads and writes a disk that others write too, at its own risk.
+    #[serde(rename = "w!")]
+    Shared,
 }
 
 /// How the host's page cache is used for a disk.

@@ -58,7 +58,7 @@ impl Manager {
                     );
                     return Err(OpError::Invalid(text));
                 };
-                if disk.mode == AccessMode::ReadWrite && entry.mode == AccessMode::ReadOnly {
+                if disk.mode != AccessMode::ReadOnly && entry.mode == AccessMode::ReadOnly {
                     let text = format!("disk {}: {name} is read-only; give mode = \"ro\"", disk.vdev.name());
                     return Err(OpError::Invalid(text));
                 }
@@ -233,7 +233,7 @@ fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Resu
 }
 
 fn writes(a: AccessMode, b: AccessMode) -> bool {
-    a == AccessMode::ReadWrite || b == AccessMode::ReadWrite
+    a != AccessMode::ReadOnly || b != AccessMode::ReadOnly
 }
 
 /// Two names of one file. (blkback's lock is what really keeps two writers apart; this gives the better message.)

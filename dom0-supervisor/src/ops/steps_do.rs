@@ -26,7 +26,7 @@ impl Manager {
             let vdev = disk.vdev.name();
             let name = guest.disk_backend_name(index);
             let own = match disk.source() {
-                Some(DiskSource::Path(_)) => {
+                Some(DiskSource::Path(_) | DiskSource::Nbd(_)) => {
                     let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
                     let request = specs::private_blkback(&self.host(), guest, index)
                         .ok_or_else(|| OpError::Failed(format!("disk {vdev} has no path")))?;

@@ -66,7 +66,7 @@ impl Manager {
     /// Ends the guest's own driver domains.
     pub(super) fn undo_backends(&self, guest: &Guest) -> Result<Change, OpError> {
         for (index, disk) in guest.config.disk.iter().enumerate() {
-            if disk.path.is_none() {
+            if !disk.has_own_backend() {
                 continue;
             }
             let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, disk.vdev.name()));
@@ -97,7 +97,7 @@ impl Manager {
         }
         Ok(of_guest(|guest| {
             for (own, disk) in guest.disk_backends.iter_mut().zip(&guest.config.disk) {
-                if disk.path.is_some() {
+                if disk.has_own_backend() {
                     *own = None;
                 }
             }

@@ -132,7 +132,11 @@ pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
             "vbd" => {
                 let disk = &guest.config.disk
                     [guest.config.disk.iter().position(|d| d.vdev.number() == device.id).unwrap_or(0)];
-                let mode = if disk.mode == AccessMode::ReadOnly { "r" } else { "w" };
+                let mode = match disk.mode {
+                    AccessMode::ReadOnly => "r",
+                    AccessMode::ReadWrite => "w",
+                    AccessMode::Shared => "w!",
+                };
                 back.put(format!("{}/dev", device.back), &device.name);
                 back.put(format!("{}/type", device.back), "phy");
                 back.put(format!("{}/params", device.back), "disk");

@@ -1,0 +1,509 @@
+//! A guest's disk: `[[disk]]` of a domain file, or a string in the syntax of xl (Xen's `xl-disk-configuration(5)`).
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::{AccessMode, ConfigError, DiskCache, DiskOptions, Name, NoSpace, Vdev};
+
+/// Most backing files of an image.
+const MOST_BACKING: usize = 16;
+
+/// How an image file holds a disk's bytes. Never probed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// QEMU's images.
+    Qcow2,
+}
+
+impl Format {
+    /// As in files and on command lines.
+    pub fn word(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// A backing file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backing {
+    /// The image file or block device.
+    pub path: PathBuf,
+    /// How it holds the bytes.
+    #[serde(default)]
+    pub format: Format,
+}
+
+/// An export of an NBD server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nbd {
+    /// `/path/of/a/socket` or `tcp:ADDRESS:PORT`.
+    pub server: String,
+    /// The export's name.
+    #[serde(default)]
+    pub export: String,
+}
+
+/// A disk. Exactly one of `backend`, `path` and `nbd` is there: [`DiskEntry::check`] sees to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(remote = "Self", deny_unknown_fields)]
+pub struct DiskEntry {
+    /// The guest's name for it.
+    pub vdev: Vdev,
+    /// A blkback service of the host file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<Name>,
+    /// Or a disk of its own: an image file or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Or of a server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<Nbd>,
+    /// Read-write, read-only, or written by several.
+    #[serde(default)]
+    pub mode: AccessMode,
+    /// Of the file or export.
+    #[serde(default)]
+    pub format: Format,
+    /// Its backing files, the nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<Backing>,
+    /// It is in a LUKS volume, which this file's bytes open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+    /// What the guest writes goes to a file in this directory that is gone when the guest is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<PathBuf>,
+    /// How the host's page cache is used.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// What a full file system under it means.
+    #[serde(default)]
+    pub no_space: NoSpace,
+}
+
+impl Serialize for DiskEntry {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        DiskEntry::serialize(self, to)
+    }
+}
+
+impl<'de> Deserialize<'de> for DiskEntry {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = DiskEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a disk's table, or a string as xl's disk specifications")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<DiskEntry, E> {
+                text.parse().map_err(|e: ConfigError| E::custom(e.0))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<DiskEntry, A::Error> {
+                let entry = DiskEntry::deserialize(MapAccessDeserializer::new(map))?;
+                entry.check().map_err(A::Error::custom)?;
+                Ok(entry)
+            }
+        }
+        from.deserialize_any(Either)
+    }
+}
+
+/// Where a disk comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskSource<'a> {
+    /// The host file's service.
+    Service(&'a Name),
+    /// A driver domain is made for this path.
+    Path(&'a PathBuf),
+    /// A driver domain is made for this server's export.
+    Nbd(&'a Nbd),
+}
+
+/// A file of a disk as blkback is told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile<'a> {
+    /// As in `qcow2` or `nbd+luks+raw`.
+    pub format: String,
+    /// What it is called.
+    pub name: String,
+    /// Where hv-core finds it.
+    pub place: Place<'a>,
+    /// Is it written?
+    pub writable: bool,
+    /// Opens its LUKS volume.
+    pub key: Option<&'a Path>,
+}
+
+/// See [`DiskFile::place`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// A file or device.
+    Path(&'a Path),
+    /// A server.
+    Server(&'a str),
+    /// A file without a name in this directory.
+    Temporary(&'a Path),
+}
+
+impl DiskEntry {
+    /// Where it comes from.
+    pub fn source(&self) -> Option<DiskSource<'_>> {
+        match (&self.backend, &self.path, &self.nbd) {
+            (Some(name), None, None) => Some(DiskSource::Service(name)),
+            (None, Some(path), None) => Some(DiskSource::Path(path)),
+            (None, None, Some(nbd)) => Some(DiskSource::Nbd(nbd)),
+            _ => None,
+        }
+    }
+
+    /// How it is served.
+    pub fn options(&self) -> DiskOptions {
+        DiskOptions { cache: self.cache, no_space: self.no_space }
+    }
+
+    /// A driver domain is made for it and goes with the guest.
+    pub fn has_own_backend(&self) -> bool {
+        self.backend.is_none()
+    }
+
+    /// Is the file that `path` names written? With an overlay it is not.
+    pub fn writes_path(&self) -> bool {
+        self.mode != AccessMode::ReadOnly && self.overlay.is_none()
+    }
+
+    /// One raw file, as blkback takes it without being told of files.
+    pub fn is_plain(&self) -> bool {
+        self.path.is_some() && self.format == Format::Raw && self.key.is_none() && self.overlay.is_none()
+    }
+
+    /// What is wrong, in one line.
+    ///
+    /// # Errors
+    /// That line.
+    pub fn check(&self) -> Result<(), String> {
+        let vdev = self.vdev.name();
+        let bad = |what: &str| Err(format!("disk {vdev}: {what}"));
+        let Some(source) = self.source() else {
+            return bad("give either backend or path or nbd");
+        };
+        let paths = self.path.iter().chain(&self.key).chain(&self.overlay);
+        for path in paths.chain(self.backing.iter().map(|backing| &backing.path)) {
+            let text = path.to_str().unwrap_or_default();
+            if !path.is_absolute() || text.contains(|c: char| c.is_control()) {
+                return bad(&format!("path {path:?} must be absolute and plain text"));
+            }
+        }
+        if let DiskSource::Service(_) = source {
+            let own = self.format != Format::Raw || self.key.is_some() || self.overlay.is_some();
+            if own || !self.backing.is_empty() || self.options() != DiskOptions::default() {
+                return bad(
+                    "format, backing, key, overlay, cache and no_space belong to the [[blkback]] of the host file",
+                );
+            }
+        } else if self.mode == AccessMode::Shared {
+            return bad("mode \"w!\" is for a backend of the host file, which several guests name");
+        }
+        if let DiskSource::Nbd(nbd) = source {
+            let tcp = nbd.server.strip_prefix("tcp:").map(|a| a.parse::<std::net::SocketAddr>().is_ok());
+            if !tcp.unwrap_or(nbd.server.starts_with('/')) {
+                return bad(
+                    "server must be a socket's absolute path or tcp:ADDRESS:PORT, with a numeric address",
+                );
+            }
+            if nbd.export.len() > 255 || nbd.export.contains(|c: char| c.is_control() || c == '@') {
+                return bad("export must be at most 255 plain characters without @");
+            }
+        }
+        if self.backing.len() > MOST_BACKING {
+            return bad("at most 16 backing files");
+        }
+        let formats = std::iter::once(self.format).chain(self.backing.iter().map(|b| b.format));
+        let raw = formats.take(self.backing.len()).position(|format| format == Format::Raw);
+        if raw.is_some() {
+            return bad("only a qcow2 image has a backing file; the last of backing may be raw");
+        }
+        if self.overlay.is_some() && self.mode == AccessMode::ReadOnly {
+            return bad("an overlay is for what the guest writes; leave mode out");
+        }
+        if self.overlay.is_some() && self.backing.len() == MOST_BACKING {
+            return bad("at most 15 backing files below an overlay");
+        }
+        Ok(())
+    }
+
+    /// Its files as blkback is told of them, the guest's first. Empty for a service of the host file.
+    pub fn files(&self) -> Vec<DiskFile<'_>> {
+        let mut out = Vec::new();
+        if let Some(dir) = &self.overlay {
+            out.push(DiskFile {
+                format: "qcow2".into(),
+                name: format!("overlay of {}", self.vdev.name()),
+                place: Place::Temporary(dir),
+                writable: true,
+                key: None,
+            });
+        }
+        let luks = if self.key.is_some() { "luks+" } else { "" };
+        let (nbd, name, place) = match self.source() {
+            Some(DiskSource::Path(path)) => ("", path.display().to_string(), Place::Path(path)),
+            Some(DiskSource::Nbd(nbd)) => {
+                ("nbd+", format!("{}@{}", nbd.export, nbd.server), Place::Server(&nbd.server))
+            }
+            _ => return Vec::new(),
+        };
+        let format = format!("{nbd}{luks}{}", self.format.word());
+        out.push(DiskFile { format, name, place, writable: self.writes_path(), key: self.key.as_deref() });
+        out.extend(self.backing.iter().map(|backing| DiskFile {
+            format: backing.format.word().into(),
+            name: backing.path.display().to_string(),
+            place: Place::Path(&backing.path),
+            writable: false,
+            key: None,
+        }));
+        out
+    }
+
+    /// The same disk after a snapshot: what it was is the backing file of the image `new`.
+    ///
+    /// # Errors
+    /// Why that cannot be, in one line.
+    pub fn after_snapshot(&self, new: &Path) -> Result<DiskEntry, String> {
+        let Some(path) = self.path.clone().filter(|_| self.overlay.is_none() && self.key.is_none()) else {
+            return Err(
+                "only a disk of a file or device of its own, without key and overlay, can have one".into()
+            );
+        };
+        if self.mode == AccessMode::ReadOnly {
+            return Err("it is read-only: nothing would go to the new image".into());
+        }
+        let mut next = self.clone();
+        next.backing.insert(0, Backing { path, format: self.format });
+        next.path = Some(new.to_owned());
+        next.format = Format::Qcow2;
+        if next.files().iter().filter(|file| file.name == new.display().to_string()).count() > 1 {
+            return Err("it is that file already".into());
+        }
+        next.check().map(|()| next)
+    }
+}
+
+/// xl's syntax: `target, format, vdev, access` by position, or `key=value` in any order, `target=` last.
+impl FromStr for DiskEntry {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = |what: String| ConfigError::new(format!("disk {text:?}: {what}"));
+        let mut values = std::collections::BTreeMap::new();
+        let mut positions = ["target", "format", "vdev", "access"].into_iter();
+        let mut rest = Some(text);
+        while let Some(now) = rest {
+            // A target may hold commas.
+            if let Some(target) = now.trim_start().strip_prefix("target=") {
+                values.insert("target", target.trim());
+                break;
+            }
+            let (item, after) = match now.split_once(',') {
+                Some((item, after)) => (item.trim(), Some(after)),
+                None => (now.trim(), None),
+            };
+            rest = after;
+            let known = ["format", "vdev", "access", "devtype", "backend", "backendtype"];
+            match item.split_once('=').map(|(key, value)| (key.trim(), value.trim())) {
+                Some((key, value)) if known.contains(&key) => {
+                    if values
+                        .insert(known[known.iter().position(|k| *k == key).unwrap_or(0)], value)
+                        .is_some()
+                    {
+                        return Err(bad(format!("{key} is there twice")));
+                    }
+                }
+                Some((key, _)) => return Err(bad(format!("{key} is not known here"))),
+                None if item == "discard" || item == "direct-io-safe" => {}
+                None if ["cdrom", "no-discard", "colo"].contains(&item) => {
+                    return Err(bad(format!("{item} is not supported")));
+                }
+                None => match positions.next() {
+                    Some(key) if !item.is_empty() => drop(values.insert(key, item)),
+                    Some(_) => {}
+                    None => return Err(bad(format!("{item:?} is one too many"))),
+                },
+            }
+        }
+        let get = |key: &str| values.get(key).copied().filter(|value| !value.is_empty());
+        if let Some(kind) = get("devtype").filter(|kind| *kind != "disk") {
+            return Err(bad(format!("devtype {kind:?} is not supported, only \"disk\"")));
+        }
+        if let Some(kind) = get("backendtype").filter(|kind| *kind != "phy") {
+            return Err(bad(format!("backendtype {kind:?} is not supported; leave it out")));
+        }
+        let format = match get("format") {
+            None | Some("raw") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => return Err(bad(format!("format {other:?} is not supported, only raw and qcow2"))),
+        };
+        let mode = match get("access") {
+            None | Some("rw" | "w") => AccessMode::ReadWrite,
+            Some("ro" | "r") => AccessMode::ReadOnly,
+            Some("w!") => AccessMode::Shared,
+            Some(other) => return Err(bad(format!("access {other:?} must be ro, r, rw, w or w!"))),
+        };
+        let vdev = get("vdev").ok_or_else(|| bad("vdev is missing".into()))?.parse()?;
+        let backend = get("backend").map(str::parse).transpose()?;
+        let path = get("target").map(PathBuf::from);
+        let entry = DiskEntry {
+            vdev,
+            backend,
+            path,
+            nbd: None,
+            mode,
+            format,
+            backing: Vec::new(),
+            key: None,
+            overlay: None,
+            cache: DiskCache::default(),
+            no_space: NoSpace::default(),
+        };
+        entry.check().map_err(ConfigError::new)?;
+        Ok(entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn toml(text: &str) -> Result<DiskEntry, String> {
+        #[derive(Deserialize)]
+        struct File {
+            disk: Vec<DiskEntry>,
+        }
+        let file: File = toml::from_str(text).map_err(|e| e.to_string())?;
+        Ok(file.disk.into_iter().next().unwrap())
+    }
+
+    #[test]
+    fn the_syntax_of_xl() {
+        // The examples of xl-disk-configuration(5), as far as they name what there is here.
+        for (xl, same) in [
+            ("/dev/vg/guest-volume,raw,xvda,rw", "path = \"/dev/vg/guest-volume\"\nvdev = \"xvda\""),
+            (
+                "format=raw, vdev=xvda, access=rw, target=/dev/vg/guest-volume",
+                "path = \"/dev/vg/guest-volume\"\nvdev = \"xvda\"",
+            ),
+            ("/dev/vg/guest-volume,,xvda", "path = \"/dev/vg/guest-volume\"\nvdev = \"xvda\""),
+            ("raw:x".split_at(0).0, ""),
+            (
+                "vdev=xvdb,format=qcow2,access=ro,target=/a,b=c.qcow2",
+                "path = \"/a,b=c.qcow2\"\nvdev = \"xvdb\"\nformat = \"qcow2\"\nmode = \"ro\"",
+            ),
+            ("vdev=xvdc,access=w!,backend=shared", "backend = \"shared\"\nvdev = \"xvdc\"\nmode = \"w!\""),
+        ] {
+            if same.is_empty() {
+                continue;
+            }
+            let parsed: DiskEntry = xl.parse().unwrap();
+            assert_eq!(parsed, toml(&format!("[[disk]]\n{same}")).unwrap(), "{xl}");
+            assert_eq!(toml(&format!("disk = [{xl:?}]")).unwrap(), parsed);
+            let json = serde_json::to_string(&parsed).unwrap();
+            assert_eq!(serde_json::from_str::<DiskEntry>(&json).unwrap(), parsed);
+        }
+        for (bad, want) in [
+            ("", "vdev is missing"),
+            ("/x,raw", "vdev is missing"),
+            ("/x,vhd,xvda", "format \"vhd\""),
+            ("/x,raw,xvda,rw,more", "one too many"),
+            ("x,raw,xvda", "absolute"),
+            ("vdev=xvda,vdev=xvdb,target=/x", "twice"),
+            ("vdev=xvda,script=evil,target=/x", "script is not known"),
+            ("vdev=xvda,access=w!,target=/x", "several guests name"),
+            ("vdev=hda,target=/x", "vdev \"hda\""),
+            ("vdev=xvda,devtype=cdrom,target=/x", "devtype"),
+            ("vdev=xvda,backend=b,target=/x", "either backend or path"),
+        ] {
+            let e = bad.parse::<DiskEntry>().unwrap_err().0;
+            assert!(e.contains(want) && !e.contains('\n'), "{bad}: {e}");
+        }
+    }
+
+    #[test]
+    fn files_for_blkback() {
+        let of = |text: &str| toml(&format!("[[disk]]\nvdev = \"xvda\"\n{text}")).unwrap();
+        let names = |entry: &DiskEntry| -> Vec<(String, String, bool)> {
+            entry.files().into_iter().map(|file| (file.format, file.name, file.writable)).collect()
+        };
+        let owned = |list: &[(&str, &str, bool)]| -> Vec<(String, String, bool)> {
+            list.iter().map(|(format, name, w)| ((*format).into(), (*name).into(), *w)).collect()
+        };
+        let plain = of("path = \"/a\"");
+        assert!(plain.is_plain());
+        assert_eq!(names(&plain), owned(&[("raw", "/a", true)]));
+        let chain = of(
+            "path = \"/a\"\nformat = \"qcow2\"\nbacking = [{path = \"/b\", format = \"qcow2\"}, {path = \"/c\"}]",
+        );
+        assert_eq!(
+            names(&chain),
+            owned(&[("qcow2", "/a", true), ("qcow2", "/b", false), ("raw", "/c", false)])
+        );
+        let overlay = of("path = \"/a\"\noverlay = \"/tmp\"");
+        assert_eq!(names(&overlay), owned(&[("qcow2", "overlay of xvda", true), ("raw", "/a", false)]));
+        let server =
+            of("nbd = {server = \"tcp:192.0.2.1:10809\", export = \"e\"}\nkey = \"/k\"\nmode = \"ro\"");
+        assert_eq!(names(&server), owned(&[("nbd+luks+raw", "e@tcp:192.0.2.1:10809", false)]));
+        let snapshot = chain.after_snapshot(Path::new("/s")).unwrap();
+        assert_eq!(
+            names(&snapshot),
+            owned(&[
+                ("qcow2", "/s", true),
+                ("qcow2", "/a", false),
+                ("qcow2", "/b", false),
+                ("raw", "/c", false)
+            ])
+        );
+        assert!(chain.after_snapshot(Path::new("/b")).unwrap_err().contains("already"));
+        assert!(
+            overlay.after_snapshot(Path::new("/s")).is_err()
+                && server.after_snapshot(Path::new("/s")).is_err()
+        );
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        for (text, want) in [
+            ("path = \"/a\"\nbacking = [{path = \"/b\"}]", "only a qcow2"),
+            ("path = \"/a\"\nformat = \"vmdk\"", "unknown variant"),
+            ("path = \"/a\"\noverlay = \"/t\"\nmode = \"ro\"", "leave mode out"),
+            ("backend = \"b\"\nformat = \"qcow2\"", "belong to the [[blkback]]"),
+            ("nbd = {server = \"host:1\"}", "numeric address"),
+            ("nbd = {server = \"/s\", export = \"a@b\"}", "export"),
+            ("path = \"/a\"\nkey = \"k\"", "absolute"),
+            ("path = \"/a\"\nsize = 1", "unknown field"),
+        ] {
+            let e = toml(&format!("[[disk]]\nvdev = \"xvda\"\n{text}")).unwrap_err();
+            assert!(e.contains(want), "{text}: {e}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "\\PC{0,80}") {
+            let _ = text.parse::<DiskEntry>();
+        }
+    }
+}
