@@ -3,7 +3,12 @@
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["bulkhead/hvcore.proto", "bulkhead/service.proto", "bulkhead/toolstack.proto"];
+    let files = [
+        "bulkhead/hvcore.proto",
+        "bulkhead/service.proto",
+        "bulkhead/blkback.proto",
+        "bulkhead/toolstack.proto",
+    ];
     let set = protox::Compiler::new(["."])?
         .include_imports(true)
         .include_source_info(true)

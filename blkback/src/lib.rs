@@ -8,12 +8,14 @@
 //! | [`arena`] | which part of a ring's buffers a request has |
 //! | [`pages`] | the guest's pages by grants |
 //! | [`device`] | a connected device: ring, journal, thread |
+//! | [`control`] | gRPC about the disk |
 //! | [`driver`] | the xenbus driver, statistics, drain |
 //! | [`limit`] | requests and bytes per second |
 //! | [`stats`] | counters |
 //! | [`fault`] | `--fault`, for tests of poison requests |
 
 pub mod arena;
+pub mod control;
 pub mod device;
 pub mod disk;
 pub mod driver;

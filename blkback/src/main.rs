@@ -7,14 +7,16 @@ use std::time::Duration;
 use anyhow::Context;
 use blkback::device::{self, Shared};
 use blkback::disk::attachment::Disk;
-use blkback::disk::source::{self, Cache, Source, SourceError};
+use blkback::disk::chain::{self, Approved, Chain, FileSpec};
+use blkback::disk::qcow2::log::LOG_BYTES;
+use blkback::disk::source::{self, Cache, SourceError};
 use blkback::driver::{DiskState, Registry, Vbd};
 use blkback::engine::NoSpace;
 use blkback::fault;
 use clap::{Parser, ValueEnum};
 use domain_kit::control::{self, ControlHandle};
 use domain_kit::xenbus::{Backend, BackendHandle, connect_store};
-use domain_kit::{Domain, Hypercall};
+use domain_kit::{Domain, Hypercall, fdstore};
 use hv_abi::resource_kind;
 
 /// The approved resource that is the disk.
@@ -40,6 +42,9 @@ struct Args {
     /// Whether the disk may be written.
     #[arg(long, value_enum, default_value = "w")]
     mode: Mode,
+    /// The disk's file, as FORMAT:NAME, and then each of its backing files. The resource `disk`, raw, if there is none.
+    #[arg(long, value_name = "FORMAT:NAME")]
+    disk: Vec<FileSpec>,
     /// How the host's page cache is used.
     #[arg(long, value_enum, default_value = "none")]
     cache: Cache,
@@ -51,29 +56,55 @@ struct Args {
     fault: Option<u64>,
 }
 
-fn open(hv: &Hypercall, mode: Mode, cache: Cache) -> Result<Source, SourceError> {
-    let (kind, fd) = hv.resource_open(RESOURCE).map_err(|e| {
-        SourceError::Open(match e.errno() {
-            Some(errno) => errno.desc().to_owned(),
-            None => e.to_string(),
-        })
-    })?;
-    source::open(fd, mode == Mode::R || kind == resource_kind::FILE_RO, cache, PATIENCE)
+/// Which disk, and how.
+#[derive(Clone, Debug)]
+struct Wanted {
+    chain: Chain,
+    cache: Cache,
+}
+
+fn open(hv: &Arc<Hypercall>, wanted: &Wanted) -> Result<Arc<dyn Disk>, SourceError> {
+    let Wanted { chain, cache } = wanted;
+    let found: Arc<dyn Disk> = if chain.is_plain() {
+        let (kind, fd) = hv.open(RESOURCE).map_err(SourceError::Open)?;
+        let read_only = chain.read_only || kind == resource_kind::FILE_RO;
+        Arc::new(source::open(fd, read_only, *cache, PATIENCE)?)
+    } else {
+        // Kept by hv-core: a write that was answered is not lost with the process.
+        let log = match chain.wants_log() && !chain.read_only {
+            true => Some(
+                fdstore::kept_memory(hv, "disk-log", LOG_BYTES)
+                    .map_err(|e| SourceError::Open(format!("the log of its tables: {e}")))?
+                    .0,
+            ),
+            false => None,
+        };
+        let approved: Arc<dyn Approved> = hv.clone();
+        let through = *cache == Cache::Writethrough;
+        Arc::new(chain::open(chain, &approved, log.map(Arc::new), PATIENCE)?.with_writethrough(through))
+    };
+    let fence = found.fence();
+    tracing::info!(
+        geometry = ?found.geometry(),
+        fence = fence.how,
+        drain_us = fence.drain.as_micros() as u64,
+        "disk opened"
+    );
+    Ok(found)
 }
 
 /// Tries until there is a disk; each failure's line goes to the devices' error nodes by way of the state.
 fn keep_trying(
-    hv: &Hypercall,
-    (mode, cache): (Mode, Cache),
+    hv: &Arc<Hypercall>,
+    wanted: &Wanted,
     disk: &DiskState,
     control: &ControlHandle,
     handle: &BackendHandle,
 ) {
     loop {
-        match open(hv, mode, cache) {
+        match open(hv, wanted) {
             Ok(found) => {
-                tracing::info!(geometry = ?found.geometry(), direct = found.direct(), "disk opened");
-                disk.set(Ok(Arc::new(found)));
+                disk.set(Ok(found));
                 control.set_serving(true);
                 handle.wake();
                 return;
@@ -108,18 +139,12 @@ fn main() -> anyhow::Result<()> {
     let domain = Domain::join("blkback")?;
     let disk = Arc::new(DiskState::new());
     // The fence comes first: nothing of a predecessor's is touched before its I/O is over.
-    match open(&domain.hv, args.mode, args.cache) {
-        Ok(found) => {
-            let fence = found.fence();
-            tracing::info!(
-                geometry = ?found.geometry(),
-                direct = found.direct(),
-                fence = fence.how,
-                drain_us = fence.drain.as_micros() as u64,
-                "disk opened"
-            );
-            disk.set(Ok(Arc::new(found)));
-        }
+    let chain = Chain::new(args.disk.clone(), args.mode == Mode::R).map_err(anyhow::Error::msg)?;
+    let wanted = Wanted { chain, cache: args.cache };
+    // Its own channel: an NBD connection that is made anew does not wait for others.
+    let hv = Arc::new(domain.hv.new_channel()?);
+    match open(&hv, &wanted) {
+        Ok(found) => disk.set(Ok(found)),
         Err(error) => {
             tracing::error!(%error, "no disk");
             disk.set(Err(error.to_string()));
@@ -142,16 +167,15 @@ fn main() -> anyhow::Result<()> {
     if claiming.load(Relaxed) == 0 && (disk.get().is_ok() || device::kept(&domain.hv)?.is_empty()) {
         domain.hv.served().context("telling hv-core that blkback is up")?;
     }
-    let control = control::serve(&domain, registry).context("gRPC on descriptor 4")?;
+    let routes = blkback::control::routes(disk.clone(), bus.handle());
+    let control = control::serve_with(&domain, registry, routes).context("gRPC on descriptor 4")?;
     if disk.get().is_ok() {
         control.set_serving(true);
     } else {
-        let hv = domain.hv.new_channel()?;
         let (disk, control, handle) = (disk.clone(), control.clone(), bus.handle());
-        let how = (args.mode, args.cache);
         std::thread::Builder::new()
             .name("disk".into())
-            .spawn(move || keep_trying(&hv, how, &disk, &control, &handle))
+            .spawn(move || keep_trying(&hv, &wanted, &disk, &control, &handle))
             .context("thread")?;
     }
     let handle = bus.handle();

@@ -12,6 +12,10 @@ pub mod hvcore {
 pub mod service {
     tonic::include_proto!("bulkhead.service.v1");
 }
+/// What blkback answers beside that.
+pub mod blkback {
+    tonic::include_proto!("bulkhead.blkback.v1");
+}
 /// dom0-supervisor's API.
 pub mod toolstack {
     tonic::include_proto!("bulkhead.toolstack.v1");

@@ -143,6 +143,18 @@ pub trait Disk: Send + Sync {
     fn look_again(&self) -> io::Result<bool> {
         Ok(false)
     }
+    /// Makes it longer; [`Disk::look_again`] finds it so.
+    ///
+    /// # Errors
+    /// The storage's; `Unsupported` if its length is not ours to change.
+    fn grow(&self, _bytes: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    /// Everything answered is on the medium afterwards, and nothing of it is kept aside.
+    ///
+    /// # Errors
+    /// The storage's.
+    fn settle(&self) -> io::Result<()>;
     /// A queue for one ring with at most `depth` operations under way, tags 0 to `depth` - 1. May be made on another thread than
     /// the one that then uses it.
     ///

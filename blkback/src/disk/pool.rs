@@ -2,6 +2,7 @@
 //!
 //! The threads begin with the first request and end when there has been none for some seconds.
 
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,13 +30,21 @@ pub struct LayeredDisk {
     layer: Arc<dyn Layer>,
     sectors: AtomicU64,
     read_only: bool,
+    /// Each write is on the medium when it is answered.
+    writethrough: bool,
     fence: Fence,
 }
 
 impl LayeredDisk {
     /// `layer` is what the guest sees. It is fenced.
     pub fn new(layer: Arc<dyn Layer>, read_only: bool, fence: Fence) -> LayeredDisk {
-        LayeredDisk { sectors: (layer.len() / 512).into(), layer, read_only, fence }
+        LayeredDisk { sectors: (layer.len() / 512).into(), layer, read_only, writethrough: false, fence }
+    }
+
+    /// The same, with each write on the medium when it is answered if `writethrough`.
+    pub fn with_writethrough(mut self, writethrough: bool) -> LayeredDisk {
+        self.writethrough = writethrough;
+        self
     }
 
     /// What the guest sees.
@@ -64,6 +73,18 @@ impl Disk for LayeredDisk {
     fn look_again(&self) -> io::Result<bool> {
         let now = self.layer.len() / 512;
         Ok(self.sectors.swap(now, Relaxed) != now)
+    }
+
+    fn grow(&self, bytes: u64) -> io::Result<()> {
+        match bytes.cmp(&self.layer.len()) {
+            Ordering::Less => Err(io::ErrorKind::InvalidInput.into()),
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => self.layer.grow(bytes),
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.layer.settle() }
     }
 
     fn queue(
@@ -142,7 +163,9 @@ impl Work {
             Operation::Write { fua } => {
                 let mut bytes = vec![0; len as usize];
                 self.buffers.mem().copy_out(buffer as usize, &mut bytes);
-                layer.write(offset, &bytes).and_then(|()| if fua { layer.flush() } else { Ok(()) })
+                layer
+                    .write(offset, &bytes)
+                    .and_then(|()| if fua || self.disk.writethrough { layer.flush() } else { Ok(()) })
             }
             Operation::Discard { secure: false } => layer.discard(offset, len),
             Operation::Discard { secure: true } => Err(Errno::EOPNOTSUPP.into()),

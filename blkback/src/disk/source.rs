@@ -187,6 +187,20 @@ impl Disk for Source {
         Ok(self.sectors.swap(sectors, Relaxed) != sectors)
     }
 
+    fn grow(&self, bytes: u64) -> io::Result<()> {
+        let now = size(&self.file)?;
+        match (self.file.metadata()?.is_file(), bytes >= now) {
+            (_, false) => Err(io::ErrorKind::InvalidInput.into()),
+            (false, _) if bytes != now => Err(io::ErrorKind::Unsupported.into()),
+            (true, _) if bytes > now => self.file.set_len(bytes).and_then(|()| self.file.sync_all()),
+            _ => Ok(()),
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
     fn queue(
         self: Arc<Self>,
         buffers: Arc<dyn Buffers>,
