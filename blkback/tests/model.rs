@@ -2,6 +2,7 @@
 //! step. A step is each store to shared or journal memory and each operation handed to the disk; completions come in any
 //! order. What a dead incarnation had handed over lands at any time until the fence, or never.
 //!
+//! At the end the power fails after each event that there was, and what was promised by flushes and barriers must be on the medium.
 //! Checked all the time: each request gets exactly one response of its own kind; what was acknowledged is on the disk; nothing
 //! stale ever lands over newer data; an acknowledged flush is durable; nothing overtakes a barrier; a poison request, and
 //! no other, is answered with an error; nobody sleeps while there is work.
@@ -22,6 +23,7 @@ use domain_kit::journal::{JournaledRing, Shape, Slot};
 use domain_kit::model::{Chooser, Death, DyingMem, Fate, Life};
 use domain_kit::ring::{FrontRing, HeapMem, RingLayout};
 use xen_abi::io::blkif::*;
+use zerocopy::IntoBytes;
 
 const SECTORS: u64 = 4;
 const ABI: Abi = Abi::X86_64;
@@ -34,18 +36,20 @@ enum Op {
     Flush,
     /// A write that crashes the service when it runs.
     Poison(u64),
+    /// A write whose segment lies in an indirect page.
+    Indirect(u64),
 }
 
 impl Op {
     fn sector(self) -> u64 {
         match self {
-            Op::Read(s) | Op::Write(s) | Op::Barrier(s) | Op::Poison(s) => s,
+            Op::Read(s) | Op::Write(s) | Op::Barrier(s) | Op::Poison(s) | Op::Indirect(s) => s,
             Op::Flush => 0,
         }
     }
 
     fn writes(self) -> bool {
-        matches!(self, Op::Write(_) | Op::Barrier(_) | Op::Poison(_))
+        matches!(self, Op::Write(_) | Op::Barrier(_) | Op::Poison(_) | Op::Indirect(_))
     }
 
     fn code(self) -> u8 {
@@ -54,6 +58,7 @@ impl Op {
             Op::Write(_) | Op::Poison(_) => BLKIF_OP_WRITE,
             Op::Barrier(_) => BLKIF_OP_WRITE_BARRIER,
             Op::Flush => BLKIF_OP_FLUSH_DISKCACHE,
+            Op::Indirect(_) => BLKIF_OP_INDIRECT,
         }
     }
 }
@@ -83,8 +88,24 @@ struct InFlight {
     done: Done,
 }
 
+/// What happened, as far as a power failure is concerned.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// A write is in the disk's cache, or with FUA on the medium.
+    Landed { version: Version, fua: bool },
+    /// All that had landed is on the medium.
+    Flushed,
+    /// The guest gave the request with this id to its disk.
+    Issued(u64),
+    /// The guest has its answer.
+    Acked(u64),
+}
+
 #[derive(Debug, Default)]
 struct Medium {
+    log: Vec<Event>,
+    /// Versions that a disk operation was made for.
+    started: BTreeSet<Version>,
     cache: Vec<Version>,
     durable: Vec<Version>,
     in_flight: Vec<InFlight>,
@@ -104,11 +125,15 @@ impl Medium {
                 assert!(version >= old, "version {version} landed over {old} in sector {sector}");
                 self.check_barriers(version);
                 self.landed.insert(version);
+                self.log.push(Event::Landed { version, fua });
                 if fua {
                     self.durable[sector as usize] = version;
                 }
             }
-            Io::Flush => self.durable.clone_from(&self.cache),
+            Io::Flush => {
+                self.durable.clone_from(&self.cache);
+                self.log.push(Event::Flushed);
+            }
         }
         op.done.borrow_mut().push((op.tag, Ok(())));
     }
@@ -153,6 +178,7 @@ impl DiskQueue for ModelDisk {
                 if self.poison.contains(&self.buffers.borrow()[page]) {
                     self.life.crash();
                 }
+                self.medium.borrow_mut().started.insert(self.buffers.borrow()[page]);
                 Io::Write(sector, fua)
             }
             Operation::Flush => Io::Flush,
@@ -184,6 +210,7 @@ impl DiskQueue for ModelDisk {
 /// Guest pages: one version each, by gref.
 struct ModelPages {
     pages: Rc<RefCell<Vec<Version>>>,
+    medium: Rc<RefCell<Medium>>,
     life: Rc<Life>,
     buffers: Buffers,
 }
@@ -208,7 +235,20 @@ impl GuestPages for ModelPages {
         }
     }
 
-    fn indirect(&mut self, _pages: &[IndirectPage], _each: &mut dyn FnMut(Slot, Option<&[u8]>)) {}
+    /// The page of request n has gref 1000 + n and names page n.
+    fn indirect(&mut self, pages: &[IndirectPage], each: &mut dyn FnMut(Slot, Option<&[u8]>)) {
+        for page in pages {
+            let id = page.gref - 1000;
+            let version = u64::from(id) + 1;
+            assert!(
+                self.life.death().is_some() || !self.medium.borrow().started.contains(&version),
+                "segments were fetched again after the request ran"
+            );
+            assert_eq!(page.len, 8);
+            let segment = BlkifRequestSegment::new(id, 0, 0);
+            each(page.slot, Some(segment.as_bytes()));
+        }
+    }
 }
 
 type ModelEngine = Engine<DyingMem, DyingMem, ModelPages, ModelDisk>;
@@ -260,8 +300,9 @@ struct Config {
 
 impl World {
     fn new(config: &Config, fate: Fate) -> Self {
-        let layout = RingLayout::new(1, ABI.entry_size(), ABI.response_size()).with_size(config.ring);
-        let shape = JournaledRing::<DyingMem, DyingMem, BlkifFormat>::shape(&layout, 0, 0);
+        let pages = if config.ring > 32 { 2 } else { 1 };
+        let layout = RingLayout::new(pages, ABI.entry_size(), ABI.response_size()).with_size(config.ring);
+        let shape = JournaledRing::<DyingMem, DyingMem, BlkifFormat>::shape(&layout, 8, 0);
         let ring = Rc::new(HeapMem::new(layout.bytes()));
         let journal = Rc::new(HeapMem::new(shape.bytes()));
         let front = FrontRing::init(ring.clone(), layout);
@@ -327,13 +368,28 @@ impl World {
         let op = self.script[self.next];
         let id = self.next as u64;
         self.pages.borrow_mut()[self.next] = if op.writes() { id + 1 } else { u64::MAX };
-        let mut request =
-            BlkifRequest { operation: op.code(), id, sector_number: op.sector(), ..Default::default() };
-        if op != Op::Flush {
-            request.nr_segments = 1;
-            request.seg[0] = BlkifRequestSegment::new(id as u32, 0, 0);
-        }
-        self.front.put(&ABI.encode(&Request::Direct(request))[..ABI.entry_size()]);
+        let (operation, sector_number) = (op.code(), op.sector());
+        let request = if matches!(op, Op::Indirect(_)) {
+            let mut request = BlkifRequestIndirect {
+                operation,
+                indirect_op: BLKIF_OP_WRITE,
+                nr_segments: 1,
+                id,
+                sector_number,
+                ..Default::default()
+            };
+            request.indirect_grefs[0] = 1000 + id as u32;
+            Request::Indirect(request)
+        } else {
+            let mut request = BlkifRequest { operation, id, sector_number, ..Default::default() };
+            if op != Op::Flush {
+                request.nr_segments = 1;
+                request.seg[0] = BlkifRequestSegment::new(id as u32, 0, 0);
+            }
+            Request::Direct(request)
+        };
+        self.front.put(&ABI.encode(&request)[..ABI.entry_size()]);
+        self.medium.borrow_mut().log.push(Event::Issued(id));
         self.pending.insert(id, Pending { op, acked: self.acked.clone() });
         self.next += 1;
         if self.front.push() {
@@ -352,6 +408,7 @@ impl World {
                     self.pending.remove(&response.id).expect("a response to nothing that is pending");
                 assert_eq!(response.operation, pending.op.code(), "another operation's response");
                 self.judge(response.id, &pending, response.status);
+                self.medium.borrow_mut().log.push(Event::Acked(response.id));
             }
             if !self.front.final_check().expect("honest backend") {
                 return;
@@ -422,8 +479,12 @@ impl World {
         .expect("a sound journal");
         let buffers = self.buffers();
         self.done = Rc::default();
-        let guest =
-            ModelPages { pages: self.pages.clone(), life: self.life.clone(), buffers: buffers.clone() };
+        let guest = ModelPages {
+            pages: self.pages.clone(),
+            medium: self.medium.clone(),
+            life: self.life.clone(),
+            buffers: buffers.clone(),
+        };
         let disk = ModelDisk {
             medium: self.medium.clone(),
             life: self.life.clone(),
@@ -461,6 +522,46 @@ impl World {
                 Death::Killed => self.kills += 1,
                 Death::OwnFault => self.own_faults += 1,
             }
+        }
+    }
+
+    /// The power fails after each event: of what had landed, the medium has what was flushed or written with FUA, and of the rest
+    /// anything. What the guest was promised by then must be there.
+    fn check_power_cuts(&self) {
+        let medium = self.medium.borrow();
+        let mut landed = BTreeSet::new();
+        let mut on_medium = BTreeSet::new();
+        let mut acked = BTreeSet::new();
+        // What was acknowledged when each flush was issued.
+        let mut before: BTreeMap<u64, BTreeSet<Version>> = BTreeMap::new();
+        let mut promised: BTreeSet<Version> = BTreeSet::new();
+        for event in &medium.log {
+            match *event {
+                Event::Landed { version, fua } => {
+                    landed.insert(version);
+                    if fua {
+                        on_medium.insert(version);
+                    }
+                }
+                Event::Flushed => on_medium.extend(&landed),
+                Event::Issued(id) => {
+                    before.insert(id, acked.clone());
+                }
+                Event::Acked(id) => {
+                    let op = self.script[id as usize];
+                    if op.writes() && !matches!(op, Op::Poison(_)) {
+                        acked.insert(id + 1);
+                    }
+                    if matches!(op, Op::Flush | Op::Barrier(_)) {
+                        promised.extend(&before[&id]);
+                    }
+                    if matches!(op, Op::Barrier(_)) {
+                        promised.insert(id + 1);
+                    }
+                }
+            }
+            let lost: Vec<_> = promised.difference(&on_medium).collect();
+            assert!(lost.is_empty(), "a power failure after {event:?} loses {lost:?}, which were promised");
         }
     }
 
@@ -516,6 +617,8 @@ impl World {
         for (now, acked) in medium.cache.iter().zip(&self.acked) {
             assert!(now >= acked, "an acknowledged write was lost");
         }
+        drop(medium);
+        self.check_power_cuts();
         let poisons = self.script.iter().filter(|op| matches!(op, Op::Poison(_))).count() as u32;
         assert!(self.own_faults <= 3 * poisons + self.kills, "{} crashes", self.own_faults);
     }
@@ -554,7 +657,7 @@ fn all(name: &str, ring: u32, kills: u32, eager: bool, script: &[Op]) {
     assert!(complete, "{name}: too large to be explored exhaustively");
 }
 
-use Op::{Barrier, Flush, Poison, Read, Write};
+use Op::{Barrier, Flush, Indirect, Poison, Read, Write};
 
 #[test]
 fn exhaustive_one_write_killed_twice() {
@@ -587,6 +690,16 @@ fn exhaustive_barrier() {
 }
 
 #[test]
+fn exhaustive_indirect_killed_twice() {
+    all("an indirect write, two kills", 2, 2, true, &[Indirect(0)]);
+}
+
+#[test]
+fn exhaustive_indirect_beside_a_write() {
+    all("an indirect write beside a write", 2, 1, true, &[Indirect(0), Write(1)]);
+}
+
+#[test]
 fn exhaustive_poison() {
     all("poison beside a write", 2, 1, false, &[Poison(1), Write(0)]);
 }
@@ -598,7 +711,8 @@ fn random_script(seed: u64, len: usize) -> Vec<Op> {
             let sector = u64::from(chooser.choose(SECTORS as u32));
             match chooser.choose(40) {
                 0..14 => Read(sector),
-                14..32 => Write(sector),
+                14..23 => Write(sector),
+                23..32 => Indirect(sector),
                 32..35 => Barrier(sector),
                 35..39 => Flush,
                 _ => Poison(sector),
@@ -612,7 +726,7 @@ fn random_long_runs() {
     let runs: u64 = std::env::var("BLKBACK_MODEL_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(1500);
     let mut explored = Explored::default();
     for seed in 0..runs {
-        let ring = [2, 4, 8, 32][seed as usize % 4];
+        let ring = [2, 4, 8, 64][seed as usize % 4];
         let kill_odds = [12, 60, 300][seed as usize % 3];
         let config = Config { ring, script: random_script(seed, 60), kills: 25, fence: true, eager: false };
         explore(&config, Chooser::random(seed ^ 0x5eed, kill_odds), 1, &mut explored);

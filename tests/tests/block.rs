@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -11,139 +10,27 @@ use std::time::{Duration, Instant};
 use bulkhead_tests::system::System;
 use common::*;
 use domain_kit::xs::XsOps;
+use frontends::blkfront::load::{Load, Rng};
 use frontends::blkfront::{self, BlkFront, Op, Options, Outcome, QueueShape};
 use xen_abi::io::blkif::Abi;
 
 /// Sectors of each queue's part of the disk.
 const PART: u64 = 16 * 2048;
 
-/// xorshift64.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
-/// What sector `sector` holds after write number `version`; 0: never written, or discarded.
-fn fill(version: u64, sector: u64, into: &mut [u8]) {
-    for chunk in into.chunks_exact_mut(16) {
-        chunk[..8].copy_from_slice(&version.to_le_bytes());
-        chunk[8..].copy_from_slice(&(if version == 0 { 0 } else { sector }).to_le_bytes());
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Done {
-    Read,
-    /// Version that the sectors have then.
-    Now(u64),
-    Nothing,
-}
-
-struct Pending {
-    first: u64,
-    sectors: u64,
-    done: Done,
-}
-
-/// A verifying load on one queue, on its own part of the disk.
-struct Load {
-    front: BlkFront,
-    start: u64,
-    content: Vec<u64>,
-    pending: HashMap<u64, Pending>,
-    rng: Rng,
-    next: u64,
-    depth: usize,
-    verified: u64,
-}
-
-impl Load {
-    fn new(front: BlkFront, part: u64, depth: usize, seed: u64) -> Load {
-        let content = vec![0; PART as usize];
-        let rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        Load { front, start: part * PART, content, pending: HashMap::new(), rng, next: 1, depth, verified: 0 }
-    }
-
-    fn issue(&mut self) {
-        let mut tries = 0;
-        while self.front.in_flight() < self.depth && self.front.free() > 0 && tries < 2 * self.depth {
-            tries += 1;
-            let most = self.front.max_bytes() as u64 / 512;
-            let sectors = match self.rng.below(10) {
-                0 => 1 + self.rng.below(most),
-                1..4 => 1 + self.rng.below(88),
-                _ => 1 + self.rng.below(8),
-            };
-            let first = self.rng.below(PART - sectors);
-            let kind = self.rng.below(100);
-            let data = !(94..97).contains(&kind);
-            let overlaps = |p: &Pending| p.first < first + sectors && first < p.first + p.sectors;
-            if data && self.pending.values().any(overlaps) {
-                continue;
-            }
-            let version = self.next;
-            let sector = self.start + first;
-            let bytes = (sectors * 512) as usize;
-            let mut buffer = vec![0; bytes];
-            for (i, chunk) in (0..).zip(buffer.chunks_exact_mut(512)) {
-                fill(version, sector + i, chunk);
-            }
-            let (op, done, sectors) = match kind {
-                0..45 => (Op::Read { sector, len: bytes }, Done::Read, sectors),
-                45..92 => (Op::Write { sector, data: &buffer }, Done::Now(version), sectors),
-                92..94 => {
-                    let cut = bytes.min(blkfront::MAX_BYTES);
-                    (Op::Barrier { sector, data: &buffer[..cut] }, Done::Now(version), cut as u64 / 512)
-                }
-                94..97 => (Op::Flush, Done::Nothing, 0),
-                _ => (Op::Discard { sector, sectors }, Done::Now(0), sectors),
-            };
-            self.front.submit(op, version).unwrap_or_else(|e| panic!("{e}"));
-            self.pending.insert(version, Pending { first, sectors, done });
-            self.next += 1;
+/// Keeps `depth` requests in flight until `until`, then drains.
+fn run(front: &mut BlkFront, load: &mut Load, depth: usize, until: impl Fn() -> bool, progress: &AtomicU64) {
+    loop {
+        let over = until();
+        if !over {
+            let max_bytes = front.max_bytes();
+            load.issue(depth, max_bytes, |op, mark| front.submit(op, mark).is_ok());
+            front.push();
+        } else if load.in_flight() == 0 {
+            return;
         }
-        self.front.push();
-    }
-
-    fn take(&mut self) {
-        let Load { front, pending, content, start, verified, .. } = self;
-        let taken = front.wait(Duration::from_secs(10), |completion| {
-            let p = pending.remove(&completion.mark).expect("a response to nothing");
-            assert_eq!(completion.outcome, Outcome::Done, "sector {} + {}", p.first, p.sectors);
-            let range = p.first as usize..(p.first + p.sectors) as usize;
-            match p.done {
-                Done::Nothing => {}
-                Done::Now(version) => content[range].fill(version),
-                Done::Read => {
-                    let mut bytes = vec![0; completion.read_len()];
-                    completion.copy_read(&mut bytes);
-                    let mut want = [0; 512];
-                    for (i, got) in range.zip(bytes.chunks_exact(512)) {
-                        fill(content[i], *start + i as u64, &mut want);
-                        assert_eq!(got, want, "sector {} holds something else", *start + i as u64);
-                        *verified += 512;
-                    }
-                }
-            }
-        });
-        assert!(taken.unwrap_or_else(|e| panic!("{e}")) > 0 || self.pending.is_empty(), "no answer for 10 s");
-    }
-
-    fn run(&mut self, until: impl Fn() -> bool, progress: &AtomicU64) {
-        while !until() {
-            self.issue();
-            self.take();
-            progress.fetch_add(1, Relaxed);
-        }
-        while !self.pending.is_empty() {
-            self.take();
-        }
+        let taken = front.wait(Duration::from_secs(10), |completion| load.done(&completion));
+        assert!(taken.unwrap_or_else(|e| panic!("{e}")) > 0, "no answer for 10 s");
+        progress.fetch_add(1, Relaxed);
     }
 }
 
@@ -153,11 +40,11 @@ fn run_all(fronts: Vec<BlkFront>, depth: usize, seed: u64, meanwhile: impl FnOnc
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..)
             .zip(fronts)
-            .map(|(part, front)| {
+            .map(|(part, mut front)| {
                 let (stop, progress) = (&stop, &progress);
                 scope.spawn(move || {
-                    let mut load = Load::new(front, part, depth, seed + part);
-                    load.run(|| stop.load(Relaxed), progress);
+                    let mut load = Load::new(part * PART, PART, seed + part);
+                    run(&mut front, &mut load, depth, || stop.load(Relaxed), progress);
                     load
                 })
             })
@@ -171,13 +58,11 @@ fn run_all(fronts: Vec<BlkFront>, depth: usize, seed: u64, meanwhile: impl FnOnc
 /// Every sector of the image is what the loads have left there.
 fn compare(image: &std::path::Path, loads: &[Load]) {
     let file = std::fs::File::open(image).unwrap();
-    let (mut got, mut want) = (vec![0; (PART * 512) as usize], [0; 512]);
     for load in loads {
-        file.read_exact_at(&mut got, load.start * 512).unwrap();
-        for (i, got) in (0..).zip(got.chunks_exact(512)) {
-            fill(load.content[i as usize], load.start + i, &mut want);
-            assert_eq!(got, want, "sector {} of the image", load.start + i);
-        }
+        let (start, len) = load.part();
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, start).unwrap();
+        load.check(0, &bytes);
     }
 }
 
@@ -222,7 +107,7 @@ fn every_shape_of_connection() {
         assert!(fronts[0].info().discard);
         let depth = options.shape.depth.min(128);
         let loads = run_all(fronts, depth, seed, |_| std::thread::sleep(Duration::from_millis(400)));
-        let verified: u64 = loads.iter().map(|l| l.verified).sum();
+        let verified: u64 = loads.iter().map(|l| l.verified()).sum();
         println!("{options:?}: {verified} bytes verified");
         assert!(verified > 0);
         reconnect(&system, &brain);
@@ -239,7 +124,7 @@ fn killed(kills: u32, seed: u64) {
     let shape = QueueShape { ring_pages: 2, depth: 40, segments: 64, ..QueueShape::default() };
     let fronts = connect(&system, &brain, &Options { queues: 3, shape, ..Options::default() });
     let blkback = blkback_of("killed");
-    let mut rng = Rng(seed);
+    let mut rng = Rng::new(seed);
     let began = Instant::now();
     let mut pauses = Vec::new();
     let loads = run_all(fronts, 40, seed, |progress| {
@@ -259,7 +144,7 @@ fn killed(kills: u32, seed: u64) {
             pauses.push(killed.elapsed());
         }
     });
-    let verified: u64 = loads.iter().map(|l| l.verified).sum();
+    let verified: u64 = loads.iter().map(|l| l.verified()).sum();
     pauses.sort();
     println!(
         "{kills} kills in {:?}, {verified} bytes verified, pauses p50 {:?} max {:?}",

@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`queue`] | the ring and data pages, and every check of what the backend says |
+//! | [`load`] | a verifying load, for tests |
 //! | [`disk`] | the same as a disk that several threads may use at once |
 //!
 //! [`BlkFront`] connects by xenbus and adds the event channel. All of its pages lie in one region that only the backend
@@ -22,6 +23,7 @@ use hv_abi::PAGE_SIZE;
 use xen_abi::io::blkif::{BLKIF_MAX_SEGMENTS_PER_REQUEST, VDISK_READONLY, node};
 
 pub mod disk;
+pub mod load;
 pub mod queue;
 
 pub use disk::BlkDisk;
