@@ -1,6 +1,6 @@
 //! The event loop: one thread, one epoll, every client served in turn.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::calls::{Caller, Calls};
 use crate::domains::{Domains, Ring, Seen};
 use crate::engine::{Engine, Processed};
 use crate::journal::log::Full;
@@ -36,6 +37,7 @@ const RESCAN: Duration = Duration::from_millis(200);
 const LISTENER: u64 = 0;
 const DOMAINS: u64 = 1;
 const STOP: u64 = 2;
+const CALLS: u64 = 3;
 const CONNS: u64 = 16;
 
 /// XENSTORE_ERROR_RINGIDX.
@@ -70,6 +72,8 @@ pub struct Stats {
     pub connections: AtomicU64,
     pub domains: AtomicU64,
     pub journal_bytes: AtomicU64,
+    /// Requests refused by quotas since the process started.
+    pub refused: AtomicU64,
 }
 
 enum Link {
@@ -105,6 +109,7 @@ pub struct Daemon<K, D> {
     live: Session,
     successor: Box<dyn Successor>,
     replaced: bool,
+    calls: Calls,
     stats: Arc<Stats>,
 }
 
@@ -128,6 +133,8 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         if let Some(fd) = domains.changed_fd() {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, DOMAINS))?;
         }
+        let calls = Calls::new()?;
+        epoll.add(calls.wake(), EpollEvent::new(EpollFlags::EPOLLIN, CALLS))?;
         let mut daemon = Self {
             engine,
             epoll,
@@ -145,6 +152,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             live: Session::default(),
             successor: Box::new(NoSuccessor),
             replaced: false,
+            calls,
             stats: Arc::default(),
         };
         daemon.take_up_sockets()?;
@@ -193,6 +201,11 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         if self.queued.insert(id, ()).is_none() {
             self.runnable.push_back(id);
         }
+    }
+
+    /// How other threads reach the store: gRPC, for example.
+    pub fn caller(&self) -> Caller {
+        self.calls.caller()
     }
 
     /// Sets how CONTROL live-update starts another binary; without, it is refused.
@@ -267,6 +280,10 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                         self.domains.clear();
                         self.scan_domains()?;
                     }
+                    CALLS => {
+                        self.calls.run(&mut self.engine);
+                        self.flush_touched()?;
+                    }
                     STOP => return Ok(()),
                     token => self.ready(ConnId(token - CONNS), event.events())?,
                 }
@@ -295,6 +312,7 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         set(&self.stats.connections, self.links.len() as u64);
         set(&self.stats.domains, store.domain_count() as u64);
         set(&self.stats.journal_bytes, self.engine.log_len());
+        set(&self.stats.refused, store.refusals);
     }
 
     fn timeout(&self) -> EpollTimeout {
@@ -630,9 +648,9 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 return Ok(());
             }
         };
-        let alive = |domid, instance| {
-            seen.iter().any(|s| s.domid == domid && !s.dying && (instance == 0 || s.instance == instance))
-        };
+        let living: HashMap<u16, u64> =
+            seen.iter().filter(|s| !s.dying).map(|s| (s.domid, s.instance)).collect();
+        let alive = |domid, instance| living.get(&domid).is_some_and(|i| instance == 0 || *i == instance);
         let store = &self.engine.store;
         let known = store.domains().map(|(domid, d)| (domid, d.instance));
         let all = known.chain(store.prepared().map(|domid| (domid, 0)));

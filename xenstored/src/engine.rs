@@ -364,6 +364,14 @@ impl Engine {
         self.commit(&Event::DomainShutdown(domid))
     }
 
+    /// Sets a quota: of a domain, or the global one that new domains get.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn set_quota(&mut self, domid: Option<u16>, item: Item, soft: bool, value: u32) -> Result<(), Full> {
+        self.commit(&Event::SetQuota { domid, item, soft, value })
+    }
+
     /// A connection ended.
     ///
     /// # Errors

@@ -274,6 +274,7 @@ impl ServiceControl for Numbers {
             counter("connections", &s.connections, ""),
             counter("domains", &s.domains, ""),
             counter("journal", &s.journal_bytes, "bytes"),
+            counter("refused by quota", &s.refused, ""),
         ]
     }
 

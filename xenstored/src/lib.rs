@@ -12,6 +12,7 @@
 //! its output be seen. A SIGKILL at any instant leaves the journal, from which the next process goes on. The README
 //! says how to run it; `docs/architecture.md` of the project says where it stands in the whole.
 
+pub mod calls;
 pub mod codec;
 pub mod daemon;
 pub mod domains;

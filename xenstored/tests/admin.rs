@@ -39,6 +39,7 @@ fn features_are_set_before_the_domain_comes() {
     assert_eq!(lab.ask(guest, 4, "x\0t\0"), ok());
     lab.write(dom0, "/local/domain/5/n", "");
     assert_eq!(lab.ask(dom0, 14, "/local/domain/5/n\0n5\0"), ok());
+    lab.guest(6);
     assert_eq!(lab.ask(guest, 14, "n\0n5\0r32757\0r6\0"), ok());
     assert_eq!(lab.ask(guest, 3, "n\0"), Reply::Ok(b"n5\0r6\0".to_vec()));
     // The next domain of that number has what all have.
@@ -174,4 +175,21 @@ fn control_answers_as_documented() {
         assert_eq!(lab.ask(dom0, 0, bad), Reply::Error("EINVAL"), "{bad:?}");
     }
     assert_eq!(lab.ask(dom0, 0, "quota\x0099\0"), Reply::Error("ENOENT"));
+}
+
+/// What the toolstack sets is an event too.
+#[test]
+fn quotas_set_by_the_process() {
+    let mut lab = Lab::new();
+    let dom0 = lab.socket();
+    let event = |domid, value| Event::SetQuota { domid, item: Item::Watches, soft: false, value };
+    lab.apply(&event(None, 3));
+    lab.apply(&event(Some(5), 4));
+    assert_eq!(lab.ask(dom0, GET_QUOTA, "watches\0"), text("3"));
+    assert_eq!(lab.ask(dom0, GET_QUOTA, "5\0watches\0"), text("4"));
+    lab.guest(6);
+    assert_eq!(lab.ask(dom0, GET_QUOTA, "6\0watches\0"), text("3"));
+    let mut out = xenstored::codec::Writer::default();
+    event(Some(5), 9).encode(&mut out);
+    assert_eq!(Event::decode(&mut xenstored::codec::Reader(&out.0)), Some(event(Some(5), 9)));
 }

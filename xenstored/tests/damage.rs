@@ -158,6 +158,29 @@ fn flipped_bits_of_the_tree_are_noticed() {
     assert!(refused > 400 && served > 50, "{refused} {served}");
 }
 
+/// Blobs of all sizes, whose size class may reach into a page that nothing is written to: every page has its checksum.
+#[test]
+fn every_page_has_a_checksum() {
+    let (mem, _) = journal();
+    for round in 0u32..150 {
+        let (mut engine, opened) = Engine::open(Rc::clone(&mem), &options(false)).expect("whole");
+        assert!(opened.dropped.is_none());
+        let conn = engine.store.conns().next().expect("connection").0;
+        let payload = format!("/big/{round}\0{}", "v".repeat(round as usize * 26));
+        let head = [11u32, round, 0, payload.len() as u32].map(u32::to_ne_bytes).concat();
+        let feed = Feed([&head[..], payload.as_bytes()].concat().into());
+        while !feed.0.borrow().is_empty() {
+            stream::pull(&engine, conn, &feed);
+        }
+        engine.process(conn, 8);
+        stream::push(&mut engine, conn, &feed).expect("room");
+        engine.compact().expect("room");
+    }
+    let (engine, _) = Engine::open(mem, &options(false)).expect("whole");
+    engine.store.check().expect("invariants");
+    assert_eq!(engine.store.tree.len(), 5 + 1 + 60 + 1 + 150);
+}
+
 #[test]
 fn truncated_file_is_refused() {
     let (mem, _) = journal();

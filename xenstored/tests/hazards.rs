@@ -274,6 +274,33 @@ fn xsa_415_421_all_or_nothing() {
     lab.check();
 }
 
+/// XSA-417: a guest's grant to a domid that nobody has is not kept for whoever gets it; the toolstack's is, as it prepares
+/// a domain's nodes before its ring is known.
+#[test]
+fn xsa_417_absent_domains() {
+    let mut lab = Lab::new();
+    let (dom0, guest) = (lab.socket(), lab.guest(5));
+    lab.guest(6);
+    for name in ["a", "b"] {
+        lab.write(dom0, &format!("/local/domain/5/{name}"), "x");
+        assert_eq!(lab.ask(dom0, 14, &format!("/local/domain/5/{name}\0n5\0")), ok());
+    }
+    assert_eq!(lab.ask(guest, 14, "a\0n5\0r7\0r6\0b7\0"), ok());
+    assert_eq!(lab.ask(guest, 3, "a\0"), Reply::Ok(b"n5\0r6\0".to_vec()));
+    let tx = lab.start(guest);
+    assert_eq!(lab.ask_in(guest, tx, 14, "b\0n5\0r7\0r6\0"), ok());
+    assert_eq!(lab.ask_in(guest, tx, 7, "T\0"), ok());
+    assert_eq!(lab.ask(guest, 3, "b\0"), Reply::Ok(b"n5\0r6\0".to_vec()));
+    let new = lab.guest(7);
+    for path in ["/local/domain/5/a\0", "/local/domain/5/b\0"] {
+        assert_eq!(lab.ask(new, 2, path), Reply::Error("EACCES"));
+    }
+    assert_eq!(lab.ask(dom0, 14, "/local/domain/5/a\0n5\0r8\0"), ok());
+    let next = lab.guest(8);
+    assert_eq!(lab.ask(next, 2, "/local/domain/5/a\0"), Reply::Ok(b"x".to_vec()));
+    lab.check();
+}
+
 /// XSA-418: a tree of the greatest depth is made, listed, saved, loaded and removed without recursion.
 #[test]
 fn xsa_418_deep_tree() {

@@ -6,7 +6,7 @@
 //! exactly the bytes that a simple model of the store says: no reply twice, none missing, no event lost.
 //!
 //! `crash_at_every_step` explores all single crashes of its schedules; `seeded_storms` crashes many times in longer ones,
-//! also during recovery. Compactions happen throughout.
+//! also during recovery. Compactions and live updates happen throughout.
 
 #[path = "model/oracle.rs"]
 mod oracle;
@@ -57,6 +57,7 @@ struct World {
     oracle: Oracle,
     crashes: usize,
     resets: usize,
+    updates: usize,
 }
 
 fn options() -> Options {
@@ -108,6 +109,7 @@ impl World {
             oracle: Oracle::new(CLIENTS),
             crashes: 0,
             resets: 0,
+            updates: 0,
         }
     }
 
@@ -236,11 +238,21 @@ impl World {
                     self.send(client, 6, 0, b"\0");
                 }
             }
-            88..99 => {
+            88..96 => {
                 if tx != 0 {
                     self.clients[client].open_txs.retain(|t| *t != tx);
                     let how: &[u8] = if rng.random_bool(0.8) { b"T\0" } else { b"F\0" };
                     self.send(client, 7, tx, how);
+                }
+            }
+            96..99 => {
+                // Quotas, also of a domain that never comes, and features.
+                let value = rng.random_range(0..4).to_string();
+                let which: &[u8] = if rng.random_bool(0.5) { b"" } else { b"7\0" };
+                match rng.random_range(0..3) {
+                    0 => self.send(client, 26, 0, &[which, b"nodes\0", value.as_bytes(), b"\0"].concat()),
+                    1 => self.send(client, 25, 0, &[which, b"nodes\0"].concat()),
+                    _ => self.send(client, 23, 0, b"\0"),
                 }
             }
             _ if client == RING && rng.random_bool(0.7) => self.page.store_u32(2068, 1),
@@ -312,6 +324,16 @@ impl World {
         }
     }
 
+    /// As CONTROL live-update: the journal is compacted, and another process opens it.
+    fn live_update(&mut self) {
+        self.engine.as_mut().expect("alive").compact().expect("room");
+        self.engine = None;
+        let (engine, opened) = Engine::open(Rc::clone(&self.mem), &options()).expect("the journal is whole");
+        assert_eq!(opened.replayed, 0, "nothing is left to run again");
+        ring::publish(&engine, self.clients[RING].conn, &*self.page);
+        self.engine = Some(engine);
+    }
+
     fn act(&mut self, rng: &mut SmallRng, again: u64) {
         let client = rng.random_range(0..CLIENTS);
         let size = [3, 17, 40, 5000][rng.random_range(0..4)];
@@ -319,6 +341,10 @@ impl World {
             0 => self.think(client, rng),
             1 => self.client_io(client, size),
             2 => self.guarded(again, |w| w.daemon_io(client, size)),
+            3 if rng.random_bool(0.02) => {
+                self.updates += 1;
+                self.guarded(again, |w| w.live_update());
+            }
             3 => self.guarded(again, |w| {
                 let conn = w.clients[client].conn;
                 w.engine.as_mut().expect("alive").process(conn, 1);
@@ -362,13 +388,15 @@ impl World {
         self.recover();
         self.compare_trees();
         let compactions = self.mem.load_u64(xenstored::journal::layout::sb::ACTIVE) >> 1;
-        Outcome { crashes: self.crashes, resets: self.resets, compactions, oracle: self.oracle }
+        let (crashes, resets, updates) = (self.crashes, self.resets, self.updates);
+        Outcome { crashes, resets, updates, compactions, oracle: self.oracle }
     }
 }
 
 struct Outcome {
     crashes: usize,
     resets: usize,
+    updates: usize,
     compactions: u64,
     oracle: Oracle,
 }
@@ -416,6 +444,7 @@ fn crash_at_every_step() {
 #[test]
 fn seeded_storms() {
     let (mut crashes, mut resets, mut compactions, mut commits, mut eagain) = (0, 0, 0, 0, 0);
+    let (mut updates, mut quotas) = (0, 0);
     for seed in 100..130 {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut world = World::new();
@@ -433,9 +462,13 @@ fn seeded_storms() {
         compactions += outcome.compactions;
         commits += outcome.oracle.commits;
         eagain += outcome.oracle.eagain;
+        updates += outcome.updates;
+        quotas += outcome.oracle.quotas_set;
     }
     println!(
-        "{crashes} crashes, {compactions} compactions, {resets} ring resets, {commits} commits, {eagain} conflicts"
+        "{crashes} crashes, {compactions} compactions, {resets} ring resets, {commits} commits, {eagain} conflicts, \
+         {updates} live updates, {quotas} quotas set"
     );
+    assert!(updates > 50 && quotas > 20, "{updates} {quotas}");
     assert!(crashes > 1000 && compactions > 100 && resets > 10 && commits > 100 && eagain > 20);
 }

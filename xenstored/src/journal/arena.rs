@@ -226,6 +226,10 @@ impl Arena {
                 if let Err(e) = shared.reserve(start, end as u64) {
                     panic!("{e}: the journal's file system or size is exhausted");
                 }
+                // The end of the last one may never be written, and yet it gets a checksum.
+                for page in start as usize / PAGE..=(end - 1) / PAGE {
+                    shared.touch(page as u32);
+                }
             }
         }
         self.set_u32_at(BUMP, at + units);

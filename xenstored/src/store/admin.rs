@@ -119,7 +119,7 @@ impl Store {
         self.prepared.insert(domid, Prepared { features: Some(features), quota: Some(quota) });
     }
 
-    fn set_quota(&mut self, domid: u16, item: Item, soft: bool, value: u32) {
+    pub(super) fn set_quota(&mut self, domid: u16, item: Item, soft: bool, value: u32) {
         let quota = match self.domains.get_mut(&domid) {
             Some(domain) => &mut domain.quota,
             None => {
@@ -177,6 +177,7 @@ impl Store {
     pub(super) fn refused(&mut self, domid: u16, item: Item) {
         let Some(domain) = self.domains.get_mut(&domid) else { return };
         domain.account.refuse(item);
+        self.refusals += 1;
         if domain.account.tell(item, false) {
             let limit = domain.quota.get(item, false);
             self.notices.push(Notice { domid, item, soft: false, limit });

@@ -2,7 +2,7 @@
 //! journal record, and running them again from the last snapshot gives the same tree, the same replies and the
 //! same watch events.
 
-use super::{Class, ConnId, Limits};
+use super::{Class, ConnId, Item, Limits};
 use crate::codec::{Reader, Writer};
 use crate::store::Quota;
 
@@ -75,6 +75,17 @@ pub enum Event<'a> {
     DomainShutdown(u16),
     /// The limits were set.
     Limits(Limits),
+    /// A quota was set, not by a client.
+    SetQuota {
+        /// Whose; `None` for the global one.
+        domid: Option<u16>,
+        /// Which.
+        item: Item,
+        /// The soft one.
+        soft: bool,
+        /// The limit; 0 for none.
+        value: u32,
+    },
 }
 
 impl Event<'_> {
@@ -103,6 +114,14 @@ impl Event<'_> {
                 out.u64(conn.0);
                 out.u64(*consumed);
                 out.bytes(message);
+            }
+            Self::SetQuota { domid, item, soft, value } => {
+                out.u8(12);
+                out.u8(u8::from(domid.is_some()));
+                out.u16(domid.unwrap_or(0));
+                out.u8(*item as u8);
+                out.u8(u8::from(*soft));
+                out.u32(*value);
             }
             Self::Answer { conn, consumed, message, error, text } => {
                 out.u8(11);
@@ -151,6 +170,7 @@ impl Event<'_> {
                 | Self::Answer { .. }
                 | Self::DomainUp { .. }
                 | Self::Limits(_)
+                | Self::SetQuota { .. }
         )
     }
 
@@ -183,6 +203,12 @@ impl Event<'_> {
                 error: input.u8()? != 0,
                 text: input.bytes()?,
             },
+            12 => {
+                let (some, domid) = (input.u8()? != 0, input.u16()?);
+                let item = *Item::ALL.get(usize::from(input.u8()?))?;
+                let (soft, value) = (input.u8()? != 0, input.u32()?);
+                Event::SetQuota { domid: some.then_some(domid), item, soft, value }
+            }
             _ => return None,
         })
     }

@@ -181,6 +181,8 @@ pub struct Store {
     digest: u32,
     /// Requests carried out since the process started.
     pub requests: u64,
+    /// Requests refused by quotas since the process started.
+    pub refusals: u64,
     notices: Vec<Notice>,
     /// Domains that were told of because they do not read.
     gated: BTreeSet<u16>,
@@ -217,6 +219,7 @@ impl Store {
             freed: Vec::new(),
             digest: 0,
             requests: 0,
+            refusals: 0,
             notices: Vec::new(),
             gated: BTreeSet::new(),
             log_requests: false,
@@ -257,6 +260,12 @@ impl Store {
                 }
             }
             Event::Limits(limits) => self.limits = limits.clone(),
+            Event::SetQuota { domid: None, item, soft, value } => {
+                self.limits.guest.set(*item, *soft, *value);
+            }
+            Event::SetQuota { domid: Some(domid), item, soft, value } => {
+                self.set_quota(*domid, *item, *soft, *value);
+            }
         }
         self.digest
     }

@@ -2,10 +2,11 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::collections::BTreeMap;
 
 use xen_abi::xs_wire::XsMsgType as Op;
 
-use super::{Item, Quota};
+use super::{Domain, Item, Quota};
 use crate::path::{self, canonicalize};
 use crate::perms::{Caller, DOMID_ANY, OWNER, Perm, Perms, READ, WRITE};
 use crate::tree::{Found, Lookup, View};
@@ -24,6 +25,8 @@ pub struct Env<'a> {
     pub watches: Option<&'a WatchIndex>,
     /// The caller may use DOMID_ANY in permissions.
     pub any: bool,
+    /// The domains that exist, as far as the store knows.
+    pub domains: Option<&'a BTreeMap<u16, Domain>>,
     refused: Cell<Option<Item>>,
 }
 
@@ -104,7 +107,7 @@ pub fn run<V: View>(
 impl<'a> Env<'a> {
     /// Outside or inside of transactions; `watches` is to be set for the first.
     pub fn new(caller: Caller, base: &'a [u8], quota: &'a Quota) -> Self {
-        Self { caller, base, quota, watches: None, any: true, refused: Cell::new(None) }
+        Self { caller, base, quota, watches: None, any: true, domains: None, refused: Cell::new(None) }
     }
 
     /// The quota for which something was refused.
@@ -290,6 +293,16 @@ fn set_perms<V: View>(
         if list.first() != owner.as_ref() {
             return Err(Errno::EINVAL);
         }
+    }
+    if let (false, Some(domains)) = (env.caller.privileged, env.domains) {
+        // XSA-417: what is granted to a domain that does not exist is not kept for the next one of that number.
+        let mut first = true;
+        list.retain(|p| {
+            std::mem::take(&mut first)
+                || p.domid == 0
+                || p.domid == DOMID_ANY
+                || domains.contains_key(&p.domid)
+        });
     }
     let perms = Perms::new(list).ok_or(Errno::EINVAL)?;
     let path = env.path(raw, true)?;

@@ -176,6 +176,7 @@ impl Store {
         }
         let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
         env.any = ctx.features & FEATURE_DOMID_ANY != 0;
+        env.domains = Some(&self.domains);
         if ctx.tx_id != 0 {
             let tx =
                 self.conns.get_mut(&ctx.id).and_then(|c| c.txs.get_mut(&ctx.tx_id)).ok_or(Errno::ENOENT)?;
@@ -288,6 +289,7 @@ impl Store {
         }
         let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
         env.any = ctx.features & FEATURE_DOMID_ANY != 0;
+        env.domains = Some(&self.domains);
         match tx.commit(&mut self.tree, &env, &self.watches) {
             Ok(changes) => {
                 conn.conflicts = 0;

@@ -30,6 +30,9 @@ pub struct Oracle {
     pub output: Vec<Vec<u8>>,
     pub eagain: usize,
     pub commits: usize,
+    pub quotas_set: usize,
+    /// The quota of nodes, global and of domain 7.
+    quota: [Option<String>; 2],
 }
 
 fn message(kind: u32, req: u32, tx: u32, payload: &[u8]) -> Vec<u8> {
@@ -162,6 +165,22 @@ impl Oracle {
                 self.watches.retain(|(c, _, _)| *c != client);
                 self.txs.retain(|(c, _), _| *c != client);
                 ok(21)
+            }
+            23 => (23, b"15\0".to_vec(), None),
+            25 | 26 => {
+                let of_domain = strings[0] == b"7";
+                let slot = &mut self.quota[usize::from(of_domain)];
+                if op == 26 {
+                    let value = strings[if of_domain { 2 } else { 1 }];
+                    *slot = Some(String::from_utf8_lossy(value).into_owned());
+                    self.quotas_set += 1;
+                    return ok(26);
+                }
+                match (&*slot, of_domain) {
+                    (Some(value), _) => (25, format!("{value}\0").into_bytes(), None),
+                    (None, false) => (25, b"1000\0".to_vec(), None),
+                    (None, true) => fail("ENOENT"),
+                }
             }
             _ if tx != 0 => {
                 let Some(mut open) = self.txs.remove(&(client, tx)) else { return fail("ENOENT") };
