@@ -18,6 +18,8 @@ pub enum Role {
     Echo,
     /// Answers xenstore requests with fixed replies; standard input is the listener.
     StoreEcho,
+    /// xenstored's loop over many rings, with one client.
+    StoreRings,
 }
 
 /// A running helper; ended when dropped.
@@ -67,6 +69,7 @@ pub fn run(role: Role) -> Result<()> {
         Role::EventfdPollPong => super::eventfd::pong(input, output, true),
         Role::Echo => super::echo::serve(input, output),
         Role::StoreEcho => super::store_echo::serve(input),
+        Role::StoreRings => super::store_rings::serve(input, output),
     }
 }
 

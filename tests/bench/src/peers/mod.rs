@@ -6,5 +6,6 @@ pub mod helper;
 pub mod memory;
 pub mod sink;
 pub mod store_echo;
+pub mod store_rings;
 pub mod uring;
 pub mod veth;

@@ -70,6 +70,20 @@ impl Conn {
         Ok(())
     }
 
+    /// Reads what there is and throws it away.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn swallow(&mut self) -> Result<()> {
+        self.fill()?;
+        let mut at = 0;
+        while let Some((_, _, len)) = first(&self.unread[at..]) {
+            at += len;
+        }
+        self.unread.drain(..at);
+        Ok(())
+    }
+
     /// The next message, reply or event: its type and payload.
     ///
     /// # Errors

@@ -104,7 +104,7 @@ impl Daemon {
                 File::open(self.dir.path().join("log")).and_then(|mut f| f.read_to_string(&mut said)).ok();
                 bail!("{} does not serve ({ended:?}): {}", self.who.name(), said.trim());
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_micros(200));
         }
     }
 

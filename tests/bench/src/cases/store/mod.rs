@@ -5,9 +5,12 @@ pub mod conn;
 pub mod daemons;
 pub mod fleet;
 pub mod hosted;
+pub mod scale;
+pub mod size;
 pub mod speed;
 pub mod transactions;
 pub mod turns;
+pub mod watching;
 
 use anyhow::Result;
 
@@ -25,6 +28,11 @@ const GROUPS: &[(&str, Measure)] = &[
     ("many-clients", speed::many_clients),
     ("transactions", transactions::undisturbed),
     ("conflicts", transactions::conflicts),
+    ("watches", watching::lines),
+    ("size", size::size),
+    ("restart", size::restart),
+    ("live-update", size::live_update),
+    ("scale", scale::lines),
 ];
 
 /// All lines of the case, or those of the groups asked for. `world` is started for the last group alone.
