@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,8 @@ pub struct Outcome {
 struct Killer {
     stop: AtomicBool,
     kills: AtomicUsize,
+    /// Replies so far, told by the load.
+    replies: AtomicU64,
     failure: Mutex<Option<String>>,
 }
 
@@ -76,9 +78,17 @@ impl Killer {
                 ensure!(Instant::now() < deadline, "xenstored was not restarted");
                 std::thread::sleep(Duration::from_micros(500));
             };
-            // A third dies while it is still taking up what its predecessor left.
-            let wait = if rng.random_ratio(1, 3) { 0..8_000 } else { 8_000..45_000 };
-            std::thread::sleep(Duration::from_micros(rng.random_range(wait)));
+            // A third dies while it is still taking up what its predecessor left, the others once they have served somebody.
+            if rng.random_ratio(1, 3) {
+                std::thread::sleep(Duration::from_micros(rng.random_range(0..8_000)));
+            } else {
+                let before = self.replies.load(Ordering::Relaxed);
+                while self.replies.load(Ordering::Relaxed) == before && !self.stop.load(Ordering::Relaxed) {
+                    ensure!(Instant::now() < deadline, "xenstored serves nobody");
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                std::thread::sleep(Duration::from_micros(rng.random_range(0..20_000)));
+            }
             kill(Pid::from_raw(pid), Signal::SIGKILL).context("killing xenstored")?;
             self.kills.fetch_add(1, Ordering::Relaxed);
         }
@@ -224,6 +234,7 @@ impl Load {
         for (actor, _) in self.actors.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
             actor.pull(&mut self.shared)?;
         }
+        self.killer.replies.store(self.shared.replies, Ordering::Relaxed);
         let kills = self.killer.kills.load(Ordering::Relaxed);
         if kills > self.kills_seen {
             self.kills_seen = kills;
