@@ -96,8 +96,14 @@ impl Log {
             }
             return Ok(true);
         }
-        // All but the last byte of it is the name.
-        if magic << 8 == MAGIC << 8 { Err(JournalError::Layout) } else { Ok(false) }
+        match magic {
+            // Empty, or killed before it was sealed.
+            0 => Ok(false),
+            // All but the last byte of it is the name.
+            _ if magic << 8 == MAGIC << 8 => Err(JournalError::Layout),
+            // A whole store may be behind it, or somebody's file.
+            _ => Err(JournalError::Damaged("it does not begin as a journal does".into())),
+        }
     }
 
     /// The active snapshot's number.
