@@ -42,7 +42,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     let alone = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty() && args.ours;
     // Ours alone needs no other part of the system.
     let what: &[&str] = if alone {
-        &["-p", "bench", "-p", "xenstored"]
+        &["-p", "bench", "--bin", "bench", "-p", "xenstored", "--bin", "xenstored"]
     } else {
         &["--workspace", "--bins", "--exclude", "xtask"]
     };

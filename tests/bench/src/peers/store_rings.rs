@@ -114,7 +114,7 @@ fn daemon(crowd: Crowd) -> Result<()> {
     let options = Options { half_size: HALF, ..Options::default() };
     let (engine, _) = Engine::open(Rc::new(mem), &options)?;
     let stop = eventfd()?;
-    Daemon::new(engine, None, stop.as_fd(), NoKeeper, crowd)?.run()?;
+    Daemon::new(engine, None, stop.as_fd(), NoKeeper::default(), crowd)?.run()?;
     Ok(())
 }
 
