@@ -333,6 +333,41 @@ fn xsa_418_deep_tree() {
         .expect("no overflow");
 }
 
+/// A large removal is over at once for its client; its memory comes back with later requests, also after a restart in between
+/// and when the owner goes meanwhile.
+#[test]
+fn large_removals_in_parts() {
+    let mut lab = Lab::new();
+    let (dom0, guest) = (lab.socket(), lab.guest(5));
+    for round in 0..3 {
+        lab.write(dom0, "/local/domain/5", "");
+        assert_eq!(lab.ask(dom0, 14, "/local/domain/5\0n5\0"), ok());
+        for i in 0..3000 {
+            lab.write(dom0, &format!("/big/{}/{i}", i % 7), "value");
+        }
+        let kept = (0..900).filter(|i| lab.ask(guest, 11, &format!("d/{i}\0x")) == ok()).count();
+        assert_eq!(kept, if round == 0 { 900 } else { 0 });
+        let used = lab.store.tree.arena().used();
+        assert_eq!(lab.ask(dom0, 13, "/big\0"), ok());
+        assert_eq!(lab.ask(dom0, 2, "/big\0"), Reply::Error("ENOENT"));
+        lab.check();
+        lab.reload();
+        lab.check();
+        if round == 0 {
+            assert_eq!(lab.ask(dom0, 13, "/local/domain/5\0"), ok());
+            lab.apply(&Event::DomainDown(5));
+            assert_eq!(lab.store.tree.owners().get(&5), None);
+        }
+        lab.check();
+        for i in 0..300 {
+            lab.write(dom0, &format!("/other/{i}"), "value");
+        }
+        assert!(lab.store.tree.arena().used() <= used, "round {round}: what was removed is used again");
+        assert_eq!(lab.ask(dom0, 13, "/other\0"), ok());
+        lab.check();
+    }
+}
+
 /// XSA-419 and XSA-483: 10,000 domains come, use their quota in part, and go; nothing is left.
 #[test]
 fn xsa_419_483_counters_after_teardown() {

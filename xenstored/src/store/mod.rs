@@ -39,6 +39,8 @@ use nodes::Changed;
 
 /// Unread output at which watch events are folded to one per watch (bytes).
 pub const FOLD_AT: u64 = 256 << 10;
+/// Removed nodes whose memory is taken back with each event.
+const REAP: usize = 16;
 /// Output after which the journal is told how much of it was read (bytes).
 pub const DRAIN_NOTE: u64 = 64 << 10;
 
@@ -230,6 +232,7 @@ impl Store {
     /// Carries out one event. Returns a checksum over all output it caused.
     pub fn apply(&mut self, event: &Event<'_>) -> u32 {
         self.digest = 0;
+        self.tree.reap(REAP);
         match event {
             Event::Open { slot } => {
                 self.open(None, Class::Dom0, *slot);

@@ -73,6 +73,7 @@ pub fn write_snapshot<E>(
     let totals = store.tree.totals();
     out.u64(totals.generation);
     out.u64(totals.nodes);
+    out.u64(totals.buried);
     out.u32(totals.owned.len() as u32);
     for (domid, nodes) in &totals.owned {
         out.u16(*domid);
@@ -306,6 +307,7 @@ impl Loader {
                 self.store.next_tag = input.u64()?;
                 self.totals.generation = input.u64()?;
                 self.totals.nodes = input.u64()?;
+                self.totals.buried = input.u64()?;
                 for _ in 0..input.u32()? {
                     let domid = input.u16()?;
                     self.totals.owned.insert(domid, input.u64()?);

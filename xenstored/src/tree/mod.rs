@@ -39,7 +39,14 @@ pub struct Tree {
     owned: BTreeMap<u16, u64>,
     /// Bytes of those.
     bytes: BTreeMap<u16, u64>,
+    /// Nodes that were removed and whose memory was not taken back yet.
+    buried: u64,
 }
+
+/// Header word of the arena: the first of those nodes, linked by their parent field.
+const BURIED: usize = 3;
+/// So many nodes are dropped at once.
+const AT_ONCE: usize = 4;
 
 /// What a snapshot says of a tree besides the arena's pages.
 #[derive(Debug, Default, Clone)]
@@ -52,13 +59,16 @@ pub struct Totals {
     pub owned: BTreeMap<u16, u64>,
     /// Bytes of those.
     pub bytes: BTreeMap<u16, u64>,
+    /// Removed nodes whose memory is still to be taken back.
+    pub buried: u64,
 }
 
 impl Tree {
     /// A fresh store in an empty arena, with the nodes that Xen's daemon starts with.
     pub fn fresh(arena: Arena) -> Self {
         let (owned, bytes) = (BTreeMap::new(), BTreeMap::new());
-        let mut tree = Self { arena, rights: Rights::default(), generation: 0, count: 0, owned, bytes };
+        let mut tree =
+            Self { arena, rights: Rights::default(), generation: 0, count: 0, owned, bytes, buried: 0 };
         tree.make_node(b"", b"", NONE, Perms::private(0));
         // The hidden root is nobody's.
         tree.owned.clear();
@@ -80,13 +90,14 @@ impl Tree {
         let rights = Rights::open(&arena)?;
         let count = totals.nodes as usize + 1;
         let (owned, bytes) = (totals.owned, totals.bytes);
-        Ok(Self { arena, rights, generation: totals.generation, count, owned, bytes })
+        let (generation, buried) = (totals.generation, totals.buried);
+        Ok(Self { arena, rights, generation, count, owned, bytes, buried })
     }
 
     /// For a snapshot.
     pub fn totals(&self) -> Totals {
         let (owned, bytes) = (self.owned.clone(), self.bytes.clone());
-        Totals { generation: self.generation, nodes: self.len() as u64, owned, bytes }
+        Totals { generation: self.generation, nodes: self.len() as u64, owned, bytes, buried: self.buried }
     }
 
     /// The arena, for others that keep things in it.
@@ -289,45 +300,87 @@ impl Tree {
             }
         }
         link.write(&mut self.arena, hook, if left == NONE { right } else { left });
-        let mut work = Vec::new();
-        let mut next = id;
-        loop {
-            let record = self.record(next);
-            if next != id {
-                work.extend([record.left, record.right].into_iter().filter(|n| *n != NONE));
+        self.drop_detached(id);
+        true
+    }
+
+    /// Drops a node that nothing leads to any more, and all below it. They count no longer from here on; if they are many,
+    /// their memory is taken back bit by bit ([`Tree::reap`]), so that nobody waits for a large removal.
+    fn drop_detached(&mut self, id: NodeId) {
+        let mut all = vec![id];
+        // Neighbours mostly have the same owner.
+        let mut owner = (0, 0, 0);
+        let mut done = 0;
+        while let Some(next) = all.get(done) {
+            let (is_top, record) = (done == 0, self.record(*next));
+            done += 1;
+            let siblings = if is_top { [NONE, NONE] } else { [record.left, record.right] };
+            all.extend(siblings.into_iter().chain([record.children]).filter(|n| *n != NONE));
+            let domid = self.rights.get(record.rights).owner();
+            if owner.0 != domid {
+                self.disown(owner);
+                owner = (domid, 0, 0);
             }
-            if record.children != NONE {
-                work.push(record.children);
+            owner.1 += 1;
+            owner.2 += (Record::LEN + record.blob_len()) as u64;
+        }
+        self.disown(owner);
+        self.count -= all.len();
+        if all.len() <= AT_ONCE {
+            for id in all {
+                let record = self.record(id);
+                self.free_node(id, &record);
             }
-            self.drop_node(next, &record);
-            match work.pop() {
-                Some(id) => next = id,
-                None => return true,
+            return;
+        }
+        self.buried += all.len() as u64;
+        Link::Left.write(&mut self.arena, id, NONE);
+        Link::Right.write(&mut self.arena, id, NONE);
+        self.bury(id);
+    }
+
+    /// Puts a node on the list of those whose memory is to be taken back.
+    fn bury(&mut self, id: NodeId) {
+        let first = self.arena.root(BURIED);
+        Link::Parent.write(&mut self.arena, id, first);
+        self.arena.set_root(BURIED, id);
+    }
+
+    /// Takes back the memory of up to `most` removed nodes.
+    pub fn reap(&mut self, most: usize) {
+        for _ in 0..most {
+            if self.buried == 0 {
+                return;
             }
+            let id = self.arena.root(BURIED);
+            let record = self.record(id);
+            self.arena.set_root(BURIED, record.parent);
+            for below in [record.left, record.right, record.children] {
+                if below != NONE {
+                    self.bury(below);
+                }
+            }
+            self.free_node(id, &record);
+            self.buried -= 1;
         }
     }
 
-    fn drop_node(&mut self, id: NodeId, record: &Record) {
-        self.disown(self.rights.get(record.rights).owner(), record.blob_len());
+    fn free_node(&mut self, id: NodeId, record: &Record) {
         self.rights.unlink(&mut self.arena, record);
         if record.blob != NONE {
             self.arena.free(record.blob, record.blob_len());
         }
         self.arena.free(id, Record::LEN);
-        self.count -= 1;
     }
 
-    fn disown(&mut self, owner: u16, blob_len: usize) {
-        if let Some(bytes) = self.bytes.get_mut(&owner) {
-            *bytes -= (Record::LEN + blob_len) as u64;
-            if *bytes == 0 {
-                self.bytes.remove(&owner);
-            }
-        }
-        if let Some(count) = self.owned.get_mut(&owner) {
-            *count -= 1;
-            if *count == 0 {
-                self.owned.remove(&owner);
+    /// Owner, number and bytes of nodes that it no longer owns.
+    fn disown(&mut self, (owner, nodes, bytes): (u16, u64, u64)) {
+        for (counts, less) in [(&mut self.owned, nodes), (&mut self.bytes, bytes)] {
+            if let Some(count) = counts.get_mut(&owner) {
+                *count -= less;
+                if *count == 0 {
+                    counts.remove(&owner);
+                }
             }
         }
     }
@@ -362,7 +415,7 @@ impl Tree {
         let old = self.rights.get(record.rights).owner();
         if old != perms.owner() {
             self.own(perms.owner(), record.blob_len());
-            self.disown(old, record.blob_len());
+            self.disown((old, 1, (Record::LEN + record.blob_len()) as u64));
         }
         self.rights.unlink(&mut self.arena, &record);
         record.rights = self.rights.hold(&mut self.arena, &perms);
@@ -398,6 +451,8 @@ impl Tree {
     /// Drops a dead domain's claims: nodes that it owns go with all below them, its entries in other nodes'
     /// permissions go too (XSA-322). `before_remove` sees each path that goes, for watches.
     pub fn forget_domain(&mut self, domid: u16, mut before_remove: impl FnMut(&Tree, &[u8])) {
+        // What was removed before has no path, and is in the lists below all the same.
+        self.reap(usize::MAX);
         let mut doomed: Vec<Vec<u8>> = Vec::new();
         let mut scrub: Vec<(NodeId, Perms)> = Vec::new();
         for (index, perms) in self.rights.naming(domid) {
@@ -465,7 +520,7 @@ impl Tree {
         if owned != self.owned {
             return Err(format!("owners {:?}, counted {owned:?}", self.owned));
         }
-        self.rights.check(&self.arena, self.count)
+        self.rights.check(&self.arena, self.count + self.buried as usize)
     }
 }
 
