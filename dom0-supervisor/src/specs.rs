@@ -187,7 +187,9 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
     request.binds.push(Bind { source: tun.clone(), target: tun, read_only: false });
     let mode = match entry.mode {
         NetbackMode::Bridged => "bridged",
+        NetbackMode::Isolated => "isolated",
         NetbackMode::Routed => "routed",
+        NetbackMode::Nat => "nat",
     };
     request.args = vec!["--mode".into(), mode.into()];
     if let Some(uplink) = &entry.uplink {

@@ -2,7 +2,7 @@
 //! xenstored is away nothing changes here and packets flow on.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use domain_kit::Domain;
@@ -10,50 +10,68 @@ use domain_kit::control::ServiceControl;
 use domain_kit::xenbus::{BackendDriver, BackendHandle, DeviceError, DeviceKey, DeviceNode, Properties};
 use proto::service::Counter;
 
-use crate::connection::{self, ConnectError, Connection, VifId};
-use crate::forward::{Wiring, WiringError};
+use crate::connection::{self, ConnectError, Connection, VifId, kept_memory};
+use crate::forward::{TAP_MAC, Wiring, WiringError};
 use crate::netlink::Netlink;
 use crate::nodes;
+use crate::span::Span;
 use crate::stats::Stats;
-use crate::tap::Tap;
+use crate::switch::port::{Port, lock};
+use crate::switch::settings::Settings;
+use crate::switch::{Gateway, Plan, Switch, fdb};
+use crate::uplink::{self, UplinkWork};
 use crate::worker::{Work, Worker};
 
-/// Counters and thread of a vif that is served.
-type Served = (Arc<Stats>, Arc<Worker>);
+const FDB_ENTRY: &str = "switch-learned";
+
+/// A vif that is served, with its threads.
+type Served = (Arc<Port>, Vec<Arc<Worker>>);
 
 /// What the gRPC thread sees of the vifs.
 #[derive(Debug, Default)]
 pub struct Vifs {
     list: Mutex<BTreeMap<VifId, Served>>,
+    switch: Mutex<Option<Arc<Switch>>>,
+    uplink: Mutex<Option<Arc<Worker>>>,
     draining: Mutex<bool>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+fn counter(name: &str, value: u64, subject: &str, unit: &str) -> Counter {
+    Counter { name: name.into(), value, subject: subject.into(), unit: unit.into() }
+}
+
+fn counters(stats: &Stats, subject: &str) -> impl Iterator<Item = Counter> {
+    stats.all().into_iter().map(move |(name, value, unit)| counter(name, value, subject, unit))
+}
+
+impl Vifs {
+    fn workers(&self) -> Vec<Arc<Worker>> {
+        let list = lock(&self.list);
+        list.values().flat_map(|(_, workers)| workers.clone()).chain(lock(&self.uplink).clone()).collect()
+    }
 }
 
 impl ServiceControl for Vifs {
     fn statistics(&self) -> Vec<Counter> {
         let list = lock(&self.list);
-        let mut counters =
-            vec![Counter { name: "vifs_connected".into(), value: list.len() as u64, ..Counter::default() }];
-        for (id, (stats, _)) in list.iter() {
-            for (name, value, unit) in stats.all() {
-                counters.push(Counter {
-                    name: name.into(),
-                    value,
-                    subject: id.to_string(),
-                    unit: unit.into(),
-                });
-            }
+        let mut out = vec![counter("vifs_connected", list.len() as u64, "", "")];
+        if let Some(switch) = &*lock(&self.switch) {
+            out.push(counter("addresses_learned", switch.learned() as u64, "", ""));
+            let uplink = switch.stats.all().into_iter();
+            out.extend(uplink.map(|(name, value, unit)| counter(&format!("uplink_{name}"), value, "", unit)));
         }
-        counters
+        for (id, (port, _)) in list.iter() {
+            let id = id.to_string();
+            out.push(counter("queues", port.queues.len() as u64, &id, ""));
+            out.extend(counters(&port.stats, &id));
+        }
+        out
     }
 
     fn drain(&self, deadline: Duration, resume: bool) -> bool {
         let end = Instant::now() + deadline;
         *lock(&self.draining) = !resume;
-        let workers: Vec<Arc<Worker>> = lock(&self.list).values().map(|(_, w)| w.clone()).collect();
+        let workers = self.workers();
         workers.iter().for_each(|worker| worker.drain(!resume));
         resume || workers.iter().all(|w| w.wait_drained(end.saturating_duration_since(Instant::now())))
     }
@@ -64,8 +82,8 @@ impl ServiceControl for Vifs {
 pub struct Vif {
     connection: Connection,
     /// Until the frontend may be served.
-    work: Option<Work>,
-    worker: Option<Arc<Worker>>,
+    work: Vec<Work>,
+    workers: Vec<Arc<Worker>>,
 }
 
 /// netback's part of xenbus.
@@ -75,9 +93,10 @@ pub struct NetDriver {
     vifs: Arc<Vifs>,
     bus: BackendHandle,
     wiring: Wiring,
+    queues: usize,
     netlink: Option<Netlink>,
     wired: bool,
-    taps: BTreeMap<VifId, Arc<Tap>>,
+    switch: Option<Arc<Switch>>,
 }
 
 impl From<ConnectError> for DeviceError {
@@ -89,24 +108,73 @@ impl From<ConnectError> for DeviceError {
     }
 }
 
+fn not_ready(e: impl std::fmt::Display) -> DeviceError {
+    DeviceError::NotReady(e.to_string())
+}
+
 impl NetDriver {
-    /// Serves nothing yet.
-    pub fn new(domain: Arc<Domain>, vifs: Arc<Vifs>, wiring: Wiring, bus: BackendHandle) -> Self {
-        NetDriver { domain, vifs, bus, wiring, netlink: None, wired: false, taps: BTreeMap::new() }
+    /// Serves nothing yet. A vif may have `queues` queues.
+    pub fn new(
+        domain: Arc<Domain>,
+        vifs: Arc<Vifs>,
+        wiring: Wiring,
+        queues: usize,
+        bus: BackendHandle,
+    ) -> Self {
+        NetDriver { domain, vifs, bus, wiring, queues, netlink: None, wired: false, switch: None }
+    }
+
+    /// The switch, with what a predecessor had learned.
+    fn switch(&mut self) -> Result<Arc<Switch>, ConnectError> {
+        if let Some(switch) = &self.switch {
+            return Ok(switch.clone());
+        }
+        let (_, mem) = kept_memory(&self.domain.hv, FDB_ENTRY, fdb::BYTES)?;
+        let gateway = self.wiring.gateway.filter(|_| self.wiring.mode.is_routed());
+        let plan = Plan {
+            routed: gateway.map(|g| Gateway { mac: TAP_MAC, ipv4: g.address, ipv6: None }),
+            isolated: self.wiring.mode == crate::forward::Mode::Isolated,
+        };
+        let switch = Arc::new(Switch::new(plan, Span::new(mem, 0, fdb::BYTES)));
+        *lock(&self.vifs.switch) = Some(switch.clone());
+        Ok(self.switch.insert(switch).clone())
+    }
+
+    /// Opens the uplink's TAP and starts its thread, once.
+    fn uplink(&mut self) -> Result<(), ConnectError> {
+        if lock(&self.vifs.uplink).is_some() {
+            return Ok(());
+        }
+        let switch = self.switch()?;
+        let tap = uplink::tap(&self.domain.hv)?;
+        switch.set_uplink(tap.clone());
+        let mut work = UplinkWork::open(&self.domain.hv, tap, switch, self.domain.predecessor_crashed())?;
+        let draining = *lock(&self.vifs.draining);
+        let worker = Worker::start("uplink", draining, move |control| {
+            if let Err(error) = work.run(control) {
+                // The next incarnation makes a new one; without it this domain is of no use.
+                tracing::error!(%error, "the uplink's TAP failed");
+                std::process::exit(1);
+            }
+        })
+        .map_err(connection::system("starting a thread"))?;
+        *lock(&self.vifs.uplink) = Some(Arc::new(worker));
+        Ok(())
     }
 
     /// Sets this domain's network up, once.
     ///
     /// # Errors
-    /// [`WiringError`].
-    pub fn wire(&mut self) -> Result<&mut Netlink, WiringError> {
+    /// [`DeviceError::NotReady`] with the reason.
+    pub fn wire(&mut self) -> Result<&mut Netlink, DeviceError> {
+        self.uplink()?;
         let netlink = match self.netlink.take() {
             Some(netlink) => netlink,
-            None => Netlink::open()?,
+            None => Netlink::open().map_err(not_ready)?,
         };
         let netlink = self.netlink.insert(netlink);
         if !self.wired {
-            self.wiring.prepare(netlink)?;
+            self.wiring.prepare(netlink, uplink::NAME).map_err(not_ready)?;
             self.wired = true;
         }
         Ok(netlink)
@@ -116,43 +184,55 @@ impl NetDriver {
         VifId::try_from(key).map_err(|_| DeviceError::Failed(format!("vif {} is out of range", key.id)))
     }
 
-    /// The vif's TAP, wired in.
-    fn tap(&mut self, node: &DeviceNode) -> Result<Arc<Tap>, DeviceError> {
-        let id = Self::id(node.key)?;
-        let not_ready = |e: WiringError| DeviceError::NotReady(e.to_string());
-        self.wire().map_err(not_ready)?;
-        let tap = match self.taps.get(&id) {
-            Some(tap) => tap.clone(),
-            None => connection::tap(&self.domain.hv, id)?,
-        };
-        self.taps.insert(id, tap.clone());
-        let (mtu, ip) = nodes::network(node)?;
+    /// The vif's settings, with the routes that they need.
+    fn settings(&mut self, node: &DeviceNode) -> Result<Settings, DeviceError> {
+        let settings = nodes::settings(node)?;
         let wiring = self.wiring.clone();
-        let netlink = self.wire().map_err(not_ready)?;
-        wiring.attach(netlink, tap.name(), mtu, ip).map_err(not_ready)?;
-        Ok(tap)
+        let netlink = self.wire()?;
+        for &guest in &settings.ipv4 {
+            wiring.route_to(netlink, uplink::NAME, guest).map_err(|e: WiringError| not_ready(e))?;
+        }
+        Ok(settings)
     }
 
-    fn serve(&self, id: VifId, work: Work) -> std::io::Result<Arc<Worker>> {
+    /// Tells the bus that a vif has to be given up.
+    fn failed(&self, id: VifId) -> impl Fn(String) + Send + Sync + 'static {
         let bus = self.bus.clone();
+        move |why| {
+            tracing::error!(%id, why, "the vif is given up");
+            bus.failed(id.into(), why);
+        }
+    }
+
+    /// Starts the threads of a vif: packets flow.
+    fn serve(&self, vif: &mut Vif) -> std::io::Result<()> {
+        let port = vif.connection.port.clone();
+        if let Some(switch) = &self.switch {
+            switch.attach(port.clone());
+        }
         let draining = *lock(&self.vifs.draining);
-        let stats = work.stats.clone();
-        let worker = Worker::start(&id.to_string(), work, draining, move |error| {
-            tracing::error!(%id, %error, "the vif is given up");
-            bus.failed(id.into(), error.to_string());
-        })?;
-        let worker = Arc::new(worker);
-        lock(&self.vifs.list).insert(id, (stats, worker.clone()));
-        Ok(worker)
+        for mut work in vif.work.drain(..) {
+            let failing = port.clone();
+            let name = format!("{}-q{}", port.id, work.index);
+            let worker = Worker::start(&name, draining, move |control| {
+                if let Err(error) = work.run(control) {
+                    failing.fail(error.to_string());
+                }
+            })?;
+            vif.workers.push(Arc::new(worker));
+        }
+        lock(&self.vifs.list).insert(port.id, (port, vif.workers.clone()));
+        Ok(())
     }
 
     fn take_over(&mut self, id: VifId) -> Result<Option<Vif>, ConnectError> {
         let own_fault = self.domain.predecessor_crashed();
-        let found = connection::reattach(&self.domain.hv, id, own_fault, Arc::default())?;
+        let switch = self.switch()?;
+        let found = connection::reattach(&self.domain.hv, id, own_fault, &switch, self.failed(id))?;
         let Some((connection, work)) = found else { return Ok(None) };
-        self.taps.insert(id, work.world.tap.clone());
-        let worker = self.serve(id, work).map_err(connection::system("starting a thread"))?;
-        Ok(Some(Vif { connection, work: None, worker: Some(worker) }))
+        let mut vif = Vif { connection, work, workers: Vec::new() };
+        self.serve(&mut vif).map_err(connection::system("starting a thread"))?;
+        Ok(Some(vif))
     }
 }
 
@@ -179,11 +259,15 @@ impl BackendDriver for NetDriver {
                 }
             }
         }
+        // After the vifs: what the predecessor had read from the uplink is for them.
+        if let Err(error) = self.uplink() {
+            tracing::error!(%error, "no uplink yet");
+        }
         vifs
     }
 
     fn kept(&mut self) -> Vec<DeviceKey> {
-        match connection::with_tap(&self.domain.hv) {
+        match connection::kept(&self.domain.hv) {
             Ok(ids) => ids.into_iter().map(DeviceKey::from).collect(),
             Err(error) => {
                 tracing::error!(%error, "what the predecessor offered is not to be had");
@@ -193,8 +277,8 @@ impl BackendDriver for NetDriver {
     }
 
     fn offer(&mut self, node: &DeviceNode) -> Result<Properties, DeviceError> {
-        self.tap(node)?;
-        Ok(nodes::features())
+        self.settings(node)?;
+        Ok(nodes::features(self.queues))
     }
 
     fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Vif, Properties), DeviceError> {
@@ -202,10 +286,12 @@ impl BackendDriver for NetDriver {
         if reattach && let Some(vif) = self.take_over(id)? {
             return Ok((vif, Vec::new()));
         }
-        let params = nodes::params(node)?;
-        let tap = self.tap(node)?;
-        let (connection, work) = connection::connect(&self.domain.hv, id, &params, tap, Arc::default())?;
-        let mut vif = Vif { connection, work: Some(work), worker: None };
+        let params = nodes::params(node, self.queues)?;
+        let settings = self.settings(node)?;
+        let switch = self.switch()?;
+        let (connection, work) =
+            connection::connect(&self.domain.hv, id, params, settings, &switch, self.failed(id))?;
+        let mut vif = Vif { connection, work, workers: Vec::new() };
         if reattach {
             self.connected(node, &mut vif);
         }
@@ -213,30 +299,51 @@ impl BackendDriver for NetDriver {
     }
 
     fn connected(&mut self, node: &DeviceNode, vif: &mut Vif) {
-        let (Ok(id), Some(mut work)) = (Self::id(node.key), vif.work.take()) else { return };
-        work.kick = true;
+        let id = vif.connection.port.id;
+        vif.work.iter_mut().for_each(|work| work.kick = true);
         // From here on a next incarnation takes it over without asking the store.
         let kept = connection::keep(&self.domain.hv, id, &vif.connection).map_err(|e| e.to_string());
-        match kept.and_then(|()| self.serve(id, work).map_err(|e| e.to_string())) {
-            Ok(worker) => vif.worker = Some(worker),
-            Err(why) => self.bus.failed(node.key, why),
+        if let Err(why) = kept.and_then(|()| self.serve(vif).map_err(|e| e.to_string())) {
+            self.bus.failed(node.key, why);
         }
+    }
+
+    fn live(&mut self, node: &DeviceNode, vif: &mut Vif) -> Result<(), DeviceError> {
+        let port = vif.connection.port.clone();
+        let headroom = nodes::headroom(node)?;
+        if headroom != port.headroom() {
+            port.set_headroom(headroom);
+            vif.connection.kept.update(|record| record.params.headroom = headroom);
+        }
+        let settings = self.settings(node)?;
+        if settings != *port.settings() {
+            tracing::info!(id = %port.id, "new settings");
+            vif.connection.kept.update(|record| record.settings.clone_from(&settings));
+            if let Some(switch) = &self.switch {
+                switch.settings_changed(port.slot, settings);
+            }
+        }
+        Ok(())
     }
 
     fn disconnect(&mut self, key: DeviceKey, mut vif: Vif) {
         let Ok(id) = Self::id(key) else { return };
         lock(&self.vifs.list).remove(&id);
-        if let Some(worker) = vif.worker.take() {
+        for worker in vif.workers.drain(..) {
             worker.stop();
         }
-        drop(vif.work.take());
+        vif.work.clear();
+        if let Some(switch) = &self.switch {
+            switch.detach(vif.connection.port.slot);
+        }
+        // Not attached yet, perhaps.
+        vif.connection.port.queues.iter().for_each(|q| drop(lock(&q.queue).take()));
         vif.connection.close(&self.domain.hv, id);
-        self.forget(key);
     }
 
     fn forget(&mut self, key: DeviceKey) {
-        let Ok(id) = Self::id(key) else { return };
-        self.taps.remove(&id);
-        connection::forget(&self.domain.hv, id);
+        if let Ok(id) = Self::id(key) {
+            connection::forget(&self.domain.hv, id);
+        }
     }
 }

@@ -1,28 +1,43 @@
-//! Wiring of the driver domain's own network namespace: how packets get from a vif's TAP to the uplink.
+//! Wiring of the driver domain's own network namespace: how packets get from the switch's TAP to the uplink.
+//!
+//! *Bridged* and *isolated*: TAP and uplink are the two ends of a bridge inside the namespace that does nothing but join them.
+//! *Routed* and *NAT*: the kernel routes between them.
 //!
 //! Everything here is idempotent. hv-core keeps the namespace while the domain lives, so after a restart the
-//! bridge, the ports and the routes are found as they were and nothing flaps.
+//! bridge, the addresses, the routes and the connections that NAT knows are found as they were and nothing flaps.
 
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
-use crate::netlink::{Ipv4Conf, Netlink, NetlinkError};
+use crate::netlink::{Ipv4Conf, Link, Netlink, NetlinkError};
+use crate::nft;
 
 /// The bridge's name in [`Mode::Bridge`].
 pub const BRIDGE: &str = "br0";
 /// Hardware address of the kernel's end of every TAP, as Xen has it: the highest, so that a bridge never takes it as its own.
 pub const TAP_MAC: [u8; 6] = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff];
-/// Packets that wait for a frontend at most, before the kernel drops (XSA-392: bounded whatever the guest does).
-pub const TAP_QUEUE_PACKETS: u32 = 512;
+/// Packets that wait in the TAP at most, before the kernel drops: what comes while netback is away for some milliseconds.
+pub const TAP_QUEUE_PACKETS: u32 = 1024;
 
 /// How packets are forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
-    /// TAPs and uplink are ports of one Linux bridge.
+    /// Guests and uplink are one Ethernet.
     #[value(name = "bridged", alias = "bridge")]
     Bridge,
-    /// The guest sees its gateway on the TAP; the kernel routes, and answers ARP for the guest on the uplink.
+    /// The same, but guests reach the uplink alone.
+    Isolated,
+    /// The guest sees its gateway; the kernel routes, and answers ARP for guests on the uplink.
     Routed,
+    /// The guest sees its gateway; outside, its packets carry the uplink's address.
+    Nat,
+}
+
+impl Mode {
+    /// Guests see a gateway.
+    pub fn is_routed(self) -> bool {
+        matches!(self, Mode::Routed | Mode::Nat)
+    }
 }
 
 /// An IPv4 address with its prefix length, written `A.B.C.D/N`.
@@ -69,7 +84,7 @@ pub struct Wiring {
 #[derive(Debug, thiserror::Error)]
 pub enum WiringError {
     /// Routed mode needs one.
-    #[error("mode routed needs --gateway A.B.C.D/N, the address that guests use as their gateway")]
+    #[error("modes routed and nat need --gateway A.B.C.D/N, the address that guests use as their gateway")]
     NoGateway,
     /// The uplink is not in this namespace.
     #[error(
@@ -82,96 +97,97 @@ pub enum WiringError {
 }
 
 impl Wiring {
-    /// Sets up what does not depend on a vif: loopback, uplink, bridge or routes.
+    /// Sets up everything around the TAP of this name.
     ///
     /// # Errors
     /// [`WiringError`]; a later call tries again from where it is.
-    pub fn prepare(&self, netlink: &mut Netlink) -> Result<(), WiringError> {
-        if self.mode == Mode::Routed && self.gateway.is_none() {
+    pub fn prepare(&self, netlink: &mut Netlink, tap: &str) -> Result<(), WiringError> {
+        if self.mode.is_routed() && self.gateway.is_none() {
             return Err(WiringError::NoGateway);
         }
         let uplink = match &self.uplink {
             Some(name) => Some(netlink.link(name).map_err(|_| WiringError::NoUplink(name.clone()))?),
             None => None,
         };
-        match self.mode {
-            Mode::Bridge => {
-                let bridge = netlink.ensure_bridge(BRIDGE)?;
-                if !bridge.up {
-                    netlink.no_ipv6_of_its_own(bridge.index)?;
-                    netlink.set_up(bridge.index)?;
-                }
-                if let Some(uplink) = uplink {
-                    if !uplink.up {
-                        netlink.no_ipv6_of_its_own(uplink.index)?;
-                    }
-                    if uplink.master != bridge.index {
-                        netlink.set_master(uplink.index, bridge.index)?;
-                    }
-                    netlink.set_up(uplink.index)?;
-                }
+        let tap = netlink.link(tap)?;
+        if tap.mac != TAP_MAC {
+            netlink.set_mac(tap.index, TAP_MAC)?;
+            netlink.no_ipv6_of_its_own(tap.index)?;
+            netlink.set_txqueuelen(tap.index, TAP_QUEUE_PACKETS)?;
+        }
+        // Whatever fits the uplink fits the TAP; a bridge takes the smallest.
+        let mtu = uplink.map_or(1500, |uplink| uplink.mtu).max(1500);
+        if tap.mtu != mtu {
+            netlink.set_mtu(tap.index, mtu)?;
+        }
+        if self.mode.is_routed() {
+            self.prepare_routes(netlink, tap, uplink)
+        } else {
+            Self::prepare_bridge(netlink, tap, uplink)
+        }
+    }
+
+    fn prepare_bridge(netlink: &mut Netlink, tap: Link, uplink: Option<Link>) -> Result<(), WiringError> {
+        let bridge = netlink.ensure_bridge(BRIDGE)?;
+        if !bridge.up {
+            netlink.no_ipv6_of_its_own(bridge.index)?;
+            netlink.set_up(bridge.index)?;
+        }
+        for port in [Some(tap), uplink].into_iter().flatten() {
+            if !port.up {
+                netlink.no_ipv6_of_its_own(port.index)?;
             }
-            Mode::Routed => {
-                if let Some(uplink) = uplink {
-                    netlink.set_up(uplink.index)?;
-                    netlink.set_ipv4_conf(uplink.index, ROUTER)?;
-                    if let Some(Ipv4Prefix { address, prefix }) = self.uplink_address {
-                        netlink.ensure_address(uplink.index, address, prefix)?;
-                    }
-                    netlink.ensure_route(Ipv4Addr::UNSPECIFIED, 0, uplink.index, self.uplink_gateway)?;
-                }
+            if port.master != bridge.index {
+                netlink.set_master(port.index, bridge.index)?;
+            }
+            if !port.up {
+                netlink.set_up(port.index)?;
             }
         }
         Ok(())
     }
 
-    /// Wires a vif's TAP in. `guest_ip` is what xenstore's `ip` node says.
+    fn prepare_routes(
+        &self,
+        netlink: &mut Netlink,
+        tap: Link,
+        uplink: Option<Link>,
+    ) -> Result<(), WiringError> {
+        let gateway = self.gateway.ok_or(WiringError::NoGateway)?;
+        if !tap.up {
+            netlink.set_up(tap.index)?;
+        }
+        netlink.set_ipv4_conf(tap.index, ROUTER)?;
+        netlink.ensure_address(tap.index, gateway.address, gateway.prefix)?;
+        let Some(uplink) = uplink else { return Ok(()) };
+        netlink.set_up(uplink.index)?;
+        netlink.set_ipv4_conf(uplink.index, if self.mode == Mode::Nat { NAT_ROUTER } else { ROUTER })?;
+        if let Some(Ipv4Prefix { address, prefix }) = self.uplink_address {
+            netlink.ensure_address(uplink.index, address, prefix)?;
+        }
+        netlink.ensure_route(Ipv4Addr::UNSPECIFIED, 0, uplink.index, self.uplink_gateway)?;
+        if self.mode == Mode::Nat {
+            nft::ensure_masquerade(uplink.index)?;
+        }
+        Ok(())
+    }
+
+    /// A guest's address is reached by the TAP, also if it is not in the gateway's network.
     ///
     /// # Errors
     /// [`WiringError`].
-    pub fn attach(
-        &self,
-        netlink: &mut Netlink,
-        tap: &str,
-        mtu: u32,
-        guest_ip: Option<Ipv4Addr>,
-    ) -> Result<(), WiringError> {
-        let link = netlink.link(tap)?;
-        if link.mac != TAP_MAC {
-            netlink.set_mac(link.index, TAP_MAC)?;
-            netlink.no_ipv6_of_its_own(link.index)?;
-            netlink.set_txqueuelen(link.index, TAP_QUEUE_PACKETS)?;
-        }
-        if link.mtu != mtu {
-            netlink.set_mtu(link.index, mtu)?;
-        }
-        match self.mode {
-            Mode::Bridge => {
-                let bridge = netlink.link(BRIDGE)?;
-                if link.master != bridge.index {
-                    netlink.set_master(link.index, bridge.index)?;
-                }
-                if !link.up {
-                    netlink.set_up(link.index)?;
-                }
-            }
-            Mode::Routed => {
-                let gateway = self.gateway.ok_or(WiringError::NoGateway)?;
-                if !link.up {
-                    netlink.set_up(link.index)?;
-                }
-                netlink.set_ipv4_conf(link.index, ROUTER)?;
-                // With the guest's address known, only that is routed here and many vifs can share the gateway.
-                let prefix = if guest_ip.is_some() { 32 } else { gateway.prefix };
-                netlink.ensure_address(link.index, gateway.address, prefix)?;
-                if let Some(ip) = guest_ip {
-                    netlink.ensure_route(ip, 32, link.index, None)?;
-                }
-            }
+    pub fn route_to(&self, netlink: &mut Netlink, tap: &str, guest: Ipv4Addr) -> Result<(), WiringError> {
+        if self.mode.is_routed() {
+            let tap = netlink.link(tap)?;
+            netlink.ensure_route(guest, 32, tap.index, None)?;
         }
         Ok(())
     }
 }
+
+/// Nobody outside is to know of the guests' addresses.
+const NAT_ROUTER: &[(Ipv4Conf, u32)] =
+    &[(Ipv4Conf::Forwarding, 1), (Ipv4Conf::SendRedirects, 0), (Ipv4Conf::RpFilter, 0)];
 
 const ROUTER: &[(Ipv4Conf, u32)] = &[
     (Ipv4Conf::Forwarding, 1),

@@ -1,31 +1,44 @@
 //! netback: the network backend, one process domain for each NIC.
 //!
 //! ```text
-//!  frontend ──tx ring──► queue::tx ──► TAP ──► bridge or routes ──► uplink
-//!           ◄─rx ring─── queue::rx ◄── TAP ◄──
+//!  frontend ──tx ring──► queue::tx ──► switch ──► queue::rx ──rx ring──► another frontend
+//!                                        │ ▲
+//!                                        ▼ │
+//!                                 TAP ──► bridge or routes ──► uplink
 //! ```
 //!
 //! | module | what |
 //! |---|---|
 //! | [`slots`] | netif's wire format: slots to packets and back, every check |
-//! | [`offload`] | checksums and segmentation against Linux's virtio_net_hdr |
+//! | [`headers`], [`offload`], [`segment`], [`hash`] | packets' headers; checksums and segmentation against Linux's virtio_net_hdr; queues by hash |
 //! | [`queue`] | the rings with their journals, and nothing else |
-//! | [`worker`] | the thread that runs a vif's queues |
+//! | [`switch`] | forwarding, filters, what the domain answers itself |
+//! | [`spool`], [`kept`], [`span`] | packets and settings in memory that outlives the incarnation |
+//! | [`worker`], [`uplink`] | the threads: one for each queue, one for the uplink |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
 //! | [`fault`] | `--fault`, for tests of poison packets |
-//! | [`tap`], [`netlink`], [`forward`] | the kernel's side, inside this domain's own network namespace |
+//! | [`tap`], [`netlink`], [`nft`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
 pub mod backend;
 pub mod connection;
 pub mod fault;
 pub mod forward;
+pub mod hash;
+pub mod headers;
+pub mod kept;
 pub mod netlink;
+pub mod nft;
 pub mod nodes;
 pub mod offload;
 pub mod queue;
+pub mod segment;
 pub mod slots;
+pub mod span;
+pub mod spool;
 pub mod stats;
+pub mod switch;
 mod sys;
 pub mod tap;
+pub mod uplink;
 pub mod worker;

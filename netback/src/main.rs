@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use domain_kit::{Domain, control, xenbus};
 use netback::backend::{NetDriver, Vifs};
+use netback::connection::MAX_QUEUES;
 use netback::forward::{Ipv4Prefix, Mode, Wiring};
 
 /// Network backend of a Bulkhead driver domain. Runs as a process domain; not to be started by hand.
@@ -32,6 +33,9 @@ struct Args {
     /// For tests of poison packets only: panic at each packet of a guest that is this long, bytes from the Ethernet header on.
     #[arg(long)]
     fault: Option<usize>,
+    /// Queues that a vif may have at most, 1 to 16; by default as many as there are processors.
+    #[arg(long)]
+    queues: Option<usize>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -41,6 +45,8 @@ fn main() -> anyhow::Result<()> {
     }
     let domain = Domain::join("netback")?;
     let vifs = Arc::new(Vifs::default());
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let queues = args.queues.unwrap_or(processors).clamp(1, MAX_QUEUES);
     let wiring = Wiring {
         mode: args.mode,
         uplink: args.uplink,
@@ -50,7 +56,7 @@ fn main() -> anyhow::Result<()> {
     };
     // Packets flow again from here on, whatever the rest takes.
     let mut backend = xenbus::Backend::new(
-        |bus| NetDriver::new(domain.clone(), vifs.clone(), wiring, bus),
+        |bus| NetDriver::new(domain.clone(), vifs.clone(), wiring, queues, bus),
         domain.domid(),
     )?;
     let health = control::serve(&domain, vifs).context("gRPC")?;

@@ -68,6 +68,11 @@ pub struct VnetHdr {
 }
 
 impl VnetHdr {
+    /// Of a packet whose checksum is known to be right.
+    pub fn validated() -> Self {
+        VnetHdr { flags: F_DATA_VALID, ..VnetHdr::default() }
+    }
+
     /// As the TAP wants it.
     pub fn to_bytes(self) -> [u8; VNET_HDR_LEN] {
         let mut out = [0; VNET_HDR_LEN];
@@ -289,6 +294,13 @@ pub fn finish_checksum(packet: &[u8]) -> Result<(usize, [u8; 2]), OffloadError> 
     // UDP: 0 says "none".
     let value = if value == 0 && !transport.tcp { 0xffff } else { value };
     Ok((field, value.to_be_bytes()))
+}
+
+/// The internet checksum of `bytes` (RFC 1071), as it goes into a header.
+pub fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum = Sum::default();
+    sum.add(bytes);
+    !sum.fold()
 }
 
 /// Whether the packet is IPv6.

@@ -88,6 +88,20 @@ pub struct Fragment {
     pub len: u16,
 }
 
+/// What one packet's slots mean.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TxItem {
+    /// A packet to send.
+    Packet(TxPacket),
+    /// No packet: a change of the frontend's multicast filter. The request that carries it is a dummy.
+    Multicast {
+        /// Adds, else removes.
+        add: bool,
+        /// The group's Ethernet address.
+        address: [u8; 6],
+    },
+}
+
 /// A packet that the frontend wants sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TxPacket {
@@ -152,28 +166,46 @@ pub fn extent(slots: &[TxSlot]) -> Result<usize, FatalTx> {
 ///
 /// # Errors
 /// [`BadPacket`]: all of its slots are to be answered with an error.
-pub fn parse(slots: &[TxSlot]) -> Result<TxPacket, BadPacket> {
+pub fn parse(slots: &[TxSlot]) -> Result<TxItem, BadPacket> {
     let mut scanner = KindScanner::default();
+    // Each type of extra info once at most.
+    let mut seen = 0u8;
+    let mut multicast = None;
     let mut meta = Meta::default();
     let mut fragments: Vec<Fragment> = Vec::with_capacity(slots.len());
     let (mut total, mut rest) = (0, 0);
     for slot in slots {
         match scanner.next(slot) {
-            Kind::Extra => match slot.extra_info().extra() {
-                Some(Extra::Gso { size, gso_type, features: _ }) if meta.gso.is_none() => {
-                    let family = match gso_type {
-                        XEN_NETIF_GSO_TYPE_TCPV4 => Family::V4,
-                        XEN_NETIF_GSO_TYPE_TCPV6 => Family::V6,
-                        _ => return Err(BadPacket::BadGso),
-                    };
-                    if size == 0 {
-                        return Err(BadPacket::BadGso);
-                    }
-                    meta.gso = Some(Gso { family, size });
+            Kind::Extra => {
+                let info = slot.extra_info();
+                let bit = 1u8.checked_shl(info.r#type.into()).unwrap_or(0);
+                if bit == 0 || seen & bit != 0 {
+                    return Err(BadPacket::BadExtra);
                 }
-                // Hashes and multicast filters were not offered.
-                _ => return Err(BadPacket::BadExtra),
-            },
+                seen |= bit;
+                match info.extra() {
+                    Some(Extra::Gso { size, gso_type, features: _ }) => {
+                        let family = match gso_type {
+                            XEN_NETIF_GSO_TYPE_TCPV4 => Family::V4,
+                            XEN_NETIF_GSO_TYPE_TCPV6 => Family::V6,
+                            _ => return Err(BadPacket::BadGso),
+                        };
+                        if size == 0 {
+                            return Err(BadPacket::BadGso);
+                        }
+                        meta.gso = Some(Gso { family, size });
+                    }
+                    Some(Extra::McastAdd(address)) => {
+                        multicast = Some(TxItem::Multicast { add: true, address })
+                    }
+                    Some(Extra::McastDel(address)) => {
+                        multicast.get_or_insert(TxItem::Multicast { add: false, address });
+                    }
+                    // Of use to nobody here: queues are chosen by what is computed on the bytes themselves.
+                    Some(Extra::Hash { .. }) => {}
+                    _ => return Err(BadPacket::BadExtra),
+                }
+            }
             kind => {
                 let NetifTxRequest { gref, offset, flags, id: _, size } = slot.request();
                 if kind == Kind::First {
@@ -186,6 +218,9 @@ pub fn parse(slots: &[TxSlot]) -> Result<TxPacket, BadPacket> {
                 fragments.push(Fragment { gref, offset, len: size });
             }
         }
+    }
+    if let Some(change) = multicast {
+        return Ok(change);
     }
     if fragments.len() > MAX_DATA_SLOTS {
         return Err(BadPacket::TooManySlots);
@@ -202,60 +237,129 @@ pub fn parse(slots: &[TxSlot]) -> Result<TxPacket, BadPacket> {
     if fragments.iter().any(|f| usize::from(f.offset) + usize::from(f.len) > PAGE_SIZE) {
         return Err(BadPacket::CrossesPage);
     }
-    Ok(TxPacket { fragments, len: total, meta })
+    Ok(TxItem::Packet(TxPacket { fragments, len: total, meta }))
 }
 
-/// Slots that a packet towards the frontend takes.
-pub fn rx_slots(len: usize, meta: Meta) -> usize {
-    len.div_ceil(PAGE_SIZE).max(1) + usize::from(meta.gso.is_some())
+/// A packet's hash as the frontend is told it: `hash_type` is a bit number of `XEN_NETIF_CTRL_HASH_TYPE_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketHash {
+    /// Over which fields.
+    pub hash_type: u8,
+    /// Toeplitz.
+    pub value: u32,
 }
+
+/// How a packet goes into rx slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RxShape {
+    /// Bytes, at most [`MAX_RX_PACKET`].
+    pub len: usize,
+    /// Checksum and segmentation.
+    pub meta: Meta,
+    /// Its hash, if the frontend asked for hashes.
+    pub hash: Option<PacketHash>,
+    /// Bytes that stay free at the start of each page, at most [`MAX_HEADROOM`].
+    pub headroom: usize,
+}
+
+/// Largest headroom that a frontend may ask for: what XDP programs of Linux have.
+pub const MAX_HEADROOM: usize = 256;
 
 /// What one rx slot of a packet says and carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RxPart {
-    /// `len` bytes from `offset` of the packet, at the start of the slot's page.
+    /// `len` bytes from `offset` of the packet, behind the headroom of the slot's page.
     Data {
         /// First byte in the packet.
         offset: usize,
-        /// Bytes, at most a page.
+        /// Bytes.
         len: usize,
         /// `NETRXF_*`.
         flags: u16,
     },
     /// No data: extra info.
-    Extra(Gso),
+    Extra {
+        /// Which.
+        extra: Extra,
+        /// More of it follows.
+        more: bool,
+    },
 }
 
-/// The `index`th slot (below [`rx_slots`]) of a packet of `len` bytes.
-pub fn rx_part(len: usize, meta: Meta, index: usize) -> RxPart {
-    let data_index = match (index, meta.gso) {
-        (1, Some(gso)) => return RxPart::Extra(gso),
-        (0, _) | (_, None) => index,
-        (_, Some(_)) => index - 1,
-    };
-    let offset = data_index * PAGE_SIZE;
-    let part = len.saturating_sub(offset).min(PAGE_SIZE);
-    let mut flags = 0;
-    if offset + part < len {
-        flags |= NETRXF_MORE_DATA;
+impl RxShape {
+    /// Extra info, in the order in which it goes behind the first slot.
+    fn extras(&self) -> impl Iterator<Item = Extra> {
+        let gso = self.meta.gso.map(|gso| Extra::Gso {
+            size: gso.size,
+            gso_type: match gso.family {
+                Family::V4 => XEN_NETIF_GSO_TYPE_TCPV4,
+                Family::V6 => XEN_NETIF_GSO_TYPE_TCPV6,
+            },
+            features: 0,
+        });
+        let xdp = (self.headroom > 0).then_some(Extra::Xdp { headroom: self.headroom as u16 });
+        let hash = self.hash.map(|PacketHash { hash_type, value }| Extra::Hash {
+            hash_type,
+            algorithm: XEN_NETIF_CTRL_HASH_ALGORITHM_TOEPLITZ as u8,
+            value,
+        });
+        [gso, xdp, hash].into_iter().flatten()
     }
-    if index == 0 {
-        if meta.csum_blank {
-            flags |= NETRXF_CSUM_BLANK | NETRXF_DATA_VALIDATED;
-        } else if meta.data_validated {
-            flags |= NETRXF_DATA_VALIDATED;
-        }
-        if meta.gso.is_some() {
-            flags |= NETRXF_EXTRA_INFO;
-        }
+
+    fn room(&self) -> usize {
+        PAGE_SIZE - self.headroom.min(MAX_HEADROOM)
     }
-    RxPart::Data { offset, len: part, flags }
+
+    /// Slots with data.
+    pub fn data_slots(&self) -> usize {
+        self.len.div_ceil(self.room()).max(1)
+    }
+
+    /// All slots.
+    pub fn slots(&self) -> usize {
+        self.data_slots() + self.extras().count()
+    }
+
+    /// The `index`th slot (below [`RxShape::slots`]).
+    pub fn part(&self, index: usize) -> RxPart {
+        let extras = self.extras().count();
+        if index > 0
+            && let Some(extra) = self.extras().nth(index - 1)
+        {
+            return RxPart::Extra { extra, more: index < extras };
+        }
+        let data_index = if index == 0 { 0 } else { index - extras };
+        let offset = data_index * self.room();
+        let part = self.len.saturating_sub(offset).min(self.room());
+        let mut flags = 0;
+        if offset + part < self.len {
+            flags |= NETRXF_MORE_DATA;
+        }
+        if index == 0 {
+            if self.meta.csum_blank {
+                flags |= NETRXF_CSUM_BLANK | NETRXF_DATA_VALIDATED;
+            } else if self.meta.data_validated {
+                flags |= NETRXF_DATA_VALIDATED;
+            }
+            if extras > 0 {
+                flags |= NETRXF_EXTRA_INFO;
+            }
+        }
+        RxPart::Data { offset, len: part, flags }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn parsed(slots: &[TxSlot]) -> Result<TxPacket, BadPacket> {
+        parse(slots).map(|item| match item {
+            TxItem::Packet(packet) => packet,
+            other => panic!("{other:?}"),
+        })
+    }
 
     fn request(size: u16, offset: u16, flags: u16) -> TxSlot {
         NetifTxRequest { gref: 7, offset, flags, id: 1, size }.into()
@@ -275,7 +379,7 @@ mod tests {
             request(60, 0, 0),
         ];
         assert_eq!(extent(&slots), Ok(4));
-        let packet = parse(&slots[..4]).unwrap();
+        let packet = parsed(&slots[..4]).unwrap();
         assert_eq!(packet.len, 10_000);
         assert_eq!(packet.fragments[0], Fragment { gref: 7, offset: 100, len: 1808 });
         assert_eq!(packet.meta.gso, Some(Gso { family: Family::V4, size: 1448 }));
@@ -290,10 +394,10 @@ mod tests {
         let mut good = slots.clone();
         good[MAX_DATA_SLOTS - 1] = request(1, 0, 0);
         assert_eq!(extent(&good), Ok(MAX_DATA_SLOTS));
-        assert_eq!(parse(&good), Err(BadPacket::CrossesPage), "the first slot cannot hold the rest");
+        assert_eq!(parsed(&good), Err(BadPacket::CrossesPage), "the first slot cannot hold the rest");
         slots.push(request(1, 0, 0));
         assert_eq!(extent(&slots), Ok(MAX_DATA_SLOTS + 1));
-        assert_eq!(parse(&slots), Err(BadPacket::TooManySlots));
+        assert_eq!(parsed(&slots), Err(BadPacket::TooManySlots));
         let endless = vec![request(1, 0, NETTXF_MORE_DATA); 256];
         assert_eq!(extent(&endless), Err(FatalTx::Endless));
         assert_eq!(extent(&endless[..5]), Err(FatalTx::Incomplete));
@@ -304,32 +408,32 @@ mod tests {
         // A header of one byte, the rest in further slots, is a packet like any other.
         let slots =
             [request(60, 4095, NETTXF_MORE_DATA), request(13, 0, NETTXF_MORE_DATA), request(46, 0, 0)];
-        let packet = parse(&slots).unwrap();
+        let packet = parsed(&slots).unwrap();
         assert_eq!(packet.fragments.iter().map(|f| f.len).collect::<Vec<_>>(), [1, 13, 46]);
     }
 
     #[test]
     fn xsa_448_zero_length_slots() {
         let slots = [request(60, 0, NETTXF_MORE_DATA), request(0, 0, NETTXF_MORE_DATA), request(0, 4096, 0)];
-        assert_eq!(parse(&slots).unwrap().fragments[1].len, 0);
-        assert_eq!(parse(&[request(0, 0, 0)]), Err(BadPacket::TooShort));
-        assert_eq!(parse(&[request(13, 0, 0)]), Err(BadPacket::TooShort));
+        assert_eq!(parsed(&slots).unwrap().fragments[1].len, 0);
+        assert_eq!(parsed(&[request(0, 0, 0)]), Err(BadPacket::TooShort));
+        assert_eq!(parsed(&[request(13, 0, 0)]), Err(BadPacket::TooShort));
         let all_in_second = [request(60, 4096, NETTXF_MORE_DATA), request(60, 0, 0)];
-        assert_eq!(parse(&all_in_second).unwrap().fragments[0].len, 0);
+        assert_eq!(parsed(&all_in_second).unwrap().fragments[0].len, 0);
     }
 
     #[test]
     fn lengths_that_do_not_fit() {
-        assert_eq!(parse(&[request(100, 4000, 0)]), Err(BadPacket::CrossesPage));
-        assert_eq!(parse(&[request(100, u16::MAX, 0)]), Err(BadPacket::CrossesPage));
+        assert_eq!(parsed(&[request(100, 4000, 0)]), Err(BadPacket::CrossesPage));
+        assert_eq!(parsed(&[request(100, u16::MAX, 0)]), Err(BadPacket::CrossesPage));
         let longer = [request(60, 0, NETTXF_MORE_DATA), request(61, 0, 0)];
-        assert_eq!(parse(&longer), Err(BadPacket::FragmentsTooLong));
+        assert_eq!(parsed(&longer), Err(BadPacket::FragmentsTooLong));
         let extra = |e| [request(60, 0, NETTXF_EXTRA_INFO), e];
-        assert_eq!(parse(&extra(gso(0, 1, false))), Err(BadPacket::BadGso));
-        assert_eq!(parse(&extra(gso(9, 3, false))), Err(BadPacket::BadGso));
-        assert_eq!(parse(&extra(TxSlot([0; 12]))), Err(BadPacket::BadExtra));
+        assert_eq!(parsed(&extra(gso(0, 1, false))), Err(BadPacket::BadGso));
+        assert_eq!(parsed(&extra(gso(9, 3, false))), Err(BadPacket::BadGso));
+        assert_eq!(parsed(&extra(TxSlot([0; 12]))), Err(BadPacket::BadExtra));
         let twice = [request(60, 0, NETTXF_EXTRA_INFO), gso(9, 1, true), gso(9, 1, false)];
-        assert_eq!(parse(&twice), Err(BadPacket::BadExtra));
+        assert_eq!(parsed(&twice), Err(BadPacket::BadExtra));
     }
 
     fn any_slot() -> impl Strategy<Value = TxSlot> {
@@ -350,7 +454,7 @@ mod tests {
             let mut rest = &slots[..];
             while let Ok(n) = extent(rest) {
                 prop_assert!((1..=FATAL_SLOTS).contains(&n));
-                if let Ok(packet) = parse(&rest[..n]) {
+                if let Ok(TxItem::Packet(packet)) = parse(&rest[..n]) {
                     let sum: usize = packet.fragments.iter().map(|f| usize::from(f.len)).sum();
                     prop_assert_eq!(sum, packet.len);
                     prop_assert!(packet.len >= MIN_PACKET && packet.len <= usize::from(u16::MAX));
@@ -362,24 +466,46 @@ mod tests {
         }
 
         #[test]
-        fn rx_parts_cover_the_packet(len in 14usize..=MAX_RX_PACKET, large: bool, csum_blank: bool) {
+        fn rx_parts_cover_the_packet(
+            len in 14usize..=MAX_RX_PACKET, large: bool, csum_blank: bool, xdp: bool,
+            hash in proptest::option::of(any::<u32>()),
+        ) {
             let gso = large.then_some(Gso { family: Family::V4, size: 1448 });
             let meta = Meta { csum_blank, data_validated: false, gso };
-            let n = rx_slots(len, meta);
-            prop_assert!(n <= MAX_DATA_SLOTS);
-            let mut at = 0;
+            let hash = hash.map(|value| PacketHash { hash_type: 1, value });
+            let shape = RxShape { len, meta, hash, headroom: if xdp { MAX_HEADROOM } else { 0 } };
+            let n = shape.slots();
+            let extras = usize::from(large) + usize::from(xdp) + usize::from(hash.is_some());
+            prop_assert!(n - extras <= MAX_DATA_SLOTS);
+            let (mut at, mut seen) = (0, 0);
             for i in 0..n {
-                match rx_part(len, meta, i) {
-                    RxPart::Extra(_) => prop_assert!(large && i == 1),
+                match shape.part(i) {
+                    RxPart::Extra { more, .. } => {
+                        seen += 1;
+                        prop_assert_eq!(i, seen, "extra info comes behind the first slot");
+                        prop_assert_eq!(more, seen < extras);
+                    }
                     RxPart::Data { offset, len: part, flags } => {
                         prop_assert_eq!(offset, at);
-                        prop_assert!(part > 0 && part <= PAGE_SIZE);
+                        prop_assert!(part > 0 && part + shape.headroom <= PAGE_SIZE);
                         at += part;
                         prop_assert_eq!(flags & NETRXF_MORE_DATA != 0, at < len);
+                        prop_assert_eq!(flags & NETRXF_EXTRA_INFO != 0, i == 0 && extras > 0);
                     }
                 }
             }
-            prop_assert_eq!(at, len);
+            prop_assert_eq!((at, seen), (len, extras));
         }
+    }
+
+    #[test]
+    fn multicast_changes_are_no_packets() {
+        let add = Extra::McastAdd([1, 0, 0x5e, 0, 0, 1]);
+        // Whatever the dummy request says of itself.
+        let slots = [request(0, 5000, NETTXF_EXTRA_INFO), NetifExtraInfo::new(add, false).into()];
+        assert_eq!(extent(&slots), Ok(2));
+        assert_eq!(parse(&slots), Ok(TxItem::Multicast { add: true, address: [1, 0, 0x5e, 0, 0, 1] }));
+        let twice = [slots[0], NetifExtraInfo::new(add, true).into(), NetifExtraInfo::new(add, false).into()];
+        assert_eq!(parse(&twice), Err(BadPacket::BadExtra));
     }
 }

@@ -44,6 +44,12 @@ stats! {
     tx_errors "packets",
     /// Packets that the kernel did not take.
     tx_dropped "packets",
+    /// Packets with addresses that are not the guest's.
+    tx_spoofed "packets",
+    /// Packets that a firewall rule dropped.
+    tx_denied "packets",
+    /// Packets to nobody, or to a guest that this one may not talk to.
+    tx_no_way "packets",
     /// Slots that recovery answered without sending their packet (again).
     tx_recovered "slots",
     /// Packets delivered to the frontend.
@@ -52,7 +58,7 @@ stats! {
     rx_bytes "bytes",
     /// Slots whose page could not be written.
     rx_errors "slots",
-    /// Packets that the frontend could not take by its features.
+    /// Packets that the frontend could not take by its features, or for which it had no slots for too long.
     rx_dropped "packets",
     /// Packets that crashed netback too often and were dropped.
     poisoned "packets",

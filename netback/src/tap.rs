@@ -1,7 +1,7 @@
 //! A TAP interface: netback's side of the packet path into the kernel.
 //!
-//! One interface per vif, named `vif<domid>.<id>` as Xen names it. Its descriptor goes to the fd store, so that
-//! the interface, its carrier, its bridge port and what is queued in it outlive an incarnation.
+//! One for the domain: towards its uplink, or towards its own kernel that routes. Its descriptor goes to the fd store, so that
+//! the interface, its carrier and what is queued in it outlive an incarnation.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use domain_kit::mem::SharedMem;
 use nix::libc;
+use serde::{Deserialize, Serialize};
 
 use crate::offload::{TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, VNET_HDR_LEN};
 use crate::sys;
@@ -17,8 +18,8 @@ use crate::sys;
 /// The device that makes TAP interfaces, bound into the sandbox.
 pub const TUN_DEVICE: &str = "/dev/net/tun";
 
-/// What a frontend can take without help: decides the TAP's offloads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a frontend can take without help.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offloads {
     /// Packets whose checksum is still blank (IPv4).
     pub csum: bool,
@@ -68,24 +69,12 @@ impl Tap {
         &self.name
     }
 
-    /// Tells the kernel what it may leave undone in packets towards the frontend.
+    /// Tells the kernel that it may leave checksums and segmentation undone; what a frontend cannot take, the switch does.
     ///
     /// # Errors
     /// TUNSETOFFLOAD's.
-    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        let mut flags = 0;
-        if offloads.csum || offloads.csum_ipv6 {
-            // What only one family can take is completed by us for the other.
-            flags |= TUN_F_CSUM;
-            // A large packet needs more than one slot.
-            if offloads.csum && offloads.gso_tcpv4 && offloads.sg {
-                flags |= TUN_F_TSO4;
-            }
-            if offloads.csum_ipv6 && offloads.gso_tcpv6 && offloads.sg {
-                flags |= TUN_F_TSO6;
-            }
-        }
-        sys::tun_set_offload(self.fd.as_fd(), flags)
+    pub fn take_all_offloads(&self) -> io::Result<()> {
+        sys::tun_set_offload(self.fd.as_fd(), TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6)
     }
 
     /// Reads one packet (virtio_net_hdr first) to `offset` of `mem`; `None` when there is none. A packet longer than `len` is

@@ -3,7 +3,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,25 +10,21 @@ use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::ring::{FrontRing, HeapMem, RingMem};
 use hv_abi::COPY_TO_GRANT;
-use netback::offload::VNET_HDR_LEN;
-use netback::queue::rx::{self, RxQueue};
+use netback::offload::{Meta, VNET_HDR_LEN};
+use netback::queue::rx::{self, Delivery, RxFrame, RxQueue, RxTarget, Source};
 use netback::queue::tx::{self, TxQueue};
-use netback::queue::{ARENA_BYTES, QueueError, World};
+use netback::queue::{ARENA_BYTES, Copier, Fate, Frame, QueueError, World};
 use netback::slots::MAX_RX_PACKET;
 use netback::stats::Stats;
-use netback::tap::Offloads;
 use proptest::prelude::*;
 use xen_abi::io::netif::*;
 use xen_abi::io::ring::{REQ_PROD_OFFSET, RING_OFFSET, RSP_PROD_OFFSET};
 
 type Mem = Rc<HeapMem>;
 
-/// An outside that has always one more packet, and a hypervisor that refuses every third page.
+/// A hypervisor that refuses every third page, and a network that takes everything.
 struct Outside {
     arena: Mem,
-    /// Bytes of each packet for the frontend.
-    packet: usize,
-    received: usize,
     sent: Vec<Vec<u8>>,
     copied_to_guest: usize,
     refuse: bool,
@@ -37,38 +32,34 @@ struct Outside {
 }
 
 impl Outside {
-    fn new(packet: usize, refuse: bool) -> Outside {
+    fn new(refuse: bool) -> Outside {
         // The arena is large and its content does not matter from one test to the next.
         thread_local!(static ARENA: Mem = Rc::new(HeapMem::new(ARENA_BYTES)));
-        let arena = ARENA.with(Rc::clone);
-        Outside { arena, packet, received: 0, sent: Vec::new(), copied_to_guest: 0, refuse, turn: 0 }
+        Outside { arena: ARENA.with(Rc::clone), sent: Vec::new(), copied_to_guest: 0, refuse, turn: 0 }
+    }
+
+    /// Delivers `count` packets of `len` bytes; says what became of them, and how many marks were set.
+    fn deliver(
+        &mut self,
+        queue: &mut RxQueue<Mem, Mem, Mem>,
+        len: usize,
+        count: usize,
+    ) -> Result<(Delivery, usize), QueueError> {
+        let arena = self.arena.clone();
+        let at = ARENA_BYTES / 2 + 64;
+        arena.copy_in(at - VNET_HDR_LEN, &[0; VNET_HDR_LEN]);
+        let frame = RxFrame { frame: Frame { at, len, meta: Meta::default() }, hash: None };
+        let mut marks = 0;
+        let source = Source { arena: &arena, buffer: 1, base: 0 };
+        let delivery = queue.deliver(self, &source, &vec![frame; count], &mut |i| {
+            assert_eq!(i, marks, "each packet is marked once, in order");
+            marks += 1;
+        })?;
+        Ok((delivery, marks))
     }
 }
 
-impl World for Outside {
-    type Arena = Mem;
-    fn arena(&self) -> &Mem {
-        &self.arena
-    }
-    fn copy_ids(&self) -> (u16, u32) {
-        (5, 1)
-    }
-    fn receive(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
-        assert!(offset + len <= ARENA_BYTES / 2, "reads stay in their half");
-        if self.packet == 0 {
-            return Ok(None);
-        }
-        self.arena.copy_in(offset, &[0; VNET_HDR_LEN]);
-        self.received += 1;
-        Ok(Some(VNET_HDR_LEN + self.packet))
-    }
-    fn send(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
-        assert!(offset >= ARENA_BYTES / 2 && offset + len <= ARENA_BYTES, "writes stay in their half");
-        let mut packet = vec![0; len - VNET_HDR_LEN];
-        self.arena.copy_out(offset + VNET_HDR_LEN, &mut packet);
-        self.sent.push(packet);
-        Ok(Some(len))
-    }
+impl Copier for Outside {
     fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
         batch.statuses.clear();
         for e in &batch.entries {
@@ -87,15 +78,43 @@ impl World for Outside {
     }
 }
 
+impl World for Outside {
+    type Arena = Mem;
+    fn arena(&self) -> &Mem {
+        &self.arena
+    }
+    fn copy_ids(&self) -> (u16, u32) {
+        (5, 1)
+    }
+    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize)) {
+        for (i, frame) in frames.iter().enumerate() {
+            assert!(
+                frame.at >= ARENA_BYTES / 2 && frame.at + frame.len <= ARENA_BYTES,
+                "packets stay in their half"
+            );
+            commit(i);
+            let mut packet = vec![0; frame.len];
+            self.arena.copy_out(frame.at, &mut packet);
+            self.sent.push(packet);
+            fates[i] = Fate::Sent;
+        }
+    }
+    fn multicast(&mut self, _add: bool, _address: [u8; 6]) -> bool {
+        true
+    }
+}
+
 fn txq<M: RingMem>(ring: M) -> TxQueue<M, Mem> {
     let journal = Rc::new(HeapMem::new(tx::shape(&tx::layout()).bytes()));
     TxQueue::create(ring, tx::layout(), journal, [0; 6], Arc::new(Stats::default())).unwrap()
 }
 
-fn rxq(ring: Mem, sg: bool) -> RxQueue<Mem, Mem> {
+fn rxq(ring: Mem) -> RxQueue<Mem, Mem, Mem> {
+    thread_local!(static BACKLOG: Mem = Rc::new(HeapMem::new(ARENA_BYTES)));
     let journal = Rc::new(HeapMem::new(rx::shape(&rx::layout()).bytes()));
-    let offloads = Offloads { csum: true, sg, ..Offloads::default() };
-    RxQueue::create(ring, rx::layout(), journal, [0; 6], offloads, Arc::new(Stats::default())).unwrap()
+    let target = RxTarget { domid: 5, headroom: 0 };
+    let place = (BACKLOG.with(Rc::clone), (2, 0));
+    RxQueue::create(ring, rx::layout(), journal, [0; 6], place, target, Arc::new(Stats::default())).unwrap()
 }
 
 fn ring() -> Mem {
@@ -152,8 +171,8 @@ fn xsa_155_double_fetch() {
     let copies = Rc::<RefCell<HashMap<usize, u32>>>::default();
     let counting = Counting { inner: mem, copies: copies.clone(), flips: Cell::new(0) };
     let mut queue = txq(counting);
-    let mut outside = Outside::new(0, false);
-    queue.run(&mut outside).unwrap();
+    let mut outside = Outside::new(false);
+    queue.run(&mut outside, usize::MAX).unwrap();
     assert!(copies.borrow().values().all(|&n| n == 1), "a byte of a request was read twice");
     assert_eq!(copies.borrow().len(), 120);
     let sent: Vec<Vec<u8>> = (0..10).map(|i| vec![100 + i; 60]).collect();
@@ -176,7 +195,7 @@ fn xsa_216_no_byte_of_ours_in_a_response() {
     }
     front.push();
     let mut queue = txq(mem.clone());
-    queue.run(&mut Outside::new(0, false)).unwrap();
+    queue.run(&mut Outside::new(false), usize::MAX).unwrap();
     let bytes = mem.snapshot();
     for slot in bytes[RING_OFFSET..RING_OFFSET + 256 * TX_ENTRY_SIZE].chunks(TX_ENTRY_SIZE).enumerate() {
         let (id, slot) = (slot.0 as u16, slot.1);
@@ -194,45 +213,33 @@ fn xsa_216_no_byte_of_ours_in_a_response() {
 fn xsa_392_a_guest_that_posts_no_slots() {
     let mem = ring();
     let mut front = FrontRing::init(mem.clone(), rx::layout());
-    let mut queue = rxq(mem, true);
-    let mut outside = Outside::new(9000, false);
+    let mut queue = rxq(mem);
+    let mut outside = Outside::new(false);
+    let mut dropped = 0;
     for _ in 0..1000 {
-        queue.run(&mut outside).unwrap();
-        assert!(queue.blocked() && !queue.final_check().unwrap());
+        let (delivery, marks) = outside.deliver(&mut queue, 9000, 10).unwrap();
+        assert_eq!(marks, 10, "dropped or kept, they are over for the sender");
+        dropped += delivery.dropped;
+        assert!(!queue.final_check().unwrap());
     }
-    assert_eq!(outside.received, 0, "nothing is read that cannot be delivered");
-    // Two slots for packets of three: one packet is held, no more.
-    for id in 0..2 {
+    let kept = queue.waiting();
+    assert_eq!(kept + dropped, 10_000);
+    assert!((100..=512).contains(&kept), "{kept} are kept, no more");
+    assert_eq!(outside.copied_to_guest, 0);
+    // Slots for one packet and two thirds: one comes, the next waits.
+    for id in 0..5 {
         front.put(&[id, 0, 0, 0, id, 0, 0, 0]);
     }
-    front.push();
-    for _ in 0..1000 {
-        queue.run(&mut outside).unwrap();
-        assert!(queue.blocked() && !queue.final_check().unwrap());
-    }
-    assert_eq!((outside.received, outside.copied_to_guest), (1, 0));
-    front.put(&[2, 0, 0, 0, 2, 0, 0, 0]);
+    assert!(front.push(), "new slots raise an event");
+    queue.flush(&mut outside).unwrap();
+    assert_eq!((outside.copied_to_guest, queue.waiting()), (9000, kept - 1));
+    assert!(!queue.final_check().unwrap());
+    front.put(&[5, 0, 0, 0, 5, 0, 0, 0]);
     assert!(front.push(), "the missing slot raises an event");
     assert!(queue.final_check().unwrap());
-    queue.run(&mut outside).unwrap();
-    assert_eq!((outside.copied_to_guest, front.unconsumed()), (9000, Ok(3)));
-}
-
-#[test]
-fn without_scatter_gather_only_single_slots() {
-    let mem = ring();
-    let mut front = FrontRing::init(mem.clone(), rx::layout());
-    for id in 0..250 {
-        front.put(&[id, 0, 0, 0, id, 0, 0, 0]);
-    }
-    front.push();
-    let mut queue = rxq(mem, false);
-    let mut outside = Outside::new(4097, false);
-    // Every packet is dropped, and there is always one more: still a round ends.
-    assert!(queue.run(&mut outside).unwrap().worked);
-    assert!(outside.received > 0);
-    assert_eq!(outside.copied_to_guest, 0);
-    assert_eq!(front.unconsumed(), Ok(0));
+    // What comes now goes behind those that wait.
+    outside.deliver(&mut queue, 60, 1).unwrap();
+    assert_eq!((outside.copied_to_guest, front.unconsumed()), (18_000, Ok(6)));
 }
 
 #[test]
@@ -240,12 +247,12 @@ fn indices_of_every_kind() {
     for req_prod in [257, 300, 0x8000_0000, u32::MAX] {
         let (tx, rx) = (ring(), ring());
         let mut txq = txq(tx.clone());
-        let mut rxq = rxq(rx.clone(), true);
+        let mut rxq = rxq(rx.clone());
         tx.store_u32(REQ_PROD_OFFSET, req_prod);
         rx.store_u32(REQ_PROD_OFFSET, req_prod);
-        let mut outside = Outside::new(60, false);
-        assert!(matches!(txq.run(&mut outside), Err(QueueError::Journal(_))), "{req_prod}");
-        assert!(matches!(rxq.run(&mut outside), Err(QueueError::Journal(_))), "{req_prod}");
+        let mut outside = Outside::new(false);
+        assert!(matches!(txq.run(&mut outside, usize::MAX), Err(QueueError::Journal(_))), "{req_prod}");
+        assert!(matches!(outside.deliver(&mut rxq, 60, 1), Err(QueueError::Journal(_))), "{req_prod}");
     }
     // rsp_prod is ours: what the frontend writes there is not read while we live.
     let tx = ring();
@@ -255,7 +262,7 @@ fn indices_of_every_kind() {
     front.put(&TxSlot::from(request).0);
     front.push();
     tx.store_u32(RSP_PROD_OFFSET, 200);
-    queue.run(&mut Outside::new(0, false)).unwrap();
+    queue.run(&mut Outside::new(false), usize::MAX).unwrap();
     assert_eq!(tx.load_u32(RSP_PROD_OFFSET), 1);
 }
 
@@ -272,8 +279,8 @@ proptest! {
         let (tx, rx) = (ring(), ring());
         let mut front = FrontRing::init(tx.clone(), tx::layout());
         let mut rx_front = FrontRing::init(rx.clone(), rx::layout());
-        let (mut txq, mut rxq) = (txq(tx), rxq(rx, true));
-        let mut outside = Outside::new(packet, refuse);
+        let (mut txq, mut rxq) = (txq(tx), rxq(rx));
+        let mut outside = Outside::new(refuse);
         for (slots, last, shape) in rounds {
             for mut slot in slots {
                 // Mostly sizes and flags that lead somewhere.
@@ -302,7 +309,7 @@ proptest! {
             }
             front.push();
             rx_front.push();
-            match txq.run(&mut outside) {
+            match txq.run(&mut outside, usize::MAX) {
                 Ok(_) => prop_assert_eq!(front.unconsumed(), Ok(front.pending())),
                 Err(QueueError::Fatal(_)) => break,
                 Err(e) => prop_assert!(false, "{e}"),
@@ -310,7 +317,8 @@ proptest! {
             for _ in 0..front.unconsumed().unwrap() {
                 front.take(&mut [0; 4]);
             }
-            prop_assert!(rxq.run(&mut outside).is_ok());
+            prop_assert!(packet == 0 || outside.deliver(&mut rxq, packet, 3).is_ok());
+            prop_assert!(rxq.flush(&mut outside).is_ok());
             for _ in 0..rx_front.unconsumed().unwrap() {
                 rx_front.take(&mut [0; 8]);
             }

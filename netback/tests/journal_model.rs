@@ -1,6 +1,6 @@
 //! The net journal under a crash at every step.
 //!
-//! The real queues run over memory that counts stores and "kills" the process before the n-th one (a copy is torn in
+//! The real queues and the uplink's spool run over memory that counts stores and "kills" the process before the n-th one (a copy is torn in
 //! its middle), and over an outside and a hypervisor that can kill it before and after each packet and each copied
 //! piece. A new incarnation then re-attaches. Explored: every single crash, every pair of crashes whose second comes
 //! within the recovery (and a stride of all later ones), and a poison packet each way that crashes by itself.
@@ -10,7 +10,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,12 +19,12 @@ use domain_kit::hypercall::HvError;
 use domain_kit::ring::{FrontRing, HeapMem, RingLayout, RingMem};
 use hv_abi::COPY_TO_GRANT;
 use netback::offload::VNET_HDR_LEN;
-use netback::queue::rx::{self, RxQueue};
+use netback::queue::rx::{self, RxFrame, RxQueue, RxTarget, Source};
 use netback::queue::tx::{self, TxQueue};
-use netback::queue::{ARENA_BYTES, World};
+use netback::queue::{ARENA_BYTES, Copier, Fate, Frame, World};
 use netback::slots::{Kind, KindScanner};
+use netback::spool::{self, Spool};
 use netback::stats::Stats;
-use netback::tap::Offloads;
 use xen_abi::io::netif::*;
 
 /// What ends an incarnation; true: its own fault.
@@ -99,6 +98,8 @@ impl RingMem for Mem {
 /// What lies outside of netback: the kernel's side of the TAP, hv-core, the frontend's pages.
 struct Outside {
     arena: Mem,
+    /// Buffer 2: what the uplink's thread reads into.
+    uplink: Mem,
     to_guest: Rc<RefCell<VecDeque<Vec<u8>>>>,
     from_guest: Rc<RefCell<Vec<Vec<u8>>>>,
     pages: Rc<RefCell<HashMap<u32, Vec<u8>>>>,
@@ -113,9 +114,63 @@ impl Outside {
             resume_unwind(Box::new(Crash(true)));
         }
     }
+
+    /// What the uplink's thread does in a round: reads, notes, delivers, marks.
+    fn feed(
+        &mut self,
+        spool: &mut Spool,
+        notes: &Mem,
+        rx: &mut RxQueue<Mem, Mem, Mem>,
+        careful: bool,
+    ) -> bool {
+        let uplink = self.uplink.clone();
+        while let Some(at) = spool.room() {
+            self.fuel.step();
+            let Some(packet) = self.to_guest.borrow_mut().pop_front() else { break };
+            uplink.inner.copy_in(at - VNET_HDR_LEN, &[0; VNET_HDR_LEN]);
+            uplink.inner.copy_in(at, &packet);
+            self.fuel.step();
+            spool.note(notes, &uplink, packet.len());
+        }
+        let frames: Vec<RxFrame> =
+            spool.waiting().iter().map(|&frame| RxFrame { frame, hash: None }).collect();
+        let source = Source { arena: &uplink, buffer: 2, base: 0 };
+        for batch in frames.chunks(if careful { 1 } else { 64 }) {
+            let (base, first) = (spool.base(), spool.handed());
+            rx.deliver(self, &source, batch, &mut |i| spool::mark_handed(notes, base, first + i))
+                .expect("rx");
+            spool.hand(notes, first + batch.len() - 1);
+        }
+        spool.rewind(notes);
+        !frames.is_empty()
+    }
 }
 
 const POISON: u8 = 0xee;
+
+impl Copier for Outside {
+    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
+        batch.statuses.clear();
+        for e in &batch.entries {
+            self.fuel.step();
+            let arena = if e.buffer == 2 { &self.uplink } else { &self.arena };
+            let mut pages = self.pages.borrow_mut();
+            let page = pages.get_mut(&e.gref).expect("a page that the frontend granted");
+            let range = usize::from(e.offset)..usize::from(e.offset) + usize::from(e.len);
+            if e.flags == COPY_TO_GRANT {
+                let mut bytes = vec![0; range.len()];
+                arena.inner.copy_out(e.buffer_offset as usize, &mut bytes);
+                self.taste(&bytes);
+                page[range].copy_from_slice(&bytes);
+            } else {
+                self.taste(&page[range.clone()]);
+                arena.inner.copy_in(e.buffer_offset as usize, &page[range]);
+            }
+            batch.statuses.push(0);
+        }
+        Ok(())
+    }
+}
 
 impl World for Outside {
     type Arena = Mem;
@@ -125,41 +180,20 @@ impl World for Outside {
     fn copy_ids(&self) -> (u16, u32) {
         (5, 1)
     }
-    fn receive(&mut self, offset: usize, _len: usize) -> io::Result<Option<usize>> {
-        self.fuel.step();
-        let Some(packet) = self.to_guest.borrow_mut().pop_front() else { return Ok(None) };
-        self.arena.inner.copy_in(offset, &[0; VNET_HDR_LEN]);
-        self.arena.inner.copy_in(offset + VNET_HDR_LEN, &packet);
-        self.fuel.step();
-        Ok(Some(VNET_HDR_LEN + packet.len()))
-    }
-    fn send(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>> {
-        self.fuel.step();
-        let mut packet = vec![0; len - VNET_HDR_LEN];
-        self.arena.inner.copy_out(offset + VNET_HDR_LEN, &mut packet);
-        self.from_guest.borrow_mut().push(packet);
-        self.fuel.step();
-        Ok(Some(len))
-    }
-    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
-        batch.statuses.clear();
-        for e in &batch.entries {
+    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize)) {
+        for (i, frame) in frames.iter().enumerate() {
             self.fuel.step();
-            let mut pages = self.pages.borrow_mut();
-            let page = pages.get_mut(&e.gref).expect("a page that the frontend granted");
-            let range = usize::from(e.offset)..usize::from(e.offset) + usize::from(e.len);
-            if e.flags == COPY_TO_GRANT {
-                let mut bytes = vec![0; range.len()];
-                self.arena.inner.copy_out(e.buffer_offset as usize, &mut bytes);
-                self.taste(&bytes);
-                page[range].copy_from_slice(&bytes);
-            } else {
-                self.taste(&page[range.clone()]);
-                self.arena.inner.copy_in(e.buffer_offset as usize, &page[range]);
-            }
-            batch.statuses.push(0);
+            commit(i);
+            self.fuel.step();
+            let mut packet = vec![0; frame.len];
+            self.arena.inner.copy_out(frame.at, &mut packet);
+            self.from_guest.borrow_mut().push(packet);
+            self.fuel.step();
+            fates[i] = Fate::Sent;
         }
-        Ok(())
+    }
+    fn multicast(&mut self, _add: bool, _address: [u8; 6]) -> bool {
+        true
     }
 }
 
@@ -183,6 +217,8 @@ struct Guest {
     /// (id, gref) by ring slot.
     rx_posted: VecDeque<(u16, u32)>,
     assembling: Vec<u8>,
+    /// A slot of the packet came with an error.
+    damaged: bool,
     received: Vec<Vec<u8>>,
     next_id: u16,
     /// Posts rx slots only now and then.
@@ -241,7 +277,17 @@ impl Guest {
             let response = slot.response();
             let (id, gref) = self.rx_posted.pop_front().expect("posted");
             assert_eq!(response.id, id, "responses are in their requests' slots");
-            assert!(response.status > 0 && response.offset == 0);
+            assert!(response.offset == 0);
+            if response.status == NETIF_RSP_ERROR {
+                assert!(!self.assembling.is_empty(), "only the rest of a packet is given up");
+                self.damaged = true;
+                // Until the next packet's first slot there is nothing to see of it.
+                continue;
+            }
+            assert!(response.status > 0);
+            if std::mem::take(&mut self.damaged) {
+                self.assembling.clear();
+            }
             let page = &self.pages.borrow()[&gref];
             self.assembling.extend(&page[..response.status as usize]);
             if response.flags & NETRXF_MORE_DATA == 0 {
@@ -297,8 +343,13 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
     let (tx_journal, rx_journal) =
         (mem(tx::shape(&tx_layout()).bytes()), mem(rx::shape(&rx_layout()).bytes()));
     // One arena for all runs: making 4 MiB each time is what would take the time.
-    thread_local!(static ARENA: Rc<HeapMem> = Rc::new(HeapMem::new(ARENA_BYTES)));
+    thread_local! {
+        static ARENA: Rc<HeapMem> = Rc::new(HeapMem::new(ARENA_BYTES));
+        static UPLINK: Rc<HeapMem> = Rc::new(HeapMem::new(ARENA_BYTES));
+    }
     let arena = Mem { inner: ARENA.with(Rc::clone), fuel: fuel.clone() };
+    let uplink = Mem { inner: UPLINK.with(Rc::clone), fuel: fuel.clone() };
+    let notes = mem(spool::notes_bytes(64));
     let pages = Rc::new(RefCell::new(HashMap::new()));
     let mut guest = Guest {
         tx: FrontRing::init(tx_ring.inner.clone(), tx_layout()),
@@ -308,6 +359,7 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
         tx_waiting: VecDeque::new(),
         rx_posted: VecDeque::new(),
         assembling: Vec::new(),
+        damaged: false,
         received: Vec::new(),
         next_id: 0,
         slow: scenario.slow,
@@ -315,21 +367,31 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
     };
     let mut outside = Outside {
         arena: arena.clone(),
+        uplink: uplink.clone(),
         to_guest: Rc::new(RefCell::new(scenario.to_guest.clone().into())),
         from_guest: Rc::default(),
         pages,
         fuel: fuel.clone(),
         poison: scenario.poison,
     };
-    let offloads = Offloads { csum: true, sg: true, gso_tcpv4: true, ..Offloads::default() };
+    let target = RxTarget { domid: 5, headroom: 0 };
     let stats = Arc::new(Stats::default());
     let mut txq = Some(
         TxQueue::create(tx_ring.clone(), tx_layout(), tx_journal.clone(), [1; 6], stats.clone()).unwrap(),
     );
     let mut rxq = Some(
-        RxQueue::create(rx_ring.clone(), rx_layout(), rx_journal.clone(), [1; 6], offloads, stats.clone())
-            .unwrap(),
+        RxQueue::create(
+            rx_ring.clone(),
+            rx_layout(),
+            rx_journal.clone(),
+            [1; 6],
+            (arena.clone(), (1, 0)),
+            target,
+            stats.clone(),
+        )
+        .unwrap(),
     );
+    Spool::create(&notes, 0, 64, 0..ARENA_BYTES);
     let mut outcome = Outcome { steps: Vec::new(), crashes: 0 };
     let (mut own_faults, mut own_fault) = (0, false);
     for life in 0.. {
@@ -343,16 +405,20 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
             });
             let mut rx = rxq.take().unwrap_or_else(|| {
                 let (ring, journal) = (rx_ring.clone(), rx_journal.clone());
-                RxQueue::reattach(ring, rx_layout(), journal, own_fault, offloads, &arena, stats.clone())
+                let place = (arena.clone(), (1, 0));
+                RxQueue::reattach(ring, rx_layout(), journal, own_fault, place, target, stats.clone())
                     .expect("rx re-attach")
             });
+            let mut spool = Spool::recover(&notes, 0, 64, 0..ARENA_BYTES, &uplink, own_fault).expect("spool");
+            let mut careful = own_fault;
             let mut idle = 0;
             while idle < 4 {
                 guest.turn();
-                let worked =
-                    tx.run(&mut outside).expect("tx").worked | rx.run(&mut outside).expect("rx").worked;
-                let waits = tx.final_check().expect("tx") | (rx.blocked() && rx.final_check().expect("rx"));
-                idle = if worked || waits { 0 } else { idle + 1 };
+                let worked = tx.run(&mut outside, usize::MAX).expect("tx").worked
+                    | outside.feed(&mut spool, &notes, &mut rx, std::mem::take(&mut careful))
+                    | rx.flush(&mut outside).expect("rx").worked;
+                let waits = tx.final_check().expect("tx") | rx.final_check().expect("rx");
+                idle = if worked || waits || rx.waiting() > 0 { 0 } else { idle + 1 };
             }
         }));
         outcome.steps.push(fuel.used.get());
@@ -372,7 +438,11 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
     guest.turn();
     let at = || format!("plan {plan:?}");
     assert!(guest.tx_waiting.is_empty() && guest.to_send.is_empty(), "unanswered tx slots, {}", at());
-    assert!(guest.assembling.is_empty() && outside.to_guest.borrow().is_empty(), "{}", at());
+    assert!(
+        (guest.assembling.is_empty() || guest.damaged) && outside.to_guest.borrow().is_empty(),
+        "{}",
+        at()
+    );
     let sent: Vec<_> = scenario.from_guest.iter().map(|p| p.0.clone()).collect();
     let blank = |p: &Vec<u8>| {
         let mut p = p.clone();

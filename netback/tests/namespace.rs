@@ -1,13 +1,15 @@
-//! TAPs, bridge and routes in a network namespace of the test's own. Needs root (CAP_NET_ADMIN); says so where it has not.
+//! TAP, bridge, routes and NAT in a network namespace of the test's own. Needs root (CAP_NET_ADMIN); says so where it has not.
 
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use domain_kit::mem::SharedMem;
-use netback::forward::{BRIDGE, Mode, TAP_MAC, Wiring, WiringError};
+use netback::forward::{Mode, TAP_MAC, Wiring, WiringError};
 use netback::netlink::Netlink;
-use netback::offload::VNET_HDR_LEN;
-use netback::tap::{Offloads, Tap};
+use netback::offload::{VNET_HDR_LEN, checksum};
+use netback::tap::Tap;
+use netback::uplink::NAME;
 
 /// Runs in a thread with a network namespace of its own.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
@@ -44,8 +46,14 @@ fn broadcast(from: u8, len: usize) -> Vec<u8> {
     frame
 }
 
-/// Reads until a frame of that sender comes.
-fn read_from(tap: &Tap, mem: &SharedMem, sender: u8) -> Option<Vec<u8>> {
+fn send(tap: &Tap, mem: &SharedMem, frame: &[u8]) {
+    mem.zero(0, VNET_HDR_LEN);
+    mem.copy_in(VNET_HDR_LEN, frame);
+    assert!(tap.write(mem, 0, VNET_HDR_LEN + frame.len()).unwrap().is_some());
+}
+
+/// Reads until a frame comes that fits.
+fn read_until(tap: &Tap, mem: &SharedMem, fits: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
     let end = Instant::now() + Duration::from_secs(5);
     while Instant::now() < end {
         match tap.read(mem, 0, 70_000).expect("read") {
@@ -53,7 +61,7 @@ fn read_from(tap: &Tap, mem: &SharedMem, sender: u8) -> Option<Vec<u8>> {
             Some(n) => {
                 let mut frame = vec![0; n - VNET_HDR_LEN];
                 mem.copy_out(VNET_HDR_LEN, &mut frame);
-                if frame[11] == sender {
+                if fits(&frame) {
                     return Some(frame);
                 }
             }
@@ -62,50 +70,47 @@ fn read_from(tap: &Tap, mem: &SharedMem, sender: u8) -> Option<Vec<u8>> {
     None
 }
 
+/// The outside's end of the uplink, as another TAP joined to it by a bridge of the test's own.
+fn outside(netlink: &mut Netlink) -> Tap {
+    netlink.add_veth("up0", "out0").unwrap();
+    let tap = Tap::create("out-tap").unwrap();
+    let bridge = netlink.ensure_bridge("out-br").unwrap();
+    for name in ["out0", "out-tap"] {
+        let link = netlink.link(name).unwrap();
+        netlink.no_ipv6_of_its_own(link.index).unwrap();
+        netlink.set_master(link.index, bridge.index).unwrap();
+        netlink.set_up(link.index).unwrap();
+    }
+    netlink.set_up(bridge.index).unwrap();
+    tap
+}
+
 #[test]
-fn bridge_carries_frames_between_vifs_and_is_found_again() {
+fn bridged_joins_tap_and_uplink_and_is_found_again() {
     in_namespace(|| {
         let mut netlink = Netlink::open().unwrap();
         let wiring = wiring(Mode::Bridge);
-        assert!(matches!(wiring.prepare(&mut netlink), Err(WiringError::NoUplink(_))));
-        netlink.add_veth("up0", "out0").unwrap();
-        wiring.prepare(&mut netlink).unwrap();
-        let taps = ["vif1.0", "vif2.0"].map(|name| {
-            let tap = Tap::create(name).unwrap();
-            tap.set_offloads(Offloads { csum: true, gso_tcpv4: true, sg: true, ..Offloads::default() })
-                .unwrap();
-            wiring.attach(&mut netlink, name, 1500, None).unwrap();
-            tap
-        });
-        let bridge = netlink.link(BRIDGE).unwrap();
-        for name in ["up0", "vif1.0", "vif2.0"] {
-            let link = netlink.link(name).unwrap();
-            assert!(link.up && link.master == bridge.index, "{name}");
-        }
-        assert_eq!(netlink.link("vif1.0").unwrap().mac, TAP_MAC);
-
+        let tap = Tap::create(NAME).unwrap();
+        assert!(matches!(wiring.prepare(&mut netlink, NAME), Err(WiringError::NoUplink(_))));
+        let out = outside(&mut netlink);
+        wiring.prepare(&mut netlink, NAME).unwrap();
+        assert_eq!(netlink.link(NAME).unwrap().mac, TAP_MAC);
         let (mem, _fd) = SharedMem::create("test", 128 << 10).unwrap();
-        let frame = broadcast(1, 600);
-        mem.zero(0, VNET_HDR_LEN);
-        mem.copy_in(VNET_HDR_LEN, &frame);
-        assert!(taps[0].write(&mem, 0, VNET_HDR_LEN + frame.len()).unwrap().is_some());
-        assert_eq!(read_from(&taps[1], &mem, 1), Some(frame));
-
+        for (from, to, sender) in [(&tap, &out, 1), (&out, &tap, 2)] {
+            let frame = broadcast(sender, 600);
+            send(from, &mem, &frame);
+            assert_eq!(read_until(to, &mem, |f| f[11] == sender), Some(frame));
+        }
         // A new incarnation finds it all: the same descriptor, the same set-up, and nothing changes.
-        let [first, second] = taps;
-        use std::os::fd::AsFd;
-        let again = Tap::from_fd(first.as_fd().try_clone_to_owned().unwrap()).unwrap();
-        drop(first);
-        assert_eq!(again.name(), "vif1.0");
-        let before = netlink.link("vif1.0").unwrap();
-        wiring.prepare(&mut netlink).unwrap();
-        wiring.attach(&mut netlink, "vif1.0", 1500, None).unwrap();
-        assert_eq!(netlink.link("vif1.0").unwrap(), before);
-        let frame = broadcast(2, 60);
-        mem.zero(0, VNET_HDR_LEN);
-        mem.copy_in(VNET_HDR_LEN, &frame);
-        second.write(&mem, 0, VNET_HDR_LEN + frame.len()).unwrap();
-        assert_eq!(read_from(&again, &mem, 2), Some(frame));
+        let again = Tap::from_fd(tap.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        drop(tap);
+        assert_eq!(again.name(), NAME);
+        let before = netlink.link(NAME).unwrap();
+        wiring.prepare(&mut netlink, NAME).unwrap();
+        assert_eq!(netlink.link(NAME).unwrap(), before);
+        let frame = broadcast(3, 60);
+        send(&out, &mem, &frame);
+        assert_eq!(read_until(&again, &mem, |f| f[11] == 3), Some(frame));
     });
 }
 
@@ -115,9 +120,8 @@ fn nonsense_headers_are_refused() {
     in_namespace(|| {
         let mut netlink = Netlink::open().unwrap();
         let wiring = Wiring { uplink: None, ..wiring(Mode::Bridge) };
-        wiring.prepare(&mut netlink).unwrap();
-        let tap = Tap::create("vif1.0").unwrap();
-        wiring.attach(&mut netlink, "vif1.0", 1500, None).unwrap();
+        let tap = Tap::create(NAME).unwrap();
+        wiring.prepare(&mut netlink, NAME).unwrap();
         let (mem, _fd) = SharedMem::create("test", 4096).unwrap();
         mem.copy_in(0, &[1, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
         mem.copy_in(VNET_HDR_LEN, &broadcast(1, 60));
@@ -125,37 +129,77 @@ fn nonsense_headers_are_refused() {
     });
 }
 
-/// A guest's ARP request for its gateway is answered by the routed driver domain.
+const GUEST_MAC: [u8; 6] = [0, 0x16, 0x3e, 0, 0, 7];
+
+/// An ICMP echo request in Ethernet.
+fn echo(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
+    let mut f = vec![0; 42];
+    f[..6].copy_from_slice(&TAP_MAC);
+    f[6..12].copy_from_slice(&GUEST_MAC);
+    f[12..14].copy_from_slice(&[8, 0]);
+    f[14..24].copy_from_slice(&[0x45, 0, 0, 28, 0, 1, 0, 0, 64, 1]);
+    f[26..30].copy_from_slice(&from);
+    f[30..34].copy_from_slice(&to);
+    let sum = checksum(&f[14..34]);
+    f[24..26].copy_from_slice(&sum.to_be_bytes());
+    f[34..42].copy_from_slice(&[8, 0, 0, 0, 0x42, 0x48, 0, 1]);
+    let sum = checksum(&f[34..42]);
+    f[36..38].copy_from_slice(&sum.to_be_bytes());
+    f
+}
+
+/// Routed and NAT: a guest's packet comes out at the uplink, in NAT mode with the uplink's address, and the answer comes back.
 #[test]
-fn routed_mode_answers_for_the_gateway() {
-    in_namespace(|| {
-        let mut netlink = Netlink::open().unwrap();
-        netlink.add_veth("up0", "out0").unwrap();
-        let out = netlink.link("out0").unwrap();
-        netlink.set_up(out.index).unwrap();
-        let none = Wiring { gateway: None, ..wiring(Mode::Routed) };
-        assert!(matches!(none.prepare(&mut netlink), Err(WiringError::NoGateway)));
-        let wiring = wiring(Mode::Routed);
-        let tap = Tap::create("vif1.0").unwrap();
-        // Twice: a restart finds everything there.
-        for _ in 0..2 {
-            wiring.prepare(&mut netlink).unwrap();
-            wiring.attach(&mut netlink, "vif1.0", 1500, Some(Ipv4Addr::new(10, 9, 0, 2))).unwrap();
-        }
-        let (mem, _fd) = SharedMem::create("test", 128 << 10).unwrap();
-        let mut arp = broadcast(7, 42);
-        arp[12..14].copy_from_slice(&[8, 6]);
-        arp[14..22].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1]);
-        arp[22..28].copy_from_slice(&[0, 0x16, 0x3e, 0, 0, 7]);
-        arp[28..32].copy_from_slice(&[10, 9, 0, 2]);
-        arp[32..38].fill(0);
-        arp[38..42].copy_from_slice(&[10, 9, 0, 1]);
-        mem.zero(0, VNET_HDR_LEN);
-        mem.copy_in(VNET_HDR_LEN, &arp);
-        tap.write(&mem, 0, VNET_HDR_LEN + arp.len()).unwrap();
-        let answer = read_from(&tap, &mem, TAP_MAC[5]).expect("an answer");
-        assert_eq!(&answer[12..14], [8, 6]);
-        assert_eq!(answer[21], 2, "a reply");
-        assert_eq!(&answer[28..32], [10, 9, 0, 1]);
-    });
+fn routed_and_nat_carry_a_guests_packets() {
+    for mode in [Mode::Routed, Mode::Nat] {
+        in_namespace(move || {
+            let mut netlink = Netlink::open().unwrap();
+            let tap = Tap::create(NAME).unwrap();
+            let none = Wiring { gateway: None, ..wiring(mode) };
+            assert!(matches!(none.prepare(&mut netlink, NAME), Err(WiringError::NoGateway)));
+            let out = outside(&mut netlink);
+            let wiring = wiring(mode);
+            // Twice: a restart finds everything there.
+            for _ in 0..2 {
+                wiring.prepare(&mut netlink, NAME).unwrap();
+                wiring.route_to(&mut netlink, NAME, Ipv4Addr::new(10, 9, 0, 2)).unwrap();
+            }
+            let (mem, _fd) = SharedMem::create("test", 128 << 10).unwrap();
+            send(&tap, &mem, &echo([10, 9, 0, 2], [192, 168, 9, 1]));
+            // The domain's kernel asks the outside for its address first.
+            let ask = read_until(&out, &mem, |f| f[12..14] == [8, 6] && f[38..42] == [192, 168, 9, 1])
+                .expect("ARP");
+            let out_mac = [2, 0, 0, 0, 0, 9];
+            let mut answer = vec![0; 42];
+            answer[..6].copy_from_slice(&ask[6..12]);
+            answer[6..12].copy_from_slice(&out_mac);
+            answer[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+            answer[22..28].copy_from_slice(&out_mac);
+            answer[28..32].copy_from_slice(&[192, 168, 9, 1]);
+            answer[32..38].copy_from_slice(&ask[6..12]);
+            answer[38..42].copy_from_slice(&ask[28..32]);
+            send(&out, &mem, &answer);
+            let seen =
+                read_until(&out, &mem, |f| f[12..14] == [8, 0] && f[34] == 8).expect("the echo request");
+            let from = if mode == Mode::Nat { [192, 168, 9, 2] } else { [10, 9, 0, 2] };
+            assert_eq!(seen[26..30], from, "{mode:?}");
+            // The reply.
+            let mut reply = seen.clone();
+            reply[..6].copy_from_slice(&seen[6..12]);
+            reply[6..12].copy_from_slice(&out_mac);
+            reply[26..30].copy_from_slice(&[192, 168, 9, 1]);
+            reply[30..34].copy_from_slice(&from);
+            (reply[34], reply[36], reply[37]) = (0, 0, 0);
+            let sum = checksum(&reply[34..42]);
+            reply[36..38].copy_from_slice(&sum.to_be_bytes());
+            send(&out, &mem, &reply);
+            // The kernel asks for the guest, which the switch would answer.
+            let ask =
+                read_until(&tap, &mem, |f| f[12..14] == [8, 6] && f[38..42] == [10, 9, 0, 2]).expect("ARP");
+            let headers = netback::headers::Headers::parse(&ask);
+            send(&tap, &mem, &netback::switch::answer::arp(&headers.arp().unwrap(), GUEST_MAC));
+            let back = read_until(&tap, &mem, |f| f[12..14] == [8, 0] && f[34] == 0).expect("the reply");
+            assert_eq!((&back[..6], &back[30..34]), (&GUEST_MAC[..], &[10, 9, 0, 2][..]));
+        });
+    }
 }

@@ -18,7 +18,8 @@ use crate::system::{Config, NETBACK, System};
 
 const GUEST: &str = "demo";
 const GUEST_IP: &str = "10.77.0.2";
-const PORT: u16 = 7007;
+/// The port of the outside's end of TCP streams.
+pub const PEER_PORT: u16 = 7007;
 const DISK_MIB: u64 = 128;
 /// A component that is not back by then has failed.
 const RESTART_LIMIT: Duration = Duration::from_secs(20);
@@ -151,19 +152,25 @@ fn in_lab() -> bool {
     std::env::var_os("BH_LAB").is_some()
 }
 
-/// The outside's end of the TCP stream.
-struct Peer {
-    stats: Arc<StreamStats>,
+/// The outside's end of the TCP stream, at [`PEER_PORT`] of [`ADDRESS`].
+#[derive(Debug)]
+pub struct Peer {
+    /// What it saw.
+    pub stats: Arc<StreamStats>,
     stop: Arc<AtomicBool>,
 }
 
 impl Peer {
-    fn start(system: &System) -> Result<Peer> {
+    /// Listens.
+    ///
+    /// # Errors
+    /// bind(2)'s.
+    pub fn start(system: &System) -> Result<Peer> {
         let stats = Arc::new(StreamStats::default());
         let stop = Arc::new(AtomicBool::new(false));
         let (shared, config) = (stats.clone(), StreamConfig { rate: 1 << 20, stop: stop.clone() });
         system.outside.run(move || -> Result<()> {
-            let listener = TcpListener::bind((ADDRESS, PORT)).context("listening outside")?;
+            let listener = TcpListener::bind((ADDRESS, PEER_PORT)).context("listening outside")?;
             std::thread::spawn(move || {
                 if let Err(e) = stream::serve(&listener, &config, &shared) {
                     eprintln!("outside: {e}");
@@ -174,7 +181,8 @@ impl Peer {
         Ok(Peer { stats, stop })
     }
 
-    fn stop(&self) {
+    /// Takes no more connections.
+    pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
@@ -188,7 +196,7 @@ fn domain_file(run: &Run, bin_dir: &Path, disk: &Path) -> String {
     match &run.guest {
         Guest::Linux { kernel, initrd, vcpus, .. } => format!(
             "name = \"{GUEST}\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = 256\nvcpus = {vcpus}\n\
-             cmdline = \"console=hvc0 quiet panic=1 bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PORT} \
+             cmdline = \"console=hvc0 quiet panic=1 bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PEER_PORT} \
              bh.work=disk,tcp,ping bh.seed={} bh.disk_pause_us=2000\"\n{devices}",
             kernel.display(),
             initrd.display(),
@@ -196,7 +204,7 @@ fn domain_file(run: &Run, bin_dir: &Path, disk: &Path) -> String {
         ),
         Guest::Process => format!(
             "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"{}\"\n\
-             args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PORT}\", \"--seed\", \"{}\"]\n\
+             args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PEER_PORT}\", \"--seed\", \"{}\"]\n\
              {devices}",
             bin_dir.join("process-guest").display(),
             run.seed,

@@ -1,5 +1,6 @@
 //! The domain file: one guest. See `docs/domain-file.md`.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -109,6 +110,36 @@ pub struct VifEntry {
     /// Made from the guest's uuid if missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
+    /// The guest's addresses; it can use no others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ip: Vec<IpAddr>,
+    /// Greatest IP packet, bytes; netback's default if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// The guest may use any addresses if false.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub antispoof: bool,
+    /// No packets to and from other guests.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub isolated: bool,
+    /// Bytes a second that the guest may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// Rules for what the guest sends, in Qubes' form.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub firewall: Vec<String>,
+}
+
+fn yes() -> bool {
+    true
+}
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_no(value: &bool) -> bool {
+    !*value
 }
 
 fn destroy() -> OnEvent {
@@ -144,6 +175,24 @@ impl DomainFile {
                 return Err(format!("disk {vdev} is there twice"));
             }
             disk.check()?;
+        }
+        for (index, vif) in self.vif.iter().enumerate() {
+            if vif.mtu.is_some_and(|mtu| !(68..=65535).contains(&mtu)) {
+                return Err(format!("vif {index}: mtu must be 68 to 65535"));
+            }
+            if vif.rate == Some(0) {
+                return Err(format!("vif {index}: rate must not be 0; leave it out for no limit"));
+            }
+            // netback judges them, and says what is wrong with one.
+            let bytes: usize = vif.firewall.iter().map(|rule| rule.len() + 1).sum();
+            if bytes > 4000 || vif.firewall.iter().any(|rule| rule.contains('\n')) {
+                return Err(format!(
+                    "vif {index}: firewall rules are one line each and 4000 bytes together at most"
+                ));
+            }
+            if vif.ip.len() > 64 {
+                return Err(format!("vif {index}: at most 64 addresses"));
+            }
         }
         let mut macs = std::collections::BTreeSet::new();
         for mac in self.vif.iter().filter_map(|vif| vif.mac) {

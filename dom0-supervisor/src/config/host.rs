@@ -175,8 +175,12 @@ pub enum NetbackMode {
     /// One Ethernet.
     #[default]
     Bridged,
+    /// One Ethernet, but guests reach the uplink alone.
+    Isolated,
     /// IP routing.
     Routed,
+    /// IP routing; outside, guests have the uplink's address.
+    Nat,
 }
 
 fn default_state_dir() -> PathBuf {

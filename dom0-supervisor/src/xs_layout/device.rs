@@ -1,7 +1,7 @@
 //! A PV device's two directories.
 
 use super::{Nodes, home};
-use crate::config::AccessMode;
+use crate::config::{AccessMode, VifEntry};
 use crate::state::Guest;
 use crate::store::Change;
 
@@ -152,6 +152,13 @@ pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
                 back.put(format!("{}/handle", device.back), device.id.to_string());
                 back.put(format!("{}/mac", device.back), &mac);
                 back.put(format!("{}/type", device.back), "vif");
+                let vif = &guest.config.vif[device.id as usize];
+                for (node, value) in vif_settings(vif) {
+                    back.put(format!("{}/{node}", device.back), value);
+                }
+                if let Some(mtu) = vif.mtu {
+                    front.put(format!("{}/mtu", device.front), mtu.to_string());
+                }
                 front.put(format!("{}/handle", device.front), device.id.to_string());
                 front.put(format!("{}/mac", device.front), mac);
             }
@@ -161,6 +168,31 @@ pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
         front.put(format!("{}/state", device.front), "1");
         out.extend(back.out);
         out.extend(front.out);
+    }
+    out
+}
+
+/// The settings of a vif that netback reads, as far as they are not its defaults.
+fn vif_settings(vif: &VifEntry) -> Vec<(&'static str, String)> {
+    let mut out = Vec::new();
+    if !vif.ip.is_empty() {
+        out.push(("ip", vif.ip.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")));
+    }
+    if let Some(mtu) = vif.mtu {
+        out.push(("mtu", mtu.to_string()));
+    }
+    if !vif.antispoof {
+        out.push(("antispoof", "0".into()));
+    }
+    if vif.isolated {
+        out.push(("isolated", "1".into()));
+    }
+    if let Some(rate) = vif.rate {
+        // As Xen's toolstack writes it: so many bytes in 50 ms.
+        out.push(("rate", format!("{},50000", (rate / 20).max(1))));
+    }
+    if !vif.firewall.is_empty() {
+        out.push(("firewall", vif.firewall.join("\n")));
     }
     out
 }

@@ -69,7 +69,7 @@ pub trait BackendDriver {
     /// Called after Connected is written: the frontend may be served now. (`resume` and re-attach serve at once.)
     fn connected(&mut self, _node: &DeviceNode, _device: &mut Self::Device) {}
 
-    /// Called for a device that is served and connected at both ends, each time its nodes or anything else may have changed.
+    /// Called for a device that is served and connected at both ends (or changes something while it is), each time its nodes or anything else may have changed.
     ///
     /// # Errors
     /// [`DeviceError`].
@@ -327,6 +327,12 @@ impl<D: BackendDriver> Backend<D> {
                         self.driver.live(&node, device)?;
                     }
                     return Ok(());
+                }
+                Action::Refresh(to) => {
+                    if let Some(device) = self.devices.get_mut(&key) {
+                        self.driver.live(&node, device)?;
+                    }
+                    publish(&node, &[], to)?;
                 }
                 Action::Offer => self.offer(&node)?,
                 Action::Connect => {

@@ -17,6 +17,8 @@ pub(super) enum Action {
     Disconnect(XenbusState),
     /// Nothing is served: just say so.
     Say(XenbusState),
+    /// Look at the nodes of a served device again, then say so.
+    Refresh(XenbusState),
 }
 
 /// `back` and `front`: the state nodes; `live`: this process serves the device; `online`: the toolstack wants it.
@@ -36,8 +38,12 @@ pub(super) fn decide(back: XenbusState, front: XenbusState, live: bool, online: 
         (Initialising | InitWait, Closed) if !online => Action::Wait,
         (Initialising | InitWait, Connected | Closing | Closed) => Action::Disconnect(InitWait),
         (Initialising | InitWait, _) => Action::Offer,
+        // It changes something while it is connected.
+        (Reconfiguring, Connected) if live => Action::Refresh(Reconfigured),
+        (Connected, Reconfigured) if live => Action::Refresh(Connected),
         // It has rings.
         (_, _) if live => Action::Wait,
+        (_, Reconfigured) => Action::Reattach,
         (_, Connected | Closing) => Action::Reattach,
         (_, InitWait | Initialised) => Action::Connect,
         (_, Closed) => Action::Wait,
@@ -95,7 +101,7 @@ mod tests {
                                 Action::Connect => (b, l) = (Connected, true),
                                 Action::Reattach => l = true,
                                 Action::Disconnect(to) => (b, l) = (to, false),
-                                Action::Say(to) => b = to,
+                                Action::Say(to) | Action::Refresh(to) => b = to,
                             }
                             false
                         });

@@ -3,12 +3,14 @@
 //! | module | what |
 //! |---|---|
 //! | [`queue`] | the rings and buffers, and every check of what the backend says |
+//! | [`ctrl`] | the control ring: hash configuration |
 //! | [`phy`] | the device as [`smoltcp`] wants one |
 //!
 //! [`NetFront`] connects by xenbus and adds event channels. All of its pages lie in one region that only the backend
 //! may map.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use domain_kit::evtchn::Port;
@@ -17,18 +19,50 @@ use domain_kit::hypercall::{HvError, Hypercall};
 use domain_kit::mem::{Page, SharedMem};
 use domain_kit::ring::RingMem;
 use domain_kit::xenbus::{Frontend, XenbusState};
-use domain_kit::xs::{XsClient, XsError};
+use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
 use xen_abi::io::netif::node;
 
+pub mod ctrl;
 pub mod phy;
 pub mod queue;
 
+pub use ctrl::{Ctrl, CtrlError};
 use queue::{BUFFER_PAGES, NetQueue};
 pub use queue::{Packet, PacketMeta, QueueError};
 
-/// Pages before the buffers: the rings.
-const RING_PAGES: usize = 2;
+/// Rings of each queue.
+const RINGS: usize = 2;
+
+/// What a device is asked for, beyond what every backend has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Queues, if the backend has as many; else as many as it has.
+    pub queues: usize,
+    /// Packets to groups only after [`queue::NetQueue::send_multicast`].
+    pub multicast_control: bool,
+    /// A control ring, for hashes.
+    pub ctrl: bool,
+    /// Bytes to leave free at the start of each rx page.
+    pub headroom: usize,
+    /// IPv6 packets with blank checksums, and large ones, are welcome.
+    pub ipv6_offloads: bool,
+    /// Large TCP packets over IPv4 are welcome.
+    pub gso: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            queues: 1,
+            multicast_control: false,
+            ctrl: false,
+            headroom: 0,
+            ipv6_offloads: true,
+            gso: true,
+        }
+    }
+}
 
 /// Why a device could not be connected.
 #[derive(Debug, thiserror::Error)]
@@ -47,48 +81,83 @@ pub enum ConnectError {
     Node(u32, &'static str),
 }
 
-/// The buffers' part of the region.
+/// One queue's buffers in the region.
 #[derive(Debug)]
 pub struct Buffers {
-    region: std::sync::Arc<SharedMem>,
+    region: Arc<SharedMem>,
+    base: usize,
 }
 
 impl RingMem for Buffers {
     fn size(&self) -> usize {
-        self.region.len() - RING_PAGES * PAGE_SIZE
+        BUFFER_PAGES * PAGE_SIZE
     }
     fn load_u32(&self, offset: usize) -> u32 {
-        RingMem::load_u32(&*self.region, RING_PAGES * PAGE_SIZE + offset)
+        RingMem::load_u32(&*self.region, self.base + offset)
     }
     fn store_u32(&self, offset: usize, value: u32) {
-        RingMem::store_u32(&*self.region, RING_PAGES * PAGE_SIZE + offset, value);
+        RingMem::store_u32(&*self.region, self.base + offset, value);
     }
     fn load_u64(&self, offset: usize) -> u64 {
-        RingMem::load_u64(&*self.region, RING_PAGES * PAGE_SIZE + offset)
+        RingMem::load_u64(&*self.region, self.base + offset)
     }
     fn store_u64(&self, offset: usize, value: u64) {
-        RingMem::store_u64(&*self.region, RING_PAGES * PAGE_SIZE + offset, value);
+        RingMem::store_u64(&*self.region, self.base + offset, value);
     }
     fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        self.region.copy_out(RING_PAGES * PAGE_SIZE + offset, into);
+        self.region.copy_out(self.base + offset, into);
     }
     fn copy_in(&self, offset: usize, from: &[u8]) {
-        self.region.copy_in(RING_PAGES * PAGE_SIZE + offset, from);
+        self.region.copy_in(self.base + offset, from);
+    }
+}
+
+/// One queue with its event channels; can go to a thread of its own.
+#[derive(Debug)]
+pub struct Queue {
+    /// The rings.
+    pub rings: NetQueue<Page, Buffers>,
+    /// tx, rx.
+    ports: [Port; 2],
+}
+
+impl Queue {
+    /// Publishes what was sent and posted, and notifies the backend where it wants that.
+    pub fn flush(&mut self) {
+        let (tx, rx) = self.rings.push();
+        for (wanted, port) in [tx, rx].into_iter().zip(&self.ports) {
+            if wanted {
+                port.notify();
+            }
+        }
+    }
+
+    /// Descriptors that become readable when the backend has answered.
+    pub fn wait_fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.ports[0].rx(), self.ports[1].rx()]
+    }
+
+    /// Takes latched events; to be called before the rings are looked at.
+    pub fn clear(&self) {
+        for port in &self.ports {
+            port.clear();
+        }
     }
 }
 
 /// A connected network device.
 #[derive(Debug)]
 pub struct NetFront {
-    queue: NetQueue<Page, Buffers>,
-    /// tx, rx.
-    ports: [Port; 2],
+    /// At least one.
+    queues: Vec<Queue>,
+    ctrl: Option<Ctrl>,
     mac: [u8; 6],
     mtu: usize,
+    next: usize,
 }
 
 impl NetFront {
-    /// Connects device `id` of domain `domid`, waiting up to `timeout` for its backend.
+    /// Connects device `id` of domain `domid` with one queue, waiting up to `timeout` for its backend.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -99,44 +168,114 @@ impl NetFront {
         id: u32,
         timeout: Duration,
     ) -> Result<NetFront, ConnectError> {
+        Self::connect_with(hv, xs, domid, id, Options::default(), timeout)
+    }
+
+    /// The same with options. A device that is connected already is closed and connected anew.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub fn connect_with(
+        hv: &Hypercall,
+        xs: &XsClient,
+        domid: u16,
+        id: u32,
+        options: Options,
+        timeout: Duration,
+    ) -> Result<NetFront, ConnectError> {
         let front = Frontend::open(xs, domid, "vif", id)?;
         let mac = front.own_node(node::MAC)?.and_then(|text| parse_mac(&text));
         let mac = mac.ok_or(ConnectError::Node(id, "the node mac is missing or is no MAC address"))?;
         let mtu = front.own_node("mtu")?.and_then(|text| text.trim().parse().ok()).unwrap_or(1500);
+        if front.own_state()? != XenbusState::Initialising {
+            front.publish(&[], XenbusState::Initialising)?;
+        }
         front.wait_backend(&[XenbusState::InitWait], timeout)?;
-        if front.backend_number::<u32>(node::FEATURE_RX_COPY)?.unwrap_or(0) == 0 {
+        let offered = |name: &str| Ok::<_, XsError>(front.backend_number::<usize>(name)?.unwrap_or(0));
+        if offered(node::FEATURE_RX_COPY)? == 0 {
             return Err(ConnectError::Node(id, "the backend does not copy"));
         }
-        let split = front.backend_number::<u32>(node::FEATURE_SPLIT_EVENT_CHANNELS)?.unwrap_or(0) != 0;
-        if !split {
+        if offered(node::FEATURE_SPLIT_EVENT_CHANNELS)? == 0 {
             return Err(ConnectError::Node(id, "the backend has no separate event channels"));
         }
+        let missing = [
+            (options.ctrl, node::FEATURE_CTRL_RING),
+            (options.multicast_control, node::FEATURE_MULTICAST_CONTROL),
+            (options.headroom > 0, node::FEATURE_XDP_HEADROOM),
+        ];
+        for (wanted, name) in missing {
+            if wanted && offered(name)? == 0 {
+                return Err(ConnectError::Node(id, name));
+            }
+        }
+        let count = options.queues.clamp(1, offered(node::MULTI_QUEUE_MAX_QUEUES)?.max(1));
+
+        // The rings first, then the control ring and a page for what its requests point at, then the buffers.
+        let ring_pages = RINGS * count + 2;
         let tag = u64::from_le_bytes(*b"netfront").wrapping_add(u64::from(id));
-        let pages = (RING_PAGES + BUFFER_PAGES) as u32;
+        if let Some(old) = Region::find(hv, tag)? {
+            // A connection before this one; the backend has let go of it.
+            hv.region_delete(old.info.region)?;
+        }
+        let pages = (ring_pages + count * BUFFER_PAGES) as u32;
         let region = Region::create(hv, front.backend_domid, pages, tag)?;
         let page = |i| Page::new(region.mem.clone(), i);
-        let buffers = Buffers { region: region.mem.clone() };
-        let mut queue = NetQueue::new(page(0), page(1), buffers, region.gref(RING_PAGES as u32));
-        // The backend is not there yet: nobody to notify.
-        queue.push();
-        let ports =
-            [hv.port_alloc_unbound(front.backend_domid)?, hv.port_alloc_unbound(front.backend_domid)?];
-        let one = || "1".to_owned();
-        front.publish(
-            &[
-                (node::TX_RING_REF, region.gref(0).to_string()),
-                (node::RX_RING_REF, region.gref(1).to_string()),
-                (node::EVENT_CHANNEL_TX, ports[0].port.to_string()),
-                (node::EVENT_CHANNEL_RX, ports[1].port.to_string()),
-                (node::REQUEST_RX_COPY, one()),
-                (node::FEATURE_RX_NOTIFY, one()),
-                (node::FEATURE_SG, one()),
-                (node::FEATURE_GSO_TCPV4, one()),
-            ],
-            XenbusState::Connected,
-        )?;
+        let mut nodes: Vec<(String, String)> = Vec::new();
+        let mut queues = Vec::new();
+        for i in 0..count {
+            let first = ring_pages + i * BUFFER_PAGES;
+            let buffers = Buffers { region: region.mem.clone(), base: first * PAGE_SIZE };
+            let rings =
+                NetQueue::new(page(RINGS * i), page(RINGS * i + 1), buffers, region.gref(first as u32));
+            let mut rings = rings.with_headroom(options.headroom);
+            // The backend is not there yet: nobody to notify.
+            rings.push();
+            let ports =
+                [hv.port_alloc_unbound(front.backend_domid)?, hv.port_alloc_unbound(front.backend_domid)?];
+            let prefix = if count > 1 { format!("queue-{i}/") } else { String::new() };
+            for (name, value) in [
+                (node::TX_RING_REF, region.gref((RINGS * i) as u32)),
+                (node::RX_RING_REF, region.gref((RINGS * i + 1) as u32)),
+                (node::EVENT_CHANNEL_TX, ports[0].port),
+                (node::EVENT_CHANNEL_RX, ports[1].port),
+            ] {
+                nodes.push((format!("{prefix}{name}"), value.to_string()));
+            }
+            queues.push(Queue { rings, ports });
+        }
+        let ctrl_page = RINGS * count;
+        let ctrl = match options.ctrl {
+            false => {
+                // Of a connection before this one.
+                let _absent_is_fine = xs.rm(&format!("{}/{}", front.path, node::CTRL_RING_REF));
+                None
+            }
+            true => {
+                let port = hv.port_alloc_unbound(front.backend_domid)?;
+                let gref = region.gref(ctrl_page as u32);
+                nodes.push((node::CTRL_RING_REF.into(), gref.to_string()));
+                nodes.push((node::EVENT_CHANNEL_CTRL.into(), port.port.to_string()));
+                let shared = (page(ctrl_page + 1), region.gref(ctrl_page as u32 + 1));
+                Some(Ctrl::new(page(ctrl_page), shared, port))
+            }
+        };
+        let flags = [
+            (node::REQUEST_RX_COPY, true),
+            (node::FEATURE_RX_NOTIFY, true),
+            (node::FEATURE_SG, true),
+            (node::FEATURE_GSO_TCPV4, options.gso),
+            (node::FEATURE_GSO_TCPV6, options.gso && options.ipv6_offloads),
+            (node::FEATURE_IPV6_CSUM_OFFLOAD, options.ipv6_offloads),
+            (node::REQUEST_MULTICAST_CONTROL, options.multicast_control),
+        ];
+        nodes.extend(flags.map(|(name, on)| (name.into(), u8::from(on).to_string())));
+        nodes.push((node::MULTI_QUEUE_NUM_QUEUES.into(), count.to_string()));
+        nodes.push((node::XDP_HEADROOM.into(), options.headroom.to_string()));
+        let nodes: Vec<(&str, String)> =
+            nodes.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+        front.publish(&nodes, XenbusState::Connected)?;
         front.wait_backend(&[XenbusState::Connected], timeout)?;
-        Ok(NetFront { queue, ports, mac, mtu })
+        Ok(NetFront { queues, ctrl, mac, mtu, next: 0 })
     }
 
     /// The device's address.
@@ -149,31 +288,68 @@ impl NetFront {
         self.mtu
     }
 
-    /// The rings.
+    /// The first queue's rings.
     pub fn queue(&mut self) -> &mut NetQueue<Page, Buffers> {
-        &mut self.queue
+        // There is always one.
+        &mut self.queues[0].rings
+    }
+
+    /// All queues.
+    pub fn queues(&mut self) -> &mut [Queue] {
+        &mut self.queues
+    }
+
+    /// The queues by themselves, for threads.
+    pub fn into_queues(self) -> Vec<Queue> {
+        self.queues
+    }
+
+    /// The control ring, if it was asked for.
+    pub fn ctrl(&mut self) -> Option<&mut Ctrl> {
+        self.ctrl.as_mut()
+    }
+
+    /// The next packet of any queue.
+    ///
+    /// # Errors
+    /// [`QueueError`].
+    pub fn receive_any(&mut self) -> Result<Option<Packet>, QueueError> {
+        for _ in 0..self.queues.len() {
+            self.next = (self.next + 1) % self.queues.len();
+            if let Some(packet) = self.queues[self.next].rings.receive()? {
+                return Ok(Some(packet));
+            }
+        }
+        Ok(None)
     }
 
     /// Publishes what was sent and posted, and notifies the backend where it wants that.
     pub fn flush(&mut self) {
-        let (tx, rx) = self.queue.push();
-        for (wanted, port) in [tx, rx].into_iter().zip(&self.ports) {
-            if wanted {
-                port.notify();
-            }
-        }
+        self.queues.iter_mut().for_each(Queue::flush);
     }
 
-    /// Descriptors that become readable when the backend has answered. [`NetFront::clear`] makes them wait again.
+    /// Descriptors of the first queue that become readable when the backend has answered. [`NetFront::clear`] makes them wait
+    /// again.
     pub fn wait_fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.ports[0].rx(), self.ports[1].rx()]
+        self.queues[0].wait_fds()
+    }
+
+    /// The same of all queues.
+    pub fn all_wait_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.queues.iter().flat_map(Queue::wait_fds).collect()
+    }
+
+    /// To be asked before sleeping, as [`NetQueue::final_check`]; of all queues.
+    ///
+    /// # Errors
+    /// [`QueueError`].
+    pub fn final_check(&mut self) -> Result<bool, QueueError> {
+        self.queues.iter_mut().try_fold(false, |any, queue| Ok(any | queue.rings.final_check()?))
     }
 
     /// Takes latched events; to be called before the rings are looked at.
     pub fn clear(&self) {
-        for port in &self.ports {
-            port.clear();
-        }
+        self.queues.iter().for_each(Queue::clear);
     }
 }
 

@@ -25,17 +25,17 @@ impl Device for NetFront {
 
     fn receive(&mut self, _timestamp: Instant) -> Option<(Received, Room<'_>)> {
         // An error is kept in the queue, and every later call finds it there.
-        let _answers = self.queue.reap();
-        if !self.queue.can_send(self.mtu + ETHERNET, PacketMeta::default()) {
+        let _answers = self.queue().reap();
+        if !self.can_send() {
             return None;
         }
-        let packet = self.queue.receive().ok().flatten()?;
+        let packet = self.receive_any().ok().flatten()?;
         Some((Received(packet.bytes), Room(self)))
     }
 
     fn transmit(&mut self, _timestamp: Instant) -> Option<Room<'_>> {
-        let _answers = self.queue.reap();
-        self.queue.can_send(self.mtu + ETHERNET, PacketMeta::default()).then_some(Room(self))
+        let _answers = self.queue().reap();
+        self.can_send().then_some(Room(self))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -58,11 +58,19 @@ impl TxToken for Room<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut packet = vec![0; len];
         let result = f(&mut packet);
-        let meta = PacketMeta { csum_blank: is_tcp_or_udp(&packet), gso_tcpv4: None };
-        if !self.0.queue.send(&packet, meta) {
+        let meta = PacketMeta { csum_blank: is_tcp_or_udp(&packet), ..PacketMeta::default() };
+        if !self.0.queue().send(&packet, meta) {
             tracing::warn!(len, "a packet did not fit the ring");
         }
         result
+    }
+}
+
+impl NetFront {
+    /// Room for a packet of the largest size without segmentation.
+    fn can_send(&mut self) -> bool {
+        let most = self.mtu + ETHERNET;
+        self.queue().can_send(most, PacketMeta::default())
     }
 }
 

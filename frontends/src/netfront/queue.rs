@@ -54,6 +54,18 @@ pub struct PacketMeta {
     pub csum_blank: bool,
     /// TCP over IPv4, to be cut into segments with so many bytes of payload.
     pub gso_tcpv4: Option<u16>,
+    /// The same over IPv6; not both.
+    pub gso_tcpv6: Option<u16>,
+    /// Towards the guest: the hash that it asked for, with the type of its `XEN_NETIF_CTRL_HASH_TYPE_*` bit.
+    pub hash: Option<(u8, u32)>,
+}
+
+impl PacketMeta {
+    /// Segmentation: kind and size.
+    fn gso(&self) -> Option<(u8, u16)> {
+        let v4 = self.gso_tcpv4.map(|size| (XEN_NETIF_GSO_TYPE_TCPV4, size));
+        v4.or(self.gso_tcpv6.map(|size| (XEN_NETIF_GSO_TYPE_TCPV6, size)))
+    }
 }
 
 /// A packet from the backend.
@@ -82,6 +94,8 @@ pub struct NetQueue<M, B> {
     rx: FrontRing<M>,
     buffers: B,
     first_gref: u32,
+    /// Bytes that the backend leaves free at the start of each page.
+    headroom: usize,
     free_tx: Vec<u16>,
     tx_busy: [bool; SLOTS],
     /// Extra-info slots sent and not answered.
@@ -106,6 +120,12 @@ pub fn rx_layout() -> RingLayout {
 }
 
 impl<M: RingMem, B: RingMem> NetQueue<M, B> {
+    /// Data of every slot begins behind so many bytes: what the backend was asked for.
+    #[must_use]
+    pub fn with_headroom(self, headroom: usize) -> Self {
+        NetQueue { headroom, ..self }
+    }
+
     /// New rings in this memory, all rx buffers posted (published by the first [`NetQueue::push`]). Buffer page i has the grant
     /// reference `first_gref + i`.
     ///
@@ -118,6 +138,7 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             rx: FrontRing::init(rx, rx_layout()),
             buffers,
             first_gref,
+            headroom: 0,
             free_tx: (0..SLOTS as u16).rev().collect(),
             tx_busy: [false; SLOTS],
             extras: 0,
@@ -155,7 +176,7 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
     /// True if a packet of `len` bytes can be sent now.
     pub fn can_send(&self, len: usize, meta: PacketMeta) -> bool {
         let data = len.div_ceil(PAGE_SIZE).max(1);
-        let slots = data + usize::from(meta.gso_tcpv4.is_some());
+        let slots = data + usize::from(meta.gso().is_some());
         self.broken.is_none() && self.tx.free() as usize >= slots && self.free_tx.len() >= data
     }
 
@@ -177,7 +198,7 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
                 if meta.csum_blank {
                     flags |= NETTXF_CSUM_BLANK | NETTXF_DATA_VALIDATED;
                 }
-                if meta.gso_tcpv4.is_some() {
+                if meta.gso().is_some() {
                     flags |= NETTXF_EXTRA_INFO;
                 }
             }
@@ -185,13 +206,29 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             let request = NetifTxRequest { gref, offset: 0, flags, id, size: size as u16 };
             self.tx.put(&TxSlot::from(request).0);
             if i == 0
-                && let Some(size) = meta.gso_tcpv4
+                && let Some((gso_type, size)) = meta.gso()
             {
-                let gso = Extra::Gso { size, gso_type: XEN_NETIF_GSO_TYPE_TCPV4, features: 0 };
+                let gso = Extra::Gso { size, gso_type, features: 0 };
                 self.tx.put(&TxSlot::from(NetifExtraInfo::new(gso, false)).0);
                 self.extras += 1;
             }
         }
+        true
+    }
+
+    /// Asks the backend to let packets to an Ethernet group through its filter, or not any more. False if there is no room.
+    pub fn send_multicast(&mut self, add: bool, group: [u8; 6]) -> bool {
+        if self.broken.is_some() || self.tx.free() < 2 {
+            return false;
+        }
+        let Some(id) = self.free_tx.pop() else { return false };
+        self.tx_busy[usize::from(id)] = true;
+        let gref = self.first_gref + u32::from(id);
+        let request = NetifTxRequest { gref, offset: 0, flags: NETTXF_EXTRA_INFO, id, size: 0 };
+        self.tx.put(&TxSlot::from(request).0);
+        let extra = if add { Extra::McastAdd(group) } else { Extra::McastDel(group) };
+        self.tx.put(&TxSlot::from(NetifExtraInfo::new(extra, false)).0);
+        self.extras += 1;
         true
     }
 
@@ -288,6 +325,12 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
                 Some(Extra::Gso { size, gso_type: XEN_NETIF_GSO_TYPE_TCPV4, .. }) => {
                     self.assembling.meta.gso_tcpv4 = Some(size);
                 }
+                Some(Extra::Gso { size, gso_type: XEN_NETIF_GSO_TYPE_TCPV6, .. }) => {
+                    self.assembling.meta.gso_tcpv6 = Some(size);
+                }
+                Some(Extra::Hash { hash_type, value, .. }) => {
+                    self.assembling.meta.hash = Some((hash_type, value));
+                }
                 Some(_) => {}
                 None => return Err(QueueError::BadExtra),
             }
@@ -305,16 +348,19 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             // The backend could not fill the slot.
             Err(_) => self.damaged = true,
             Ok(len) => {
-                if usize::from(offset) + len > PAGE_SIZE {
-                    return Err(QueueError::OutOfPage { offset, len: status });
+                // The length counts the headroom (as Linux's netback has it).
+                let (offset, skipped) = (usize::from(offset), self.headroom);
+                if offset + len > PAGE_SIZE || len < skipped {
+                    return Err(QueueError::OutOfPage { offset: offset as u16, len: status });
                 }
+                let (offset, len) = (offset + skipped, len - skipped);
                 let at = self.assembling.bytes.len();
                 if at + len > MAX_RX_PACKET {
                     return Err(QueueError::Endless);
                 }
                 self.assembling.bytes.resize(at + len, 0);
                 let page = (SLOTS + index) * PAGE_SIZE;
-                self.buffers.copy_out(page + usize::from(offset), &mut self.assembling.bytes[at..]);
+                self.buffers.copy_out(page + offset, &mut self.assembling.bytes[at..]);
             }
         }
         self.expect = match self.expect {
@@ -379,7 +425,10 @@ mod tests {
         let packet = queue.receive().unwrap().unwrap();
         assert_eq!(packet.bytes.len(), 4106);
         assert_eq!((packet.bytes[4095], packet.bytes[4096]), (1, 2));
-        assert_eq!(packet.meta, PacketMeta { csum_blank: true, gso_tcpv4: Some(1448) });
+        assert_eq!(
+            packet.meta,
+            PacketMeta { csum_blank: true, gso_tcpv4: Some(1448), ..PacketMeta::default() }
+        );
         queue.push();
         assert_eq!(back.unconsumed(), Ok(256), "all buffers are posted again");
     }
@@ -420,7 +469,7 @@ mod tests {
                          tx in proptest::collection::vec(any::<[u8; 4]>(), 0..64), honest: bool) {
             let (mut queue, tx_mem, rx_mem, _) = queue();
             for _ in 0..64 {
-                queue.send(&[0; 60], PacketMeta { gso_tcpv4: Some(1), csum_blank: true });
+                queue.send(&[0; 60], PacketMeta { gso_tcpv4: Some(1), csum_blank: true, ..PacketMeta::default() });
             }
             queue.push();
             let mut back = BackRing::attach(rx_mem, rx_layout(), 0, 0);

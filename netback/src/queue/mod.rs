@@ -1,13 +1,15 @@
-//! A vif's two rings, journalled: [`tx::TxQueue`] from the frontend to the TAP, [`rx::RxQueue`] the other way.
+//! A vif's rings, journalled: [`tx::TxQueue`] from the frontend to the switch, [`rx::RxQueue`] the other way; a vif has one pair
+//! or several, and perhaps a control ring ([`ctrl::CtrlQueue`]).
 //!
-//! Neither knows where packets go or how granted pages are reached; that is [`World`], so that a model can run the
-//! same code and crash it at every step. Both are at-most-once: whatever happens, no packet is delivered twice. A kill
+//! None knows where packets go or how granted pages are reached; that is [`World`] and [`Copier`], so that a model can run the
+//! same code and crash it at every step. All are at-most-once: whatever happens, no packet is delivered twice. A kill
 //! loses at most the one packet that was between two systems at that moment:
 //!
-//! * tx: each packet is marked as handed over in the journal just before the write to the TAP. What was taken off the
+//! * tx: each packet is marked as handed over in the journal just before the next system can see it. What was taken off the
 //!   ring but not yet handed over is sent by the next incarnation, what was handed over is only answered.
-//! * rx: packets are read from the TAP into memory that outlives the incarnation and are noted in the journal before
-//!   anything else, so only one that is being read can be lost. Slots that were taken and not answered are used again.
+//! * rx: a packet that comes is marked at its source (the sender's tx journal, or the uplink's spool) just before the first
+//!   of its slots is answered. Slots that were taken and not answered are used again; a packet of which only some were
+//!   answered is finished with an error, so that the frontend drops it.
 
 use std::io;
 
@@ -16,40 +18,72 @@ use domain_kit::hypercall::HvError;
 use domain_kit::journal::JournalError;
 use domain_kit::ring::RingMem;
 
+use crate::offload::Meta;
 use crate::slots::FatalTx;
+use crate::spool::DamagedSpool;
 
+pub mod ctrl;
 pub mod rx;
 pub mod tx;
 
-/// Bytes of the packet memory of a vif: one half for each direction.
+/// Bytes of the packet memory of a queue: the first half for what waits for the frontend, then what it sends, then
+/// [`SCRATCH_BYTES`] for packets made here.
 pub const ARENA_BYTES: usize = 4 << 20;
-const HALF: usize = ARENA_BYTES / 2;
-/// Bytes before each packet in the arena; the virtio_net_hdr ends where the packet starts, and packets are aligned.
-const HEADROOM: usize = 16;
+pub(crate) const HALF: usize = ARENA_BYTES / 2;
+/// Bytes at the arena's end where the switch makes packets: segments of a large one.
+pub const SCRATCH_BYTES: usize = 256 << 10;
+/// First byte of the scratch.
+pub const SCRATCH: usize = ARENA_BYTES - SCRATCH_BYTES;
 
-/// What surrounds a queue.
-pub trait World {
+/// A packet in an arena. Its virtio_net_hdr stands in the bytes before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// First byte: of the Ethernet header.
+    pub at: usize,
+    /// Bytes.
+    pub len: usize,
+    /// Checksum and segmentation.
+    pub meta: Meta,
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fate {
+    /// Handed on.
+    Sent,
+    /// Nobody took it, or it was not allowed.
+    #[default]
+    Dropped,
+    /// It made no sense.
+    Refused,
+}
+
+/// Who carries out grant copies.
+pub trait Copier {
+    /// Carries them out.
+    ///
+    /// # Errors
+    /// The hypercall's; not those of single entries.
+    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError>;
+}
+
+/// What surrounds a tx queue.
+pub trait World: Copier {
     /// The packet memory's type.
     type Arena: RingMem;
     /// The packet memory, [`ARENA_BYTES`] long, which hv-core copies from and to. It outlives the incarnation.
     fn arena(&self) -> &Self::Arena;
     /// The frontend's domid and the number under which hv-core knows the packet memory.
     fn copy_ids(&self) -> (u16, u32);
-    /// Reads one packet, header first, to `offset` of the arena; `None` if none waits.
-    ///
-    /// # Errors
-    /// The device is gone.
-    fn receive(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>>;
-    /// Writes one packet, header first, from `offset` of the arena; `None` if the device is full.
-    ///
-    /// # Errors
-    /// The device refuses the packet.
-    fn send(&mut self, offset: usize, len: usize) -> io::Result<Option<usize>>;
-    /// Carries out grant copies.
-    ///
-    /// # Errors
-    /// The hypercall's; not those of single entries.
-    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError>;
+    /// Where the packet memory begins in what hv-core knows under that number.
+    fn buffer_base(&self) -> u64 {
+        0
+    }
+    /// Hands packets on, in order, and says in `fates` (as many) what became of each. `commit(i)` is called just before
+    /// anybody can see packet `i`.
+    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize));
+    /// Changes the frontend's multicast filter; false if it is full.
+    fn multicast(&mut self, add: bool, address: [u8; 6]) -> bool;
 }
 
 /// Why a queue stops.
@@ -64,6 +98,9 @@ pub enum QueueError {
     /// What netback itself keeps beside the journal does not fit.
     #[error("the queue's record is damaged: {0}")]
     Record(&'static str),
+    /// The notes of waiting packets do not fit.
+    #[error(transparent)]
+    Spool(#[from] DamagedSpool),
     /// hv-core refused as a whole.
     #[error("grant copy: {0}")]
     Copy(#[from] HvError),
@@ -79,6 +116,8 @@ pub struct Progress {
     pub worked: bool,
     /// The frontend wants an event.
     pub notify: bool,
+    /// Bytes handed on.
+    pub bytes: usize,
 }
 
 /// True if index `a` comes before `b` on a free-running ring.

@@ -1,47 +1,73 @@
-//! From the TAP to the frontend's rx ring.
+//! To the frontend's rx ring.
 //!
-//! Packets are read into the arena and noted in the journal's user area: a count, and for each packet where it lies
-//! and at which response index its first slot is answered. The latter is stored before the first of its slots is
-//! answered; since responses go out in ring order, the ring's own position tells after a kill how much of which packet
-//! was answered, and the rest follows.
+//! Whoever has packets for a frontend delivers them itself, from its own arena and with its own hypercall channel, under the
+//! queue's lock; nothing is handed between threads. What finds no slots is copied to the queue's backlog, which is bounded
+//! and outlives the incarnation; what does not fit there either is dropped (XSA-392).
+//!
+//! Before the first slot of a packet is answered, the journal's user area gets the index of its first response and their
+//! number. So recovery knows whether a packet was answered in part.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use domain_kit::grants::CopyBatch;
-use domain_kit::journal::{
-    IDENTITY_WORDS, JournalError, JournaledRing, MAX_ATTEMPTS, RingFormat, Shape, Slot,
-};
+use domain_kit::journal::{IDENTITY_WORDS, JournalError, JournaledRing, RingFormat, Shape, Slot};
 use domain_kit::ring::{RingLayout, RingMem};
 use hv_abi::{COPY_TO_GRANT, CopyEntry, MAX_COPY_ENTRIES};
 use xen_abi::io::netif::*;
 
-use super::{HALF, HEADROOM, Progress, QueueError, World};
-use crate::offload::{self, Family, Meta, VNET_HDR_LEN, VnetHdr};
-use crate::slots::{MAX_DATA_SLOTS, MAX_RX_PACKET, MIN_PACKET, RxPart, rx_part, rx_slots};
+use super::{ARENA_BYTES, Copier, Frame, HALF, Progress, QueueError};
+use crate::offload::VNET_HDR_LEN;
+use crate::slots::{PacketHash, RxPart, RxShape};
+use crate::spool::{self, Spool};
 use crate::stats::Stats;
-use crate::tap::Offloads;
 
-/// Packets read and not yet delivered, at most.
-const MAX_PACKETS: usize = 128;
-/// Bytes of the arena that must be free to read a packet.
-const MAX_READ: usize = HEADROOM + MAX_RX_PACKET;
-const ARENA_END: usize = HALF;
-/// Journal's user area: number of packets noted.
-const U_COUNT: usize = 0;
-/// Then the notes: offset u32, length u32 (0: dropped), response index u32, 1 if that is set u32.
-const U_NOTES: usize = 8;
-const NOTE: usize = 16;
-const N_LEN: usize = 4;
-const N_START: usize = 8;
-const ASSIGNED: u64 = 1 << 32;
-/// [`RingFormat`]'s `aux`: the response is extra info.
+/// Packets that wait for slots at most.
+const MAX_BACKLOG: usize = 512;
+/// Packets for which one round of grant copies is made.
+const MAX_BATCH: usize = 128;
+/// User area: the packet being answered: index of its first response, their number, [`PLACING`].
+const U_PLACING: usize = 0;
+const U_BACKLOG: usize = 8;
+const PLACING: u64 = 1 << 63;
+/// [`RingFormat`]'s `aux`: the response is extra info; then its kind, whether more follows, and what does not fit `status`.
 const AUX_EXTRA: u32 = 1 << 31;
+const AUX_MORE: u32 = 1 << 30;
+const AUX_TYPE: u32 = 24;
 
-/// Requests and responses of the rx ring. `status` is the response's; `aux` its flags, or, for extra info, the kind of
-/// segmentation with `status` as its size.
+/// Requests and responses of the rx ring. `status` is the response's; `aux` its flags, or, for extra info, what
+/// [`pack_extra`] makes of it.
 #[derive(Clone, Copy, Debug)]
 pub struct RxFormat;
+
+fn pack_extra(extra: Extra, more: bool) -> (i16, u32) {
+    let info = NetifExtraInfo::new(extra, more);
+    let (status, rest) = match extra {
+        Extra::Gso { size, gso_type, features: _ } => (size, u32::from(gso_type)),
+        Extra::Xdp { headroom } => (headroom, 0),
+        Extra::Hash { hash_type, algorithm, value } => {
+            (value as u16, value >> 16 | u32::from(hash_type & 0xf) << 16 | u32::from(algorithm & 0xf) << 20)
+        }
+        // Not for frontends.
+        Extra::McastAdd(_) | Extra::McastDel(_) => (0, 0),
+    };
+    let more = if more { AUX_MORE } else { 0 };
+    (status as i16, AUX_EXTRA | more | u32::from(info.r#type) << AUX_TYPE | rest)
+}
+
+fn unpack_extra(status: i16, aux: u32) -> NetifExtraInfo {
+    let status = status as u16;
+    let extra = match (aux >> AUX_TYPE & 0x3f) as u8 {
+        XEN_NETIF_EXTRA_TYPE_GSO => Extra::Gso { size: status, gso_type: aux as u8, features: 0 },
+        XEN_NETIF_EXTRA_TYPE_HASH => Extra::Hash {
+            hash_type: (aux >> 16 & 0xf) as u8,
+            algorithm: (aux >> 20 & 0xf) as u8,
+            value: u32::from(status) | aux << 16,
+        },
+        _ => Extra::Xdp { headroom: status },
+    };
+    NetifExtraInfo::new(extra, aux & AUX_MORE != 0)
+}
 
 impl RingFormat for RxFormat {
     fn req_size(&self) -> usize {
@@ -52,8 +78,7 @@ impl RingFormat for RxFormat {
     }
     fn response(&self, request: &[u8], status: i16, aux: u32, out: &mut [u8]) {
         let slot: RxSlot = if aux & AUX_EXTRA != 0 {
-            let extra = Extra::Gso { size: status as u16, gso_type: aux as u8, features: 0 };
-            NetifExtraInfo::new(extra, false).into()
+            unpack_extra(status, aux).into()
         } else {
             let id = u16::from_le_bytes([request[0], request[1]]);
             NetifRxResponse { id, offset: 0, flags: aux as u16, status }.into()
@@ -73,53 +98,76 @@ pub fn shape(layout: &RingLayout) -> Shape {
         entries: layout.size,
         req_size: layout.req_size as u32,
         extra_size: 0,
-        user_size: (U_NOTES + MAX_PACKETS * NOTE) as u32,
+        user_size: (U_BACKLOG + spool::notes_bytes(MAX_BACKLOG)) as u32,
     }
 }
 
-/// A packet read and not yet delivered.
-#[derive(Clone, Copy, Debug)]
-struct Packet {
-    /// Its note's number.
-    note: usize,
-    arena: usize,
-    len: usize,
-    meta: Meta,
-    /// Slots of it that an earlier incarnation answered.
-    answered: usize,
-}
-
-impl Packet {
-    fn slots(&self) -> usize {
-        rx_slots(self.len, self.meta)
-    }
-}
-
-/// The rx direction of one queue.
+/// Where packets come from.
 #[derive(Debug)]
-pub struct RxQueue<R, J> {
+pub struct Source<'a, A> {
+    /// The arena they lie in.
+    pub arena: &'a A,
+    /// hv-core's number for it.
+    pub buffer: u32,
+    /// Where the arena begins in what hv-core knows under that number.
+    pub base: u64,
+}
+
+/// hv-core's number for an arena, and where that begins in it.
+pub type Buffer = (u32, u64);
+
+/// A packet for the frontend, already such as it can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RxFrame {
+    /// Where it lies.
+    pub frame: Frame,
+    /// Its hash, if the frontend asked for hashes.
+    pub hash: Option<PacketHash>,
+}
+
+/// What a frontend and its domain are to rx queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RxTarget {
+    /// The frontend.
+    pub domid: u16,
+    /// Bytes that stay free at the start of each page.
+    pub headroom: usize,
+}
+
+/// What a delivery did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Delivery {
+    /// Packets dropped: no slots, and the backlog is full.
+    pub dropped: usize,
+    /// The frontend wants an event.
+    pub notify: bool,
+}
+
+/// The rx direction of one queue. `A` is the backlog's arena.
+#[derive(Debug)]
+pub struct RxQueue<R, J, A> {
     ring: JournaledRing<R, J, RxFormat>,
     user: usize,
-    offloads: Offloads,
+    arena: A,
+    buffer: Buffer,
+    target: RxTarget,
     /// Taken and not answered, in ring order.
     have: VecDeque<Slot>,
-    packets: VecDeque<Packet>,
-    /// Slots that `packets` still need.
-    needed: usize,
-    /// Notes written since the arena was empty.
-    notes: usize,
-    /// First free byte of the arena.
-    free: usize,
-    /// The frontend has no slots for what waits.
-    blocked: bool,
-    /// How many of `packets` are delivered one at a time, because one of them crashed us.
+    backlog: Spool,
+    /// How many of the backlog go one at a time, because one of them crashed us.
     careful: usize,
     copy: CopyBatch,
+    parts: Vec<(RxPart, Option<usize>)>,
+    taken: Vec<Slot>,
     stats: Arc<Stats>,
 }
 
-impl<R: RingMem, J: RingMem> RxQueue<R, J> {
-    /// Starts on a ring that a frontend has just connected.
+fn backlog_range() -> std::ops::Range<usize> {
+    0..HALF
+}
+
+impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
+    /// Starts on a ring that a frontend has just connected. `arena` is [`ARENA_BYTES`] long, hv-core knows it as `buffer`.
     ///
     /// # Errors
     /// [`JournaledRing::create`]'s.
@@ -128,301 +176,333 @@ impl<R: RingMem, J: RingMem> RxQueue<R, J> {
         layout: RingLayout,
         journal: J,
         identity: [u32; IDENTITY_WORDS],
-        offloads: Offloads,
+        (arena, buffer): (A, Buffer),
+        target: RxTarget,
         stats: Arc<Stats>,
     ) -> Result<Self, QueueError> {
         let ring = JournaledRing::create(ring, layout, journal, shape(&layout), identity, RxFormat)?;
-        let this = Self::new(ring, offloads, stats);
-        this.store(U_COUNT, 0);
-        Ok(this)
+        let user = ring.journal().user_offset();
+        ring.journal().mem().store_u64(user + U_PLACING, 0);
+        let backlog = Spool::create(ring.journal().mem(), user + U_BACKLOG, MAX_BACKLOG, backlog_range());
+        Ok(Self::new(ring, (arena, buffer), target, backlog, stats))
     }
 
     /// Goes on where a dead incarnation stopped.
     ///
     /// # Errors
-    /// [`JournaledRing::reattach`]'s; [`QueueError::Record`].
+    /// [`JournaledRing::reattach`]'s; [`QueueError::Spool`].
     pub fn reattach(
         ring: R,
         layout: RingLayout,
         journal: J,
         own_fault: bool,
-        offloads: Offloads,
-        arena: &impl RingMem,
+        (arena, buffer): (A, Buffer),
+        target: RxTarget,
         stats: Arc<Stats>,
     ) -> Result<Self, QueueError> {
         let (ring, unanswered) =
             JournaledRing::reattach(ring, layout, journal, shape(&layout), RxFormat, own_fault)?;
-        let mut this = Self::new(ring, offloads, stats);
+        let user = ring.journal().user_offset();
+        let (notes, range) = (ring.journal().mem(), backlog_range());
+        let backlog = Spool::recover(notes, user + U_BACKLOG, MAX_BACKLOG, range, &arena, own_fault)
+            .inspect_err(|_| ring.fail())?;
+        let mut this = Self::new(ring, (arena, buffer), target, backlog, stats);
         this.have = unanswered.into();
-        this.find_packets(arena).inspect_err(|_| this.ring.fail())?;
-        let blamed = this.have.front().is_some_and(|&slot| this.ring.attempts(slot) >= MAX_ATTEMPTS);
-        if blamed && let Some(packet) = this.packets.front().copied().filter(|p| p.answered == 0) {
-            tracing::error!("a packet that crashed netback {MAX_ATTEMPTS} times is dropped");
-            this.stats.poisoned.add(1);
-            this.store(U_NOTES + packet.note * NOTE + N_LEN, 0);
-            this.packets.pop_front();
-            this.needed -= packet.slots();
-        }
-        if this.have.iter().any(|&slot| this.ring.attempts(slot) > 0) {
-            this.careful = this.packets.len();
-        }
+        this.careful = if own_fault { this.backlog.waiting().len() } else { 0 };
+        this.finish_partial()?;
         Ok(this)
     }
 
-    fn new(ring: JournaledRing<R, J, RxFormat>, offloads: Offloads, stats: Arc<Stats>) -> Self {
+    fn new(
+        ring: JournaledRing<R, J, RxFormat>,
+        (arena, buffer): (A, Buffer),
+        target: RxTarget,
+        backlog: Spool,
+        stats: Arc<Stats>,
+    ) -> Self {
+        assert!(arena.size() >= ARENA_BYTES);
         RxQueue {
             user: ring.journal().user_offset(),
             ring,
-            offloads,
+            arena,
+            buffer,
+            target,
             have: VecDeque::new(),
-            packets: VecDeque::new(),
-            needed: 0,
-            notes: 0,
-            free: 0,
-            blocked: false,
+            backlog,
             careful: 0,
             copy: CopyBatch::default(),
+            parts: Vec::new(),
+            taken: Vec::new(),
             stats,
         }
     }
 
-    fn load(&self, at: usize) -> u32 {
-        self.ring.journal().mem().load_u32(self.user + at)
-    }
-
-    fn store(&self, at: usize, value: u32) {
-        self.ring.journal().mem().store_u32(self.user + at, value);
-    }
-
-    /// Finds the packets that a dead incarnation had read and not delivered.
-    fn find_packets(&mut self, arena: &impl RingMem) -> Result<(), QueueError> {
-        let count = self.load(U_COUNT) as usize;
-        if count > MAX_PACKETS {
-            return Err(QueueError::Record("too many packets noted"));
+    /// A packet of which some slots are answered gets errors in the others.
+    fn finish_partial(&mut self) -> Result<(), QueueError> {
+        let placing = self.ring.journal().mem().load_u64(self.user + U_PLACING);
+        if placing & PLACING == 0 {
+            return Ok(());
         }
-        let position = self.ring.ring().rsp_prod_pvt();
-        for note in 0..count {
-            let at = U_NOTES + note * NOTE;
-            let (offset, len) = (self.load(at) as usize, self.load(at + N_LEN) as usize);
-            self.notes = note + 1;
-            if len == 0 {
-                continue;
-            }
-            if offset < HEADROOM || offset + len > ARENA_END || !(MIN_PACKET..=MAX_RX_PACKET).contains(&len) {
-                return Err(QueueError::Record("a packet lies outside its memory"));
-            }
-            self.free = self.free.max(offset + len).next_multiple_of(64);
-            let mut packet = Packet { note, arena: offset, len, meta: read_meta(arena, offset), answered: 0 };
-            let start = self.ring.journal().mem().load_u64(self.user + at + N_START);
-            if start & ASSIGNED != 0 {
-                let answered = position.wrapping_sub(start as u32) as i32;
-                if answered >= packet.slots() as i32 {
-                    continue;
-                }
-                packet.answered = answered.max(0) as usize;
-                if packet.answered > 0 && !self.packets.is_empty() {
-                    return Err(QueueError::Record("two packets are partly answered"));
-                }
-            }
-            self.needed += packet.slots() - packet.answered;
-            self.packets.push_back(packet);
+        let (start, slots) = (placing as u32, (placing >> 32) as u16);
+        let answered = self.ring.ring().rsp_prod_pvt().wrapping_sub(start);
+        if answered == 0 || answered >= u32::from(slots) {
+            return Ok(());
         }
+        for _ in answered..u32::from(slots) {
+            let Some(slot) = self.have.pop_front() else {
+                self.ring.fail();
+                return Err(QueueError::Record("a packet's slots are missing"));
+            };
+            self.ring.respond(slot, NETIF_RSP_ERROR, 0);
+        }
+        self.stats.rx_errors.add(1);
         Ok(())
+    }
+
+    /// Gives packets to the frontend, in order; `commit(i)` is called just before packet `i` can be seen or is kept.
+    ///
+    /// # Errors
+    /// [`QueueError`]; the queue must not be used any more.
+    pub fn deliver(
+        &mut self,
+        copier: &mut impl Copier,
+        from: &Source<'_, impl RingMem>,
+        frames: &[RxFrame],
+        commit: &mut dyn FnMut(usize),
+    ) -> Result<Delivery, QueueError> {
+        let mut delivery = Delivery::default();
+        let mut placed = 0;
+        if self.backlog.waiting().is_empty() {
+            while placed < frames.len() {
+                let n = self.place(copier, (from.buffer, from.base), &frames[placed..], &mut |i| {
+                    commit(placed + i)
+                })?;
+                if n == 0 {
+                    break;
+                }
+                placed += n;
+            }
+            delivery.notify = self.ring.push();
+        }
+        if placed == frames.len() {
+            return Ok(delivery);
+        }
+        for (i, frame) in frames.iter().enumerate().skip(placed) {
+            commit(i);
+            if !self.keep(from.arena, &frame.frame) {
+                delivery.dropped += 1;
+            }
+        }
+        self.stats.rx_dropped.add(delivery.dropped as u64);
+        // Asks for an event for the next slot; there may be some by now.
+        if self.final_check()? {
+            delivery.notify |= self.flush(copier)?.notify;
+        }
+        Ok(delivery)
+    }
+
+    /// Copies a packet to the backlog; false if there is no room.
+    fn keep(&mut self, from: &impl RingMem, frame: &Frame) -> bool {
+        let Some(to) = self.backlog.room_for(frame.len) else { return false };
+        let mut chunk = [0; 2048];
+        // With its virtio_net_hdr.
+        let (mut source, mut target) = (frame.at - VNET_HDR_LEN, to - VNET_HDR_LEN);
+        let mut left = frame.len + VNET_HDR_LEN;
+        while left > 0 {
+            let n = left.min(chunk.len());
+            from.copy_out(source, &mut chunk[..n]);
+            self.arena.copy_in(target, &chunk[..n]);
+            (source, target, left) = (source + n, target + n, left - n);
+        }
+        self.backlog.note(self.ring.journal().mem(), &self.arena, frame.len);
+        true
     }
 
     /// Delivers what waits, as far as the frontend has slots.
     ///
     /// # Errors
     /// [`QueueError`]; the queue must not be used any more.
-    pub fn run(&mut self, world: &mut impl World) -> Result<Progress, QueueError> {
-        let mut progress = Progress { worked: self.fill(world)?, notify: false };
-        while self.deliver(world)? {
+    pub fn flush(&mut self, copier: &mut impl Copier) -> Result<Progress, QueueError> {
+        let mut progress = Progress::default();
+        loop {
+            let waiting: Vec<RxFrame> = self
+                .backlog
+                .waiting()
+                .iter()
+                .take(if self.careful > 0 { 1 } else { MAX_BATCH })
+                .map(|&frame| RxFrame { frame, hash: None })
+                .collect();
+            if waiting.is_empty() {
+                break;
+            }
+            let first = self.backlog.handed();
+            let buffer = self.buffer;
+            let n = self.place_kept(copier, buffer, &waiting)?;
+            self.backlog.handed_to(first + n);
+            self.careful = self.careful.saturating_sub(n);
+            if n == 0 {
+                break;
+            }
             progress.worked = true;
-            progress.notify |= self.ring.push();
         }
-        if self.packets.is_empty() && self.notes > 0 {
-            self.store(U_COUNT, 0);
-            self.notes = 0;
-            self.free = 0;
-        }
-        // What recovery found, with nothing else to do.
+        self.backlog.rewind(self.ring.journal().mem());
+        // Also what recovery found, with nothing else to do.
         progress.notify |= self.ring.push();
         Ok(progress)
     }
 
-    /// Slots that can be had now.
-    fn available(&self) -> Result<usize, QueueError> {
-        let waiting =
-            self.ring.ring().unconsumed().inspect_err(|_| self.ring.fail()).map_err(JournalError::from)?;
-        Ok(self.have.len() + waiting as usize)
-    }
-
-    /// Reads packets, but never more than one beyond what the frontend has slots for.
-    fn fill(&mut self, world: &mut impl World) -> Result<bool, QueueError> {
-        let mut worked = false;
-        self.blocked = false;
-        // Bounded also if nothing of it can be delivered: tx has its turn too.
-        for _ in 0..MAX_PACKETS {
-            if self.notes == MAX_PACKETS || self.free + MAX_READ > ARENA_END {
-                break;
-            }
-            if self.needed >= self.available()? {
-                self.blocked = true;
-                break;
-            }
-            let arena = self.free + HEADROOM;
-            let read =
-                world.receive(arena - VNET_HDR_LEN, VNET_HDR_LEN + MAX_RX_PACKET).map_err(QueueError::Tap)?;
-            let Some(read) = read else { break };
-            worked = true;
-            let len = read.saturating_sub(VNET_HDR_LEN);
-            if !(MIN_PACKET..=MAX_RX_PACKET).contains(&len) {
-                self.stats.rx_dropped.add(1);
-                continue;
-            }
-            let packet =
-                Packet { note: self.notes, arena, len, meta: read_meta(world.arena(), arena), answered: 0 };
-            let slots = packet.slots();
-            if slots > MAX_DATA_SLOTS || (slots > 1 && !self.offloads.sg) {
-                self.stats.rx_dropped.add(1);
-                continue;
-            }
-            let at = U_NOTES + self.notes * NOTE;
-            self.store(at, arena as u32);
-            self.store(at + N_LEN, len as u32);
-            self.ring.journal().mem().store_u64(self.user + at + N_START, 0);
-            self.notes += 1;
-            self.store(U_COUNT, self.notes as u32);
-            self.free = (arena + len).next_multiple_of(64);
-            self.needed += slots;
-            self.packets.push_back(packet);
+    fn place_kept(
+        &mut self,
+        copier: &mut impl Copier,
+        buffer: Buffer,
+        frames: &[RxFrame],
+    ) -> Result<usize, QueueError> {
+        let (base, first) = (self.backlog.base(), self.backlog.handed());
+        let planned = self.plan(copier, buffer, frames)?;
+        for (i, frame) in frames.iter().enumerate().take(planned) {
+            spool::mark_handed(self.ring.journal().mem(), base, first + i);
+            self.answer(frame)?;
         }
-        Ok(worked)
+        Ok(planned)
     }
 
-    /// One round of grant copies and what follows from it; false if nothing could be done.
-    fn deliver(&mut self, world: &mut impl World) -> Result<bool, QueueError> {
+    fn place(
+        &mut self,
+        copier: &mut impl Copier,
+        buffer: Buffer,
+        frames: &[RxFrame],
+        commit: &mut dyn FnMut(usize),
+    ) -> Result<usize, QueueError> {
+        let planned = self.plan(copier, buffer, frames)?;
+        for (i, frame) in frames.iter().enumerate().take(planned) {
+            commit(i);
+            self.answer(frame)?;
+        }
+        Ok(planned)
+    }
+
+    fn shape_of(&self, frame: &RxFrame) -> RxShape {
+        let RxFrame { frame, hash } = *frame;
+        RxShape { len: frame.len, meta: frame.meta, hash, headroom: self.target.headroom }
+    }
+
+    /// Takes slots for as many packets as there are and copies these packets' bytes; says how many. Nothing is answered yet.
+    fn plan(
+        &mut self,
+        copier: &mut impl Copier,
+        buffer: Buffer,
+        frames: &[RxFrame],
+    ) -> Result<usize, QueueError> {
         self.copy.clear();
-        let (domid, buffer) = world.copy_ids();
-        let mut parts: Vec<(RxPart, Option<usize>)> = Vec::new();
-        let mut count = 0;
-        let mut position = self.ring.ring().rsp_prod_pvt();
-        let limit = if self.careful > 0 { 1 } else { MAX_PACKETS };
-        for i in 0..self.packets.len().min(limit) {
-            let packet = self.packets[i];
-            let slots = packet.slots() - packet.answered;
+        self.parts.clear();
+        let mut planned = 0;
+        for frame in frames.iter().take(MAX_BATCH) {
+            let shape = self.shape_of(frame);
+            let slots = shape.slots();
             if self.copy.entries.len() + slots > MAX_COPY_ENTRIES {
                 break;
             }
-            let want = (parts.len() + slots).saturating_sub(self.have.len());
-            if want > 0 {
-                let mut taken = Vec::with_capacity(want);
-                self.ring.take(want, &mut taken)?;
-                self.have.extend(taken);
+            let needed = self.parts.len() + slots;
+            if needed > self.have.len() {
+                self.taken.clear();
+                self.ring.take(needed - self.have.len(), &mut self.taken)?;
+                self.have.extend(self.taken.iter());
             }
-            if parts.len() + slots > self.have.len() {
-                self.blocked = true;
+            if needed > self.have.len() {
                 break;
             }
-            if packet.answered == 0 {
-                let start = u64::from(position) | ASSIGNED;
-                let at = self.user + U_NOTES + packet.note * NOTE + N_START;
-                self.ring.journal().mem().store_u64(at, start);
-            }
-            position = position.wrapping_add(slots as u32);
-            self.ring.start(self.have[parts.len()]);
-            let meta = self.finish_checksum(world.arena(), packet);
-            for index in packet.answered..packet.slots() {
-                let part = rx_part(packet.len, meta, index);
+            for index in 0..slots {
+                let part = shape.part(index);
                 let mut entry = None;
                 if let RxPart::Data { offset, len, .. } = part {
                     entry = Some(self.copy.entries.len());
                     self.copy.entries.push(CopyEntry {
-                        domid,
+                        domid: self.target.domid,
                         flags: COPY_TO_GRANT,
-                        gref: gref(self.ring.request(self.have[parts.len()])),
-                        offset: 0,
+                        gref: gref(self.ring.request(self.have[self.parts.len()])),
+                        offset: self.target.headroom as u16,
                         len: len as u16,
-                        buffer,
-                        buffer_offset: (packet.arena + offset) as u64,
+                        buffer: buffer.0,
+                        buffer_offset: buffer.1 + (frame.frame.at + offset) as u64,
                     });
                 }
-                parts.push((part, entry));
+                self.parts.push((part, entry));
             }
-            count += 1;
+            planned += 1;
         }
-        if count == 0 {
-            return Ok(false);
+        if planned > 0 {
+            copier.copy(&mut self.copy)?;
         }
-        world.copy(&mut self.copy)?;
-        for (part, entry) in parts {
-            let Some(slot) = self.have.pop_front() else { break };
-            let copied = entry.is_none_or(|i| self.copy.statuses.get(i) == Some(&0));
+        self.parts.reverse();
+        Ok(planned)
+    }
+
+    /// Answers the slots of the next planned packet.
+    fn answer(&mut self, frame: &RxFrame) -> Result<(), QueueError> {
+        let slots = self.shape_of(frame).slots();
+        let start = self.ring.ring().rsp_prod_pvt();
+        let placing = PLACING | (slots as u64) << 32 | u64::from(start);
+        self.ring.journal().mem().store_u64(self.user + U_PLACING, placing);
+        for _ in 0..slots {
+            let (Some((part, entry)), Some(slot)) = (self.parts.pop(), self.have.pop_front()) else {
+                return Err(QueueError::Record("fewer slots than planned"));
+            };
             match part {
-                RxPart::Extra(gso) => {
-                    let kind = if gso.family == Family::V4 {
-                        XEN_NETIF_GSO_TYPE_TCPV4
-                    } else {
-                        XEN_NETIF_GSO_TYPE_TCPV6
-                    };
-                    self.ring.respond(slot, gso.size as i16, AUX_EXTRA | u32::from(kind));
+                RxPart::Extra { extra, more } => {
+                    let (status, aux) = pack_extra(extra, more);
+                    self.ring.respond(slot, status, aux);
                 }
                 RxPart::Data { len, flags, .. } => {
+                    let copied = entry.is_some_and(|i| self.copy.statuses.get(i) == Some(&0));
                     if !copied {
                         self.stats.rx_errors.add(1);
                     }
-                    let status = if copied { len as i16 } else { NETIF_RSP_ERROR };
+                    let status = if copied { (self.target.headroom + len) as i16 } else { NETIF_RSP_ERROR };
                     self.ring.respond(slot, status, flags.into());
                 }
             }
-            self.needed -= 1;
         }
-        self.careful = self.careful.saturating_sub(count);
-        for packet in self.packets.drain(..count) {
-            self.stats.rx_packets.add(1);
-            self.stats.rx_bytes.add(packet.len as u64);
-        }
-        Ok(true)
+        self.stats.rx_packets.add(1);
+        self.stats.rx_bytes.add(frame.frame.len as u64);
+        Ok(())
     }
 
-    /// Finishes the checksum of a packet for a frontend that cannot; gives what it is to be told.
-    fn finish_checksum(&self, arena: &impl RingMem, packet: Packet) -> Meta {
-        let mut meta = packet.meta;
-        if !meta.csum_blank {
-            return meta;
-        }
-        let mut ethertype = [0; 2];
-        arena.copy_out(packet.arena + 12, &mut ethertype);
-        let can = if ethertype == [0x86, 0xdd] { self.offloads.csum_ipv6 } else { self.offloads.csum };
-        if !can && meta.gso.is_none() {
-            let mut bytes = vec![0; packet.len];
-            arena.copy_out(packet.arena, &mut bytes);
-            if let Ok((at, value)) = offload::finish_checksum(&bytes) {
-                arena.copy_in(packet.arena + at, &value);
-            }
-            meta.csum_blank = false;
-        }
-        meta
+    /// Another headroom, at most [`crate::slots::MAX_HEADROOM`], from the next packet on.
+    pub fn set_headroom(&mut self, headroom: usize) {
+        self.target.headroom = headroom.min(crate::slots::MAX_HEADROOM);
     }
 
-    /// True if the frontend has no slots for what waits (or may wait): the TAP is then not to be read, and
-    /// [`RxQueue::final_check`] asks for an event.
-    pub fn blocked(&self) -> bool {
-        self.blocked
+    /// What the frontend is.
+    pub fn target(&self) -> RxTarget {
+        self.target
     }
 
-    /// To be asked before sleeping while [`RxQueue::blocked`]: takes what slots there are, so that the next one raises an event.
-    /// True if there is something to do after all.
+    /// Packets that wait for slots.
+    pub fn waiting(&self) -> usize {
+        self.backlog.waiting().len()
+    }
+
+    /// To be asked before sleeping while packets wait: asks for an event for the next slot. True if there are enough
+    /// for the next packet already.
     ///
     /// # Errors
     /// [`JournalError`].
     pub fn final_check(&mut self) -> Result<bool, JournalError> {
-        let mut taken = Vec::new();
-        self.ring.take(self.needed.saturating_sub(self.have.len()), &mut taken)?;
-        self.have.extend(taken);
-        match self.packets.front() {
-            Some(packet) if self.have.len() >= packet.slots() - packet.answered => Ok(true),
-            _ => self.ring.final_check(),
+        let Some(&frame) = self.backlog.waiting().first() else { return Ok(false) };
+        let needed = self.shape_of(&RxFrame { frame, hash: None }).slots();
+        loop {
+            if self.have.len() >= needed {
+                return Ok(true);
+            }
+            self.taken.clear();
+            self.ring.take(needed - self.have.len(), &mut self.taken)?;
+            self.have.extend(self.taken.iter());
+            if self.have.len() >= needed {
+                return Ok(true);
+            }
+            if !self.ring.final_check()? {
+                return Ok(false);
+            }
         }
     }
 }
@@ -431,8 +511,21 @@ fn gref(request: &[u8]) -> u32 {
     u32::from_le_bytes([request[4], request[5], request[6], request[7]])
 }
 
-fn read_meta(arena: &impl RingMem, packet: usize) -> Meta {
-    let mut header = [0; VNET_HDR_LEN];
-    arena.copy_out(packet - VNET_HDR_LEN, &mut header);
-    offload::from_tap(VnetHdr::from_bytes(&header))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extra_info_comes_back_from_the_journal() {
+        for extra in [
+            Extra::Gso { size: 0xfedc, gso_type: XEN_NETIF_GSO_TYPE_TCPV6, features: 0 },
+            Extra::Xdp { headroom: 256 },
+            Extra::Hash { hash_type: 3, algorithm: 1, value: 0xfedc_ba98 },
+        ] {
+            for more in [false, true] {
+                let (status, aux) = pack_extra(extra, more);
+                assert_eq!(unpack_extra(status, aux), NetifExtraInfo::new(extra, more));
+            }
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! From the frontend's tx ring to the TAP.
+//! From the frontend's tx ring to the switch.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,9 +11,10 @@ use domain_kit::ring::{RingLayout, RingMem};
 use hv_abi::{CopyEntry, MAX_COPY_ENTRIES};
 use xen_abi::io::netif::*;
 
-use super::{HALF, HEADROOM, Progress, QueueError, World, before};
+use super::{Fate, Frame, HALF, Progress, QueueError, SCRATCH, World, before};
 use crate::offload::{self, MAX_HEADERS, VNET_HDR_LEN};
-use crate::slots::{self, Kind, KindScanner, MAX_DATA_SLOTS, TxPacket};
+use crate::slots::{self, Kind, KindScanner, MAX_DATA_SLOTS, TxItem, TxPacket};
+use crate::spool::HEADROOM;
 use crate::stats::Stats;
 
 /// Packets for which one round of grant copies is made.
@@ -22,7 +23,7 @@ const MAX_BATCH: usize = 64;
 const MAX_TX: usize = HEADROOM + 65536;
 /// First byte of the arena's half for this direction.
 const ARENA_START: usize = HALF;
-const ARENA_END: usize = 2 * HALF;
+const ARENA_END: usize = SCRATCH;
 /// Journal's user area: every packet that begins before this request index was handed over (or refused).
 const U_HANDED: usize = 0;
 const USER_SIZE: u32 = 8;
@@ -69,12 +70,23 @@ pub fn shape(layout: &RingLayout) -> Shape {
     }
 }
 
-/// A packet between the ring and the TAP.
+/// What one packet's slots ask for.
+#[derive(Debug)]
+enum Task {
+    /// To be answered with an error.
+    Refuse,
+    Multicast {
+        add: bool,
+        address: [u8; 6],
+    },
+    Send(TxPacket),
+}
+
+/// A packet between the ring and the switch.
 #[derive(Debug)]
 struct Job {
     slots: usize,
-    /// `None`: to be answered with an error.
-    packet: Option<TxPacket>,
+    task: Task,
     /// Where its bytes are.
     arena: usize,
     /// Its entries in the batch of copies.
@@ -92,6 +104,10 @@ pub struct TxQueue<R, J> {
     /// How many of `pending` are done one packet at a time, because one of them crashed us.
     careful: usize,
     jobs: Vec<Job>,
+    frames: Vec<Frame>,
+    fates: Vec<Fate>,
+    /// For each frame the index behind its job's last request.
+    ends: Vec<u32>,
     copy: CopyBatch,
     raw: Vec<TxSlot>,
     stats: Arc<Stats>,
@@ -161,6 +177,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
             scanner: KindScanner::default(),
             careful: 0,
             jobs: Vec::new(),
+            frames: Vec::new(),
+            fates: Vec::new(),
+            ends: Vec::new(),
             copy: CopyBatch::default(),
             raw: Vec::new(),
             stats,
@@ -176,19 +195,20 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         self.ring.journal().identity()
     }
 
-    /// Takes what waits and hands it over.
+    /// Takes what waits and hands it over, until about `budget` bytes are sent; more by one packet at most. What is left is
+    /// done by the next call.
     ///
     /// # Errors
     /// [`QueueError`]; the queue must not be used any more.
-    pub fn run(&mut self, world: &mut impl World) -> Result<Progress, QueueError> {
+    pub fn run(&mut self, world: &mut impl World, budget: usize) -> Result<Progress, QueueError> {
         let mut taken = Vec::new();
         let mut scanner = self.scanner;
         self.ring.take_with(usize::MAX, &mut taken, |request| vec![scanner.next(&slot_of(request)) as u8])?;
         self.scanner = scanner;
         self.pending.extend(taken);
-        let mut progress = Progress { worked: !self.pending.is_empty(), notify: false };
-        while !self.pending.is_empty() {
-            self.batch(world)?;
+        let mut progress = Progress { worked: !self.pending.is_empty() && budget > 0, ..Progress::default() };
+        while !self.pending.is_empty() && progress.bytes < budget {
+            progress.bytes += self.batch(world, budget - progress.bytes)?;
             progress.notify |= self.ring.push();
         }
         // What recovery answered, with nothing else to do.
@@ -196,31 +216,36 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         Ok(progress)
     }
 
-    /// One round of grant copies and what follows from it.
-    fn batch(&mut self, world: &mut impl World) -> Result<(), QueueError> {
+    /// True if slots were taken and wait for their turn.
+    pub fn waiting(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// One round of grant copies and what follows from it; gives the bytes handed on.
+    fn batch(&mut self, world: &mut impl World, budget: usize) -> Result<usize, QueueError> {
         self.raw.clear();
         for &slot in &self.pending {
             self.raw.push(slot_of(self.ring.request(slot)));
         }
-        self.gather(world.copy_ids())?;
+        self.gather(world.copy_ids(), world.buffer_base(), budget)?;
         if !self.copy.entries.is_empty() {
             world.copy(&mut self.copy)?;
         }
-        let jobs = std::mem::take(&mut self.jobs);
-        for job in &jobs {
-            self.finish(job, world);
-        }
+        let mut jobs = std::mem::take(&mut self.jobs);
+        let sent = self.hand_over(&mut jobs, world);
+        self.answer(&jobs);
         self.jobs = jobs;
-        Ok(())
+        Ok(sent)
     }
 
     /// Makes jobs of as many packets as fit one round.
-    fn gather(&mut self, (domid, buffer): (u16, u32)) -> Result<(), QueueError> {
+    fn gather(&mut self, (domid, buffer): (u16, u32), base: u64, budget: usize) -> Result<(), QueueError> {
         self.jobs.clear();
         self.copy.clear();
         let limit = if self.careful > 0 { 1 } else { MAX_BATCH };
-        let (mut at, mut arena) = (0, ARENA_START);
-        while at < self.raw.len()
+        let (mut at, mut arena, mut bytes) = (0, ARENA_START, 0);
+        while bytes < budget
+            && at < self.raw.len()
             && self.jobs.len() < limit
             && self.copy.entries.len() + MAX_DATA_SLOTS <= MAX_COPY_ENTRIES
             && arena + MAX_TX <= ARENA_END
@@ -228,15 +253,20 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
             let first = self.pending[at];
             self.ring.start(first);
             let slots = slots::extent(&self.raw[at..]).inspect_err(|_| self.ring.fail())?;
-            let mut job =
-                Job { slots, packet: None, arena: arena + HEADROOM, copies: self.copy.entries.len()..0 };
+            let mut job = Job {
+                slots,
+                task: Task::Refuse,
+                arena: arena + HEADROOM,
+                copies: self.copy.entries.len()..0,
+            };
             if self.ring.attempts(first) >= MAX_ATTEMPTS {
                 tracing::error!(domid, "a packet that crashed netback {MAX_ATTEMPTS} times is dropped");
                 self.stats.poisoned.add(1);
             } else {
                 match slots::parse(&self.raw[at..at + slots]) {
-                    Ok(packet) => {
-                        let mut to = job.arena as u64;
+                    Ok(TxItem::Multicast { add, address }) => job.task = Task::Multicast { add, address },
+                    Ok(TxItem::Packet(packet)) => {
+                        let mut to = base + job.arena as u64;
                         for f in packet.fragments.iter().filter(|f| f.len > 0) {
                             self.copy.entries.push(CopyEntry {
                                 domid,
@@ -249,8 +279,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                             });
                             to += u64::from(f.len);
                         }
-                        arena = (to as usize).next_multiple_of(64);
-                        job.packet = Some(packet);
+                        arena = ((to - base) as usize).next_multiple_of(64);
+                        bytes += packet.len;
+                        job.task = Task::Send(packet);
                     }
                     Err(bad) => tracing::debug!(domid, %bad, "tx packet refused"),
                 }
@@ -262,45 +293,90 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         Ok(())
     }
 
-    /// Hands one packet over and answers its slots.
-    fn finish(&mut self, job: &Job, world: &mut impl World) {
-        let ready = job.packet.as_ref().and_then(|packet| {
-            let copied =
-                self.copy.statuses.get(job.copies.clone()).is_some_and(|s| s.iter().all(|&s| s == 0));
-            if !copied {
-                tracing::debug!("tx packet refused: a page could not be copied");
-                return None;
+    /// Hands a round's packets over; what was refused becomes [`Task::Refuse`]. Gives the bytes of all.
+    fn hand_over(&mut self, jobs: &mut [Job], world: &mut impl World) -> usize {
+        self.frames.clear();
+        self.ends.clear();
+        let (mut end, mut bytes) = (0, 0);
+        for job in jobs.iter_mut() {
+            end += job.slots;
+            match &job.task {
+                Task::Refuse => {}
+                Task::Multicast { add, address } => {
+                    if !world.multicast(*add, *address) {
+                        job.task = Task::Refuse;
+                    }
+                }
+                Task::Send(packet) => {
+                    let copied =
+                        self.copy.statuses.get(job.copies.clone()).is_some_and(|s| s.iter().all(|&s| s == 0));
+                    if copied && prepare(packet, job.arena, world.arena()) {
+                        crate::fault::look(packet.len);
+                        // A packet to be segmented has a blank checksum by necessity.
+                        let mut meta = packet.meta;
+                        meta.csum_blank |= meta.gso.is_some();
+                        bytes += packet.len;
+                        self.frames.push(Frame { at: job.arena, len: packet.len, meta });
+                        let last = self.pending.get(end - 1);
+                        self.ends.push(last.map_or(0, |&slot| self.ring.req_index(slot).wrapping_add(1)));
+                    } else {
+                        job.task = Task::Refuse;
+                    }
+                }
             }
-            prepare(packet, job.arena, world.arena()).inspect(|&len| crate::fault::look(len))
-        });
-        // From here on it is not sent again.
-        let end = self.pending.get(job.slots - 1).map_or(0, |&s| self.ring.req_index(s).wrapping_add(1));
-        self.set_handed(end);
-        let status = match ready {
-            None => NETIF_RSP_ERROR,
-            Some(len) => match world.send(job.arena - VNET_HDR_LEN, VNET_HDR_LEN + len) {
-                Ok(Some(_)) => NETIF_RSP_OKAY,
-                Ok(None) => NETIF_RSP_DROPPED,
-                Err(error) => {
-                    tracing::debug!(%error, "the TAP refused a packet");
+        }
+        self.fates.clear();
+        self.fates.resize(self.frames.len(), Fate::default());
+        let (journal, at, ends) = (self.ring.journal().mem(), self.handed_at, &self.ends);
+        if !self.frames.is_empty() {
+            world.forward(&self.frames, &mut self.fates, &mut |i| journal.store_u32(at, ends[i]));
+        }
+        bytes
+    }
+
+    /// Answers a round's slots.
+    fn answer(&mut self, jobs: &[Job]) {
+        let mut frames = 0;
+        let mut end = None;
+        for job in jobs {
+            let status = match &job.task {
+                Task::Multicast { .. } => NETIF_RSP_OKAY,
+                Task::Refuse => {
+                    self.stats.tx_errors.add(1);
                     NETIF_RSP_ERROR
                 }
-            },
-        };
-        match (status, ready) {
-            (NETIF_RSP_OKAY, Some(len)) => {
-                self.stats.tx_packets.add(1);
-                self.stats.tx_bytes.add(len as u64);
+                Task::Send(packet) => {
+                    let fate = self.fates.get(frames).copied().unwrap_or_default();
+                    frames += 1;
+                    match fate {
+                        Fate::Sent => {
+                            self.stats.tx_packets.add(1);
+                            self.stats.tx_bytes.add(packet.len as u64);
+                            NETIF_RSP_OKAY
+                        }
+                        Fate::Dropped => {
+                            self.stats.tx_dropped.add(1);
+                            NETIF_RSP_DROPPED
+                        }
+                        Fate::Refused => {
+                            self.stats.tx_errors.add(1);
+                            NETIF_RSP_ERROR
+                        }
+                    }
+                }
+            };
+            let mut scanner = KindScanner::default();
+            for _ in 0..job.slots {
+                let Some(slot) = self.pending.pop_front() else { break };
+                end = Some(self.ring.req_index(slot).wrapping_add(1));
+                self.careful = self.careful.saturating_sub(1);
+                let kind = scanner.next(&slot_of(self.ring.request(slot)));
+                self.ring.respond(slot, if kind == Kind::Extra { NETIF_RSP_NULL } else { status }, 0);
             }
-            (NETIF_RSP_DROPPED, _) => self.stats.tx_dropped.add(1),
-            _ => self.stats.tx_errors.add(1),
         }
-        let mut scanner = KindScanner::default();
-        for _ in 0..job.slots {
-            let Some(slot) = self.pending.pop_front() else { break };
-            self.careful = self.careful.saturating_sub(1);
-            let kind = scanner.next(&slot_of(self.ring.request(slot)));
-            self.ring.respond(slot, if kind == Kind::Extra { NETIF_RSP_NULL } else { status }, 0);
+        // Those that were refused or dropped need no mark of their own, but a later one must not be behind them.
+        if let Some(end) = end {
+            self.set_handed(end);
         }
     }
 
@@ -313,8 +389,8 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
     }
 }
 
-/// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. `None`: refused.
-fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> Option<usize> {
+/// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. False: refused.
+fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> bool {
     let mut headers = [0; MAX_HEADERS];
     let headers = &mut headers[..packet.len.min(MAX_HEADERS)];
     arena.copy_out(at, headers);
@@ -324,11 +400,11 @@ fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> Option<usize> 
             if let Some((offset, value)) = out.patch {
                 arena.copy_in(at + offset, &value);
             }
-            Some(packet.len)
+            true
         }
         Err(bad) => {
             tracing::debug!(%bad, "tx packet refused");
-            None
+            false
         }
     }
 }

@@ -72,6 +72,9 @@ consts! { "io/netif.h";
     }
 }
 
+/// Linux's addition to `XEN_NETIF_EXTRA_TYPE_*` (include/xen/interface/io/netif.h there): rx data begins behind a headroom.
+pub const XEN_NETIF_EXTRA_TYPE_XDP: u8 = 5;
+
 /// Names of the nodes that netfront and netback exchange (`xen/io/netif.h`).
 pub mod node {
     /// Frontend: grant reference of the tx ring.
@@ -102,6 +105,18 @@ pub mod node {
     pub const FEATURE_NO_CSUM_OFFLOAD: &str = "feature-no-csum-offload";
     /// Both: "1" turns IPv6 checksum offload on.
     pub const FEATURE_IPV6_CSUM_OFFLOAD: &str = "feature-ipv6-csum-offload";
+    /// Backend: rx data can begin behind a headroom, for XDP programs of the frontend (Linux).
+    pub const FEATURE_XDP_HEADROOM: &str = "feature-xdp-headroom";
+    /// Frontend: bytes of headroom that it wants (Linux: 0 or 256).
+    pub const XDP_HEADROOM: &str = "xdp-headroom";
+    /// Backend: a multicast filter can be asked for while connected.
+    pub const FEATURE_DYNAMIC_MULTICAST_CONTROL: &str = "feature-dynamic-multicast-control";
+    /// Frontend: "1" turns its multicast filter on.
+    pub const REQUEST_MULTICAST_CONTROL: &str = "request-multicast-control";
+    /// Frontend: grant reference of the control ring.
+    pub const CTRL_RING_REF: &str = "ctrl-ring-ref";
+    /// Frontend: the control ring's port.
+    pub const EVENT_CHANNEL_CTRL: &str = "event-channel-ctrl";
     /// Backend: multicast filters work.
     pub const FEATURE_MULTICAST_CONTROL: &str = "feature-multicast-control";
     /// Backend: the control ring works.
@@ -207,6 +222,11 @@ pub enum Extra {
     McastAdd([u8; 6]),
     /// Removes a multicast address from the filter.
     McastDel([u8; 6]),
+    /// Data of every slot of the packet begins behind so many bytes (Linux).
+    Xdp {
+        /// Bytes.
+        headroom: u16,
+    },
     /// The packet's hash.
     Hash {
         /// A bit number of `XEN_NETIF_CTRL_HASH_TYPE_*`.
@@ -228,6 +248,10 @@ impl NetifExtraInfo {
             }
             Extra::McastAdd(addr) => (XEN_NETIF_EXTRA_TYPE_MCAST_ADD, addr),
             Extra::McastDel(addr) => (XEN_NETIF_EXTRA_TYPE_MCAST_DEL, addr),
+            Extra::Xdp { headroom } => {
+                let [h0, h1] = headroom.to_le_bytes();
+                (XEN_NETIF_EXTRA_TYPE_XDP, [h0, h1, 0, 0, 0, 0])
+            }
             Extra::Hash { hash_type, algorithm, value } => {
                 let [v0, v1, v2, v3] = value.to_le_bytes();
                 (XEN_NETIF_EXTRA_TYPE_HASH, [hash_type, algorithm, v0, v1, v2, v3])
@@ -252,6 +276,7 @@ impl NetifExtraInfo {
             }),
             XEN_NETIF_EXTRA_TYPE_MCAST_ADD => Some(Extra::McastAdd(u)),
             XEN_NETIF_EXTRA_TYPE_MCAST_DEL => Some(Extra::McastDel(u)),
+            XEN_NETIF_EXTRA_TYPE_XDP => Some(Extra::Xdp { headroom: u16::from_le_bytes([u[0], u[1]]) }),
             XEN_NETIF_EXTRA_TYPE_HASH => Some(Extra::Hash {
                 hash_type: u[0],
                 algorithm: u[1],

@@ -131,7 +131,7 @@ impl NetLoad {
             if stopping.is_some_and(|since| over || since.elapsed() > limit) {
                 return;
             }
-            match self.front.queue().final_check() {
+            match self.front.final_check() {
                 Ok(true) => continue,
                 Ok(false) => {}
                 Err(e) => {
@@ -145,7 +145,8 @@ impl NetLoad {
             }
             // Rounded up: a rest below a millisecond must not spin.
             let timeout = u16::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
-            let mut fds = self.front.wait_fds().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let mut fds: Vec<_> =
+                self.front.all_wait_fds().into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
             if wait > Duration::ZERO {
                 let _interrupted_is_woken = poll(&mut fds, PollTimeout::from(timeout));
             }

@@ -56,6 +56,9 @@ pub struct Options {
     /// Whom to ping.
     #[arg(long)]
     pub ping: Option<Ipv4Addr>,
+    /// Queues of the NIC, as far as its backend has as many.
+    #[arg(long, default_value_t = 1)]
+    pub queues: usize,
     /// Seed of all contents and choices.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,

@@ -10,7 +10,7 @@ use anyhow::Context;
 use domain_kit::Domain;
 use domain_kit::xenbus::Frontend;
 use domain_kit::xs::XsClient;
-use frontends::netfront::NetFront;
+use frontends::netfront::{self, NetFront};
 use serde_json::{Value, json};
 use workload::load::{Load, LoadConfig, LoadStats};
 
@@ -192,7 +192,8 @@ fn start_net(
     let ids = Frontend::list(xs, domain.domid(), "vif")?;
     let id = *ids.first().context("this guest has no NIC")?;
     let network = options.ip.context("the NIC needs --ip A.B.C.D/N")?;
-    let front = NetFront::connect(&domain.hv, xs, domain.domid(), id, CONNECT)?;
+    let wanted = netfront::Options { queues: options.queues, ..netfront::Options::default() };
+    let front = NetFront::connect_with(&domain.hv, xs, domain.domid(), id, wanted, CONNECT)?;
     let (load, stats) = NetLoad::new(front, network, options, reporter);
     let (stop, reporter) = (stop.clone(), reporter.clone());
     let thread =

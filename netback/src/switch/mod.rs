@@ -1,0 +1,639 @@
+//! Forwarding between the domain's vifs and its uplink: a learning switch, or a router's guest side.
+//!
+//! ```text
+//!   vif 5.0 ─tx thread─┐                        ┌─► rx queues of vif 6.0
+//!   vif 6.0 ─tx thread─┼─► forward: admit, rules, answer, find ─► …
+//!   uplink  ─thread────┘                        └─► the uplink's TAP
+//! ```
+//!
+//! Whoever has a packet runs it to its end: the sender's thread decides, copies from its own arena into the receiver's
+//! pages and notifies it. Checksums stay blank and large packets whole as long as the receiver can take them so.
+//!
+//! *Bridged*: one Ethernet; what is known of a vif's address comes from the toolstack, what is not is learned. *Routed*: a
+//! guest sees its gateway alone. Everything that it asks for is at the gateway's address; packets to other guests of the
+//! domain take a short cut, the rest goes to the domain's kernel.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use domain_kit::grants::CopyBatch;
+use domain_kit::hypercall::{HvError, Hypercall};
+use domain_kit::ring::RingMem;
+
+use crate::headers::{ETH_LEN, Headers, Mac};
+use crate::offload::{self, Family, MAX_HEADERS, VNET_HDR_LEN, VnetHdr};
+use crate::queue::rx::{RxFrame, Source};
+use crate::queue::{Copier, Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
+use crate::segment;
+use crate::slots::{MAX_DATA_SLOTS, PacketHash, RxShape};
+use crate::span::Span;
+use crate::spool::HEADROOM;
+use crate::stats::Stats;
+use crate::tap::Tap;
+
+pub mod answer;
+pub mod fdb;
+pub mod port;
+pub mod rules;
+pub mod settings;
+
+use fdb::Fdb;
+use port::{Port, lock};
+use settings::{Denied, Settings};
+
+/// The uplink's number among the ports.
+pub const UPLINK: u16 = 0;
+/// Packets of one destination that are delivered at once.
+const MAX_RUN: usize = 128;
+
+/// Where a packet comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'a> {
+    /// A guest.
+    Vif(&'a Port),
+    /// The uplink, or the domain's own kernel.
+    Uplink,
+}
+
+/// What a thread that forwards has of its own.
+#[derive(Debug)]
+pub struct Lane {
+    /// Where its packets lie; its scratch is at the end.
+    pub arena: Span,
+    /// hv-core's number for the arena.
+    pub buffer: u32,
+    /// A hypercall channel.
+    pub hv: Hypercall,
+}
+
+impl Copier for Lane {
+    fn copy(&mut self, batch: &mut CopyBatch) -> Result<(), HvError> {
+        batch.run(&self.hv)
+    }
+}
+
+/// How packets are forwarded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Guests see the gateway alone.
+    pub routed: Option<Gateway>,
+    /// No packets from guest to guest.
+    pub isolated: bool,
+}
+
+/// The gateway that routed guests see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// Its Ethernet address.
+    pub mac: Mac,
+    /// Its IPv4 address.
+    pub ipv4: Ipv4Addr,
+    /// The guests' IPv6 network, if there is one, for router advertisements.
+    pub ipv6: Option<(std::net::Ipv6Addr, u8)>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    ports: BTreeMap<u16, Arc<Port>>,
+    by_mac: HashMap<Mac, u16>,
+    by_ip: HashMap<IpAddr, u16>,
+}
+
+/// The switch.
+#[derive(Debug)]
+pub struct Switch {
+    plan: Plan,
+    table: RwLock<Arc<Table>>,
+    fdb: Fdb<Span>,
+    uplink: RwLock<Option<Arc<Tap>>>,
+    /// The uplink's counters.
+    pub stats: Arc<Stats>,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    Drop(Denied),
+    Port {
+        slot: u16,
+        queue: usize,
+        hash: Option<PacketHash>,
+        frame: Frame,
+        segment: bool,
+    },
+    Uplink,
+    Flood,
+    /// Nobody else sees it; this goes back.
+    Answer(Vec<u8>),
+    /// It cannot be given to whom it is for.
+    Unfit,
+}
+
+/// Seconds of a clock that goes on when processes end.
+pub fn seconds() -> u32 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| t.tv_sec() as u32)
+}
+
+impl Switch {
+    /// One without ports. `fdb` is kept memory of [`fdb::BYTES`].
+    pub fn new(plan: Plan, fdb: Span) -> Switch {
+        Switch {
+            plan,
+            table: RwLock::default(),
+            fdb: Fdb::new(fdb),
+            uplink: RwLock::new(None),
+            stats: Arc::default(),
+        }
+    }
+
+    fn table(&self) -> Arc<Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Packets for the outside go there from now on.
+    pub fn set_uplink(&self, tap: Arc<Tap>) {
+        *self.uplink.write().unwrap_or_else(PoisonError::into_inner) = Some(tap);
+    }
+
+    /// Learned addresses.
+    pub fn learned(&self) -> usize {
+        self.fdb.len()
+    }
+
+    /// The lowest number that no port has.
+    pub fn free_slot(&self) -> u16 {
+        let table = self.table();
+        (1..=u16::MAX).find(|slot| !table.ports.contains_key(slot)).unwrap_or(u16::MAX)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<u16, Arc<Port>>)) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let mut ports = table.ports.clone();
+        change(&mut ports);
+        let (mut by_mac, mut by_ip) = (HashMap::new(), HashMap::new());
+        for (&slot, port) in &ports {
+            let settings = port.settings();
+            // The first one has it: another vif with the same address cannot take it over.
+            if settings.locked()
+                && let Some(mac) = settings.mac
+            {
+                by_mac.entry(mac).or_insert(slot);
+            }
+            for ip in settings
+                .ipv4
+                .iter()
+                .copied()
+                .map(IpAddr::V4)
+                .chain(settings.ipv6.iter().copied().map(IpAddr::V6))
+            {
+                by_ip.entry(ip).or_insert(slot);
+            }
+        }
+        *table = Arc::new(Table { ports, by_mac, by_ip });
+    }
+
+    /// Adds a port.
+    pub fn attach(&self, port: Arc<Port>) {
+        self.change(|ports| {
+            ports.insert(port.slot, port);
+        });
+    }
+
+    /// Removes a port, and what was learned at it. Nobody delivers to it when this returns.
+    pub fn detach(&self, slot: u16) {
+        let mut gone = None;
+        self.change(|ports| gone = ports.remove(&slot));
+        self.fdb.forget(slot);
+        if let Some(port) = gone {
+            // Threads that still have the old table find nothing there.
+            port.queues.iter().for_each(|q| drop(lock(&q.queue).take()));
+        }
+    }
+
+    /// A port's settings have changed.
+    pub fn settings_changed(&self, slot: u16, settings: Settings) {
+        if let Some(port) = self.table().ports.get(&slot) {
+            port.set(settings);
+        }
+        self.change(|_| {});
+    }
+
+    /// Hands packets of the lane's arena on, in order. See [`crate::queue::World::forward`].
+    pub fn forward(
+        &self,
+        origin: Origin<'_>,
+        lane: &mut Lane,
+        frames: &[Frame],
+        fates: &mut [Fate],
+        commit: &mut dyn FnMut(usize),
+    ) {
+        let table = self.table();
+        let now = seconds();
+        let mut next = None;
+        let mut run = Vec::new();
+        let mut i = 0;
+        while i < frames.len() {
+            let frame = &frames[i];
+            let verdict = next.take().unwrap_or_else(|| self.decide(&table, origin, &lane.arena, frame, now));
+            let first = i;
+            i += 1;
+            match verdict {
+                Verdict::Port { slot, queue, hash, frame, segment: false } => {
+                    run.clear();
+                    run.push(RxFrame { frame, hash });
+                    while i < frames.len() && run.len() < MAX_RUN {
+                        match self.decide(&table, origin, &lane.arena, &frames[i], now) {
+                            Verdict::Port { slot: s, queue: q, hash, frame, segment: false }
+                                if (s, q) == (slot, queue) =>
+                            {
+                                run.push(RxFrame { frame, hash });
+                                i += 1;
+                            }
+                            other => {
+                                next = Some(other);
+                                break;
+                            }
+                        }
+                    }
+                    let Some(port) = table.ports.get(&slot) else { continue };
+                    let sent = self.give(port, queue, lane, &run, &mut |k| commit(first + k));
+                    fates[first..first + sent].fill(Fate::Sent);
+                }
+                Verdict::Port { slot, queue, frame, segment: true, .. } => {
+                    if let Some(port) = table.ports.get(&slot) {
+                        fates[first] = self.give_segments(port, queue, lane, &frame, &mut || commit(first));
+                    }
+                }
+                Verdict::Uplink => {
+                    commit(first);
+                    fates[first] = self.to_uplink(lane, frame);
+                }
+                Verdict::Flood => {
+                    commit(first);
+                    self.flood(&table, origin, lane, frame);
+                    fates[first] = Fate::Sent;
+                }
+                Verdict::Answer(bytes) => {
+                    fates[first] = Fate::Sent;
+                    self.answer(origin, lane, &bytes);
+                }
+                Verdict::Drop(why) => self.count(origin, why),
+                Verdict::Unfit => {}
+            }
+        }
+    }
+
+    fn count(&self, origin: Origin<'_>, why: Denied) {
+        let stats = match origin {
+            Origin::Vif(port) => &port.stats,
+            Origin::Uplink => &self.stats,
+        };
+        match why {
+            Denied::Spoofed => stats.tx_spoofed.add(1),
+            Denied::Rule => stats.tx_denied.add(1),
+            Denied::NoWay => stats.tx_no_way.add(1),
+        }
+    }
+
+    fn decide(&self, table: &Table, origin: Origin<'_>, arena: &Span, frame: &Frame, now: u32) -> Verdict {
+        let mut bytes = [0; MAX_HEADERS];
+        let bytes = &mut bytes[..frame.len.min(MAX_HEADERS)];
+        arena.copy_out(frame.at, bytes);
+        let verdict = {
+            let h = Headers::parse(bytes);
+            match (origin, &self.plan.routed) {
+                (Origin::Vif(port), None) => self.guest_sends(table, port, &h, now),
+                (Origin::Vif(port), Some(gateway)) => self.routed_guest_sends(table, port, gateway, &h),
+                (Origin::Uplink, None) => self.uplink_sends(table, &h, now),
+                (Origin::Uplink, Some(_)) => self.kernel_sends(table, &h),
+            }
+        };
+        match verdict {
+            Target::Drop(why) => Verdict::Drop(why),
+            Target::Uplink => Verdict::Uplink,
+            Target::Flood => Verdict::Flood,
+            Target::Answer(answer) => Verdict::Answer(answer),
+            Target::Port(slot) => to_port(table, slot, arena, frame, bytes),
+            Target::Route { slot, gateway } => {
+                let mac = table.ports.get(&slot).and_then(|p| p.settings().mac);
+                let Some(mac) = mac.filter(|_| answer::hop(bytes)) else {
+                    return Verdict::Drop(Denied::NoWay);
+                };
+                bytes[..6].copy_from_slice(&mac);
+                bytes[6..12].copy_from_slice(&gateway);
+                arena.copy_in(frame.at, bytes);
+                to_port(table, slot, arena, frame, bytes)
+            }
+        }
+    }
+
+    /// Whether two guests may talk.
+    fn may_talk(&self, a: &Settings, b: &Settings) -> bool {
+        !self.plan.isolated && !a.isolated && !b.isolated
+    }
+
+    fn guest_sends(&self, table: &Table, port: &Port, h: &Headers<'_>, now: u32) -> Target {
+        let settings = port.settings();
+        if let Err(why) = settings.admit(h) {
+            return Target::Drop(why);
+        }
+        if !settings.firewall.allows(h) {
+            return Target::Drop(Denied::Rule);
+        }
+        if !settings.locked() && h.src()[0] & 1 == 0 && !table.by_mac.contains_key(&h.src()) {
+            self.fdb.learn(h.src(), port.slot, now);
+        }
+        if h.is_multicast() {
+            return Target::Flood;
+        }
+        let known = table.by_mac.get(&h.dst()).copied();
+        match known.or_else(|| self.fdb.find(h.dst(), now)) {
+            Some(UPLINK) => Target::Uplink,
+            Some(slot) if slot == port.slot => Target::Drop(Denied::NoWay),
+            Some(slot) => match table.ports.get(&slot) {
+                Some(other) if self.may_talk(&settings, &other.settings()) => Target::Port(slot),
+                Some(_) => Target::Drop(Denied::NoWay),
+                // Its vif is away for the moment.
+                None => Target::Uplink,
+            },
+            None => Target::Flood,
+        }
+    }
+
+    fn uplink_sends(&self, table: &Table, h: &Headers<'_>, now: u32) -> Target {
+        if h.src()[0] & 1 == 0 && !table.by_mac.contains_key(&h.src()) {
+            self.fdb.learn(h.src(), UPLINK, now);
+        }
+        if h.is_multicast() {
+            return Target::Flood;
+        }
+        let known = table.by_mac.get(&h.dst()).copied();
+        match known.or_else(|| self.fdb.find(h.dst(), now)) {
+            Some(UPLINK) => Target::Drop(Denied::NoWay),
+            Some(slot) if table.ports.contains_key(&slot) => Target::Port(slot),
+            _ => Target::Flood,
+        }
+    }
+
+    fn routed_guest_sends(&self, table: &Table, port: &Port, gateway: &Gateway, h: &Headers<'_>) -> Target {
+        let settings = port.settings();
+        if let Err(why) = settings.admit(h) {
+            return Target::Drop(why);
+        }
+        // Whatever it asks for is at the gateway, but its own address: it checks whether that is free.
+        if let Some(arp) = h.arp() {
+            let ask = arp.request && !settings.has(arp.target.into()) && arp.sender.1 != arp.target;
+            return if ask {
+                Target::Answer(answer::arp(&arp, gateway.mac))
+            } else {
+                Target::Drop(Denied::NoWay)
+            };
+        }
+        if let Some((kind, target)) = h.neighbour() {
+            let ask = kind == 135
+                && !settings.has(target.into())
+                && h.ip().is_some_and(|ip| !ip.src().is_unspecified());
+            let answer = ask.then(|| answer::neighbour(h, gateway.mac)).flatten();
+            return answer.map_or(Target::Drop(Denied::NoWay), Target::Answer);
+        }
+        if let Some(prefix) = gateway.ipv6 {
+            let router = answer::Router { mac: gateway.mac, prefix, mtu: settings.mtu };
+            if let Some(answer) = answer::advertise(h, &router) {
+                return Target::Answer(answer);
+            }
+        }
+        if !settings.firewall.allows(h) {
+            return Target::Drop(Denied::Rule);
+        }
+        let Some(ip) = h.ip().filter(|_| h.dst() == gateway.mac) else { return Target::Drop(Denied::NoWay) };
+        match table.by_ip.get(&ip.dst()).and_then(|slot| table.ports.get(slot)) {
+            Some(other) if other.slot == port.slot => Target::Drop(Denied::NoWay),
+            Some(other) if self.may_talk(&settings, &other.settings()) => {
+                Target::Route { slot: other.slot, gateway: gateway.mac }
+            }
+            Some(_) => Target::Drop(Denied::NoWay),
+            None => Target::Uplink,
+        }
+    }
+
+    /// From the domain's own kernel, which routes.
+    fn kernel_sends(&self, table: &Table, h: &Headers<'_>) -> Target {
+        let at = |ip: IpAddr| {
+            table.by_ip.get(&ip).and_then(|slot| table.ports.get(slot)).and_then(|port| port.settings().mac)
+        };
+        let no_way = Target::Drop(Denied::NoWay);
+        if let Some(arp) = h.arp() {
+            let mac = at(arp.target.into()).filter(|_| arp.request);
+            return mac.map_or(no_way, |mac| Target::Answer(answer::arp(&arp, mac)));
+        }
+        if let Some((135, target)) = h.neighbour() {
+            let answer = at(target.into()).and_then(|mac| answer::neighbour(h, mac));
+            return answer.map_or(no_way, Target::Answer);
+        }
+        table.by_mac.get(&h.dst()).map_or(no_way, |&slot| Target::Port(slot))
+    }
+
+    /// Delivers packets of the lane's arena to one queue; says how many were not dropped.
+    fn give(
+        &self,
+        port: &Port,
+        queue: usize,
+        lane: &mut Lane,
+        run: &[RxFrame],
+        commit: &mut dyn FnMut(usize),
+    ) -> usize {
+        let Some(handle) = port.queues.get(queue) else { return 0 };
+        let mut guard = lock(&handle.queue);
+        let Some(rx) = guard.as_mut() else { return 0 };
+        let arena = lane.arena.clone();
+        let source = Source { arena: &arena, buffer: lane.buffer, base: arena.absolute(0) as u64 };
+        match rx.deliver(lane, &source, run, commit) {
+            Ok(delivery) => {
+                drop(guard);
+                handle.ports.notify_rx(delivery.notify, &port.stats);
+                run.len() - delivery.dropped
+            }
+            Err(error) => {
+                // hv-core's trouble is not the frontend's fault, but nothing can be delivered with it.
+                if !matches!(error, QueueError::Copy(_)) {
+                    guard.take();
+                }
+                drop(guard);
+                port.fail(error.to_string());
+                0
+            }
+        }
+    }
+
+    /// Cuts a large packet for a frontend that cannot take it whole.
+    fn give_segments(
+        &self,
+        port: &Port,
+        queue: usize,
+        lane: &mut Lane,
+        frame: &Frame,
+        commit: &mut dyn FnMut(),
+    ) -> Fate {
+        let mut packet = vec![0; frame.len];
+        lane.arena.copy_out(frame.at, &mut packet);
+        let Some(segments) = frame.meta.gso.and_then(|gso| segment::segment(&packet, gso)) else {
+            return Fate::Refused;
+        };
+        let mut run = Vec::with_capacity(segments.len());
+        let mut at = SCRATCH;
+        for bytes in &segments {
+            if at + HEADROOM + bytes.len() > SCRATCH + SCRATCH_BYTES {
+                return Fate::Dropped;
+            }
+            run.push(RxFrame { frame: put(&lane.arena, at, bytes), hash: None });
+            at = (at + HEADROOM + bytes.len()).next_multiple_of(64);
+        }
+        commit();
+        match self.give(port, queue, lane, &run, &mut |_| {}) {
+            0 => Fate::Dropped,
+            _ => Fate::Sent,
+        }
+    }
+
+    fn to_uplink(&self, lane: &Lane, frame: &Frame) -> Fate {
+        let tap = self.uplink.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(tap) = tap else { return Fate::Dropped };
+        let from = lane.arena.absolute(frame.at - VNET_HDR_LEN);
+        match tap.write(lane.arena.mem(), from, VNET_HDR_LEN + frame.len) {
+            Ok(Some(_)) => {
+                self.stats.rx_packets.add(1);
+                self.stats.rx_bytes.add(frame.len as u64);
+                Fate::Sent
+            }
+            Ok(None) => {
+                self.stats.rx_dropped.add(1);
+                Fate::Dropped
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the TAP refused a packet");
+                self.stats.rx_errors.add(1);
+                Fate::Refused
+            }
+        }
+    }
+
+    /// To all that may want it. The sender's own mark stands already.
+    fn flood(&self, table: &Table, origin: Origin<'_>, lane: &mut Lane, frame: &Frame) {
+        let mut bytes = [0; MAX_HEADERS];
+        let bytes = &mut bytes[..frame.len.min(MAX_HEADERS)];
+        lane.arena.copy_out(frame.at, bytes);
+        let h = Headers::parse(bytes);
+        let (dst, from) = (
+            h.dst(),
+            match origin {
+                Origin::Vif(port) => Some((port.slot, port.settings())),
+                Origin::Uplink => None,
+            },
+        );
+        if from.is_some() {
+            self.to_uplink(lane, frame);
+        }
+        for (&slot, port) in &table.ports {
+            let settings = port.settings();
+            let wanted = match &from {
+                Some((own, mine)) => slot != *own && self.may_talk(mine, &settings),
+                None => true,
+            };
+            let heard = if h.is_multicast() {
+                port.groups.read().unwrap_or_else(PoisonError::into_inner).lets(dst)
+            } else {
+                // Unknown, and of a locked vif everything is known.
+                !settings.locked()
+            };
+            if !wanted || !heard {
+                continue;
+            }
+            match to_port(table, slot, &lane.arena, frame, bytes) {
+                Verdict::Port { queue, hash, frame, segment: false, .. } => {
+                    self.give(port, queue, lane, &[RxFrame { frame, hash }], &mut |_| {});
+                }
+                Verdict::Port { queue, frame, .. } => {
+                    self.give_segments(port, queue, lane, &frame, &mut || {});
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn answer(&self, origin: Origin<'_>, lane: &mut Lane, bytes: &[u8]) {
+        if bytes.len() > SCRATCH_BYTES - HEADROOM {
+            return;
+        }
+        let frame = put(&lane.arena, SCRATCH, bytes);
+        match origin {
+            Origin::Vif(port) => {
+                self.give(port, 0, lane, &[RxFrame { frame, hash: None }], &mut |_| {});
+            }
+            Origin::Uplink => {
+                self.to_uplink(lane, &frame);
+            }
+        }
+    }
+}
+
+/// Where a packet goes by its headers.
+enum Target {
+    Drop(Denied),
+    Port(u16),
+    /// To another guest, by way of the gateway.
+    Route {
+        slot: u16,
+        gateway: Mac,
+    },
+    Uplink,
+    Flood,
+    Answer(Vec<u8>),
+}
+
+/// Writes a finished packet to the scratch.
+fn put(arena: &Span, at: usize, bytes: &[u8]) -> Frame {
+    arena.copy_in(at + HEADROOM - VNET_HDR_LEN, &VnetHdr::default().to_bytes());
+    arena.copy_in(at + HEADROOM, bytes);
+    Frame { at: at + HEADROOM, len: bytes.len(), meta: offload::Meta::default() }
+}
+
+/// Makes a packet such as a port can take it, and chooses its queue.
+fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, bytes: &[u8]) -> Verdict {
+    let Some(port) = table.ports.get(&slot) else { return Verdict::Drop(Denied::NoWay) };
+    let offloads = &port.offloads;
+    let h = Headers::parse(bytes);
+    let (queue, hash) = port.hash().queue(&h, port.queues.len());
+    let mut frame = *frame;
+    let csum = if offload::is_ipv6(bytes) { offloads.csum_ipv6 } else { offloads.csum };
+    if let Some(gso) = frame.meta.gso {
+        let can = offloads.sg
+            && csum
+            && match gso.family {
+                Family::V4 => offloads.gso_tcpv4,
+                Family::V6 => offloads.gso_tcpv6,
+            };
+        if !can {
+            return Verdict::Port { slot, queue, hash: None, frame, segment: true };
+        }
+    } else if frame.len > port.settings().mtu as usize + ETH_LEN + 4 {
+        port.stats.rx_dropped.add(1);
+        return Verdict::Unfit;
+    }
+    if frame.meta.csum_blank && !csum {
+        let mut packet = vec![0; frame.len];
+        arena.copy_out(frame.at, &mut packet);
+        if let Ok((at, value)) = offload::finish_checksum(&packet) {
+            arena.copy_in(frame.at + at, &value);
+        }
+        frame.meta.csum_blank = false;
+        frame.meta.data_validated = true;
+        arena.copy_in(frame.at - VNET_HDR_LEN, &VnetHdr::validated().to_bytes());
+    }
+    let shape = RxShape { len: frame.len, meta: frame.meta, hash, headroom: port.headroom() };
+    if shape.data_slots() > MAX_DATA_SLOTS || (shape.data_slots() > 1 && !offloads.sg) {
+        port.stats.rx_dropped.add(1);
+        return Verdict::Unfit;
+    }
+    Verdict::Port { slot, queue, hash, frame, segment: false }
+}
