@@ -3,22 +3,26 @@
 use std::io;
 use std::sync::Arc;
 
-use domain_kit::xenbus::BackendHandle;
+use domain_kit::xenbus::{BackendHandle, DeviceKey};
 use proto::blkback::disk_server::{Disk as Api, DiskServer};
-use proto::blkback::{DescribeReply, DescribeRequest, GrowRequest, SettleReply, SettleRequest};
+use proto::blkback::{
+    DescribeReply, DescribeRequest, GrowRequest, SetLimitsReply, SetLimitsRequest, SettleReply, SettleRequest,
+};
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
 use crate::disk::attachment::Disk;
-use crate::driver::DiskState;
+use crate::driver::{DiskState, Registry};
+use crate::limit::Limits;
 
 /// For `domain_kit::control::serve_with`.
-pub fn routes(disk: Arc<DiskState>, handle: BackendHandle) -> Routes {
-    Routes::new(DiskServer::new(DiskApi { disk, handle }))
+pub fn routes(disk: Arc<DiskState>, registry: Arc<Registry>, handle: BackendHandle) -> Routes {
+    Routes::new(DiskServer::new(DiskApi { disk, registry, handle }))
 }
 
 struct DiskApi {
     disk: Arc<DiskState>,
+    registry: Arc<Registry>,
     handle: BackendHandle,
 }
 
@@ -59,6 +63,21 @@ fn describe(disk: &dyn Disk) -> DescribeReply {
 impl Api for DiskApi {
     async fn describe(&self, _request: Request<DescribeRequest>) -> Result<Response<DescribeReply>, Status> {
         Ok(Response::new(describe(&*self.disk()?)))
+    }
+
+    async fn set_limits(
+        &self,
+        request: Request<SetLimitsRequest>,
+    ) -> Result<Response<SetLimitsReply>, Status> {
+        let SetLimitsRequest { frontend, device, iops, iops_burst, bytes, bytes_burst } =
+            request.into_inner();
+        let not_found = || Status::not_found(format!("vbd {device} of domain {frontend} is not served"));
+        let key = DeviceKey { frontend: frontend.try_into().map_err(|_| not_found())?, id: device };
+        if !self.registry.ask_limits(key, Limits { iops, iops_burst, bytes, bytes_burst }) {
+            return Err(not_found());
+        }
+        self.handle.wake();
+        Ok(Response::new(SetLimitsReply {}))
     }
 
     async fn grow(&self, request: Request<GrowRequest>) -> Result<Response<DescribeReply>, Status> {

@@ -91,8 +91,16 @@ impl Registry {
         known
     }
 
-    fn take_asked(&self, key: DeviceKey) -> Option<Limits> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&key)
+    fn asked(&self, key: DeviceKey) -> Option<Limits> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied()
+    }
+
+    /// They stand in the store; others may have been asked for meanwhile.
+    fn written(&self, key: DeviceKey, limits: Limits) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.get(&key) == Some(&limits) {
+            asked.remove(&key);
+        }
     }
 }
 
@@ -358,11 +366,15 @@ impl BackendDriver for Vbd {
 
     fn live(&mut self, node: &DeviceNode, served: &mut Served) -> Result<(), DeviceError> {
         let Some(device) = &served.0 else { return Ok(()) };
-        if let Some(asked) = self.registry.take_asked(node.key) {
+        if let Some(asked) = self.registry.asked(node.key) {
             let Limits { iops, iops_burst, bytes, bytes_burst } = asked;
-            for (name, value) in LIMITS.iter().zip([iops, iops_burst, bytes, bytes_burst]) {
-                node.xs.write(&format!("{}/{name}", node.back), value.to_string())?;
-            }
+            node.xs.transaction(|tx| {
+                for (name, value) in LIMITS.iter().zip([iops, iops_burst, bytes, bytes_burst]) {
+                    tx.write(&format!("{}/{name}", node.back), value.to_string())?;
+                }
+                Ok(())
+            })?;
+            self.registry.written(node.key, asked);
         }
         let mut said = [0; 4];
         for (value, name) in said.iter_mut().zip(LIMITS) {

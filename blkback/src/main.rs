@@ -167,7 +167,7 @@ fn main() -> anyhow::Result<()> {
     if claiming.load(Relaxed) == 0 && (disk.get().is_ok() || device::kept(&domain.hv)?.is_empty()) {
         domain.hv.served().context("telling hv-core that blkback is up")?;
     }
-    let routes = blkback::control::routes(disk.clone(), bus.handle());
+    let routes = blkback::control::routes(disk.clone(), registry.clone(), bus.handle());
     let control = control::serve_with(&domain, registry, routes).context("gRPC on descriptor 4")?;
     if disk.get().is_ok() {
         control.set_serving(true);

@@ -1,0 +1,362 @@
+//! A frontend that breaks the rules, and a medium that fails: what the engine makes of them. Tests are named after the Xen Security
+//! Advisory whose class they are about.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use blkback::disk::attachment::{
+    Buffers, Completions, DiskError, DiskQueue, DiskRequest, Geometry, Operation, Tag,
+};
+use blkback::engine::{BUFFERS_BYTES, Direction, Engine, GuestPages, IndirectPage, NoSpace};
+use blkback::limit::{Limiter, Limits};
+use blkback::request::{BlkifFormat, MAX_INDIRECT_BYTES, Prepared};
+use blkback::stats::Stats;
+use domain_kit::journal::{JournalError, JournaledRing, Slot};
+use domain_kit::mem::SharedMem;
+use domain_kit::ring::{FrontRing, RingLayout};
+use nix::libc;
+use xen_abi::io::blkif::*;
+use xen_abi::io::ring::{REQ_PROD_OFFSET, RING_OFFSET, RSP_PROD_OFFSET};
+
+const ABI: Abi = Abi::X86_64;
+const SECTORS: u64 = 1024;
+/// Pages that are granted: gref n is page n. One page before and one after are not.
+const PAGES: usize = 16;
+
+/// A disk in memory, that fails when told.
+struct Fake {
+    buffers: Arc<SharedMem>,
+    data: Vec<u8>,
+    done: Completions,
+    /// The next writes fail with this.
+    fail: Vec<i32>,
+}
+
+impl DiskQueue for Fake {
+    fn geometry(&self) -> Geometry {
+        Geometry::plain(SECTORS, false)
+    }
+    fn submit(&mut self, tag: Tag, request: &DiskRequest) {
+        let (at, len) = (request.offset as usize, request.len as usize);
+        let range = at..at + len;
+        let result = match request.operation {
+            Operation::Read => {
+                self.buffers.mem().copy_in(request.buffer as usize, &self.data[range]);
+                Ok(())
+            }
+            Operation::Write { .. } => match self.fail.pop() {
+                Some(errno) => Err(DiskError(errno)),
+                None => {
+                    self.buffers.mem().copy_out(request.buffer as usize, &mut self.data[range]);
+                    Ok(())
+                }
+            },
+            _ => Ok(()),
+        };
+        self.done.push((tag, result));
+    }
+    fn kick(&mut self) {}
+    fn completed(&mut self, into: &mut Completions) {
+        into.append(&mut self.done);
+    }
+    fn ready(&mut self) -> bool {
+        !self.done.is_empty()
+    }
+    fn wait(&mut self, _events: &[BorrowedFd<'_>], _timeout: Option<Duration>) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn finish(&mut self) {}
+}
+
+struct Guest {
+    mem: Arc<SharedMem>,
+    buffers: Arc<SharedMem>,
+}
+
+impl Guest {
+    fn page(gref: u32) -> Option<usize> {
+        ((gref as usize) < PAGES).then(|| (gref as usize + 1) * 4096)
+    }
+}
+
+impl GuestPages for Guest {
+    fn transfer(
+        &mut self,
+        direction: Direction,
+        slots: &[Slot],
+        requests: &[Prepared],
+        failed: &mut Vec<Slot>,
+    ) {
+        for &slot in slots {
+            let request = &requests[slot.0 as usize];
+            let mut at = request.buffer as usize;
+            for s in &request.segments {
+                let Some(page) = Self::page(s.gref) else {
+                    failed.push(slot);
+                    break;
+                };
+                let page = page + usize::from(s.offset);
+                match direction {
+                    Direction::Fetch => self.buffers.copy_from(at, &self.mem, page, s.len.into()),
+                    Direction::Store => self.mem.copy_from(page, &self.buffers, at, s.len.into()),
+                }
+                at += usize::from(s.len);
+            }
+        }
+    }
+
+    fn indirect(&mut self, pages: &[IndirectPage], each: &mut dyn FnMut(Slot, Option<&[u8]>)) {
+        for page in pages {
+            let bytes = Self::page(page.gref).map(|at| {
+                let mut bytes = vec![0; page.len as usize];
+                self.mem.copy_out(at, &mut bytes);
+                bytes
+            });
+            each(page.slot, bytes.as_deref());
+        }
+    }
+}
+
+struct World {
+    ring: Arc<SharedMem>,
+    guest: Arc<SharedMem>,
+    front: FrontRing<Arc<SharedMem>>,
+    engine: Engine<Arc<SharedMem>, Arc<SharedMem>, Guest, Fake>,
+    stats: Arc<Stats>,
+}
+
+fn memory(len: usize) -> Arc<SharedMem> {
+    Arc::new(SharedMem::create("hostile", len).unwrap().0)
+}
+
+fn world() -> World {
+    let layout = RingLayout::new(1, ABI.entry_size(), ABI.response_size());
+    let shape = JournaledRing::<Arc<SharedMem>, Arc<SharedMem>, BlkifFormat>::shape(
+        &layout,
+        MAX_INDIRECT_BYTES as u32,
+        0,
+    );
+    let (ring, guest) = (memory(4096), memory((PAGES + 2) * 4096));
+    let front = FrontRing::init(ring.clone(), layout);
+    let journal = memory(shape.bytes());
+    let back = JournaledRing::create(ring.clone(), layout, journal, shape, [0; 6], BlkifFormat(ABI)).unwrap();
+    let buffers = memory(BUFFERS_BYTES);
+    let disk = Fake {
+        buffers: buffers.clone(),
+        data: vec![0; SECTORS as usize * 512],
+        done: Vec::new(),
+        fail: Vec::new(),
+    };
+    let pages = Guest { mem: guest.clone(), buffers };
+    let stats = Arc::new(Stats::default());
+    let engine = Engine::new(back, ABI, Vec::new(), pages, disk, stats.clone());
+    World { ring, guest, front, engine, stats }
+}
+
+impl World {
+    fn put(&mut self, request: &Request) {
+        self.front.put(&ABI.encode(request));
+        self.front.push();
+    }
+
+    fn write(&mut self, id: u64, sector_number: u64, gref: u32) {
+        let mut request = BlkifRequest { operation: BLKIF_OP_WRITE, id, sector_number, ..Default::default() };
+        request.nr_segments = 1;
+        request.seg[0] = BlkifRequestSegment::new(gref, 0, 7);
+        self.put(&Request::Direct(request));
+    }
+
+    /// Polls until nothing is left to do at once, and takes the responses.
+    fn settle(&mut self) -> Vec<(u64, i16)> {
+        while self.engine.poll().unwrap().more {}
+        let mut responses = Vec::new();
+        while self.front.unconsumed().unwrap() > 0 {
+            let mut bytes = [0; 16];
+            self.front.take(&mut bytes);
+            let response = ABI.decode_response(&bytes);
+            responses.push((response.id, response.status));
+        }
+        responses
+    }
+}
+
+/// XSA-155, 166, 197: a thread flips every byte of the slots and of the indirect and data pages while requests run. Nothing beyond the
+/// granted pages and the disk is touched, the service lives, and an honest request is served afterwards.
+#[test]
+fn xsa_155_double_fetch() {
+    let mut world = world();
+    let guard = [0xc3; 4096];
+    world.guest.copy_in(0, &guard);
+    world.guest.copy_in((PAGES + 1) * 4096, &guard);
+    let stop = AtomicBool::new(false);
+    let (ring, guest) = (world.ring.clone(), world.guest.clone());
+    let mut answered = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut x = 1u64;
+            while !stop.load(Relaxed) {
+                for _ in 0..64 {
+                    x ^= x << 13;
+                    x ^= x >> 7;
+                    x ^= x << 17;
+                    let at = RING_OFFSET + (x as usize >> 8) % (32 * 112);
+                    // Mostly small values: they pass more checks.
+                    let byte = if x & 3 == 0 { (x >> 40) as u8 } else { (x >> 40) as u8 % 8 };
+                    ring.copy_in(at, &[byte]);
+                    guest.copy_in(4096 + (x as usize >> 20) % (PAGES * 4096), &[byte]);
+                }
+            }
+        });
+        let until = Instant::now() + Duration::from_millis(700);
+        let mut id = 0u64;
+        while Instant::now() < until {
+            while world.front.free() > 0 {
+                id += 1;
+                let gref = id as u32 % PAGES as u32;
+                if id.is_multiple_of(2) {
+                    world.write(id, id % SECTORS, gref);
+                } else {
+                    let mut request = BlkifRequestIndirect {
+                        operation: BLKIF_OP_INDIRECT,
+                        indirect_op: BLKIF_OP_READ,
+                        nr_segments: 1 + id as u16 % 256,
+                        id,
+                        ..Default::default()
+                    };
+                    request.indirect_grefs[0] = gref;
+                    world.put(&Request::Indirect(request));
+                }
+            }
+            answered += world.settle().len();
+        }
+        stop.store(true, Relaxed);
+    });
+    world.settle();
+    assert!(answered > 1000, "{answered} requests");
+    for at in [0, (PAGES + 1) * 4096] {
+        let mut bytes = [0; 4096];
+        world.guest.copy_out(at, &mut bytes);
+        assert_eq!(bytes, guard, "a page that was not granted");
+    }
+    world.guest.copy_in(4096, &[0x11; 4096]);
+    world.write(77, 8, 0);
+    assert_eq!(world.settle(), [(77, BLKIF_RSP_OKAY)]);
+    assert_eq!(world.engine.disk().data[8 * 512..16 * 512], [0x11; 4096]);
+}
+
+/// XSA-216: the slot is poisoned, and no byte of it stays in the response.
+#[test]
+fn xsa_216_no_unwritten_byte_leaves() {
+    let mut world = world();
+    world.write(5, 0, 0);
+    while world.engine.in_flight() == 0 {
+        world.engine.round().unwrap();
+    }
+    world.ring.copy_in(RING_OFFSET, &[0xa5; 112]);
+    while world.engine.poll().unwrap().more {}
+    let mut bytes = [0; 16];
+    world.ring.copy_out(RING_OFFSET, &mut bytes);
+    assert_eq!(bytes, [5, 0, 0, 0, 0, 0, 0, 0, BLKIF_OP_WRITE, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+/// XSA-38's class: an index that no honest frontend writes ends the ring for good.
+#[test]
+fn xsa_38_a_foreign_index_ends_the_ring() {
+    for req_prod in [33, 1000, u32::MAX, 1 << 31] {
+        let mut world = world();
+        domain_kit::ring::RingMem::store_u32(&*world.ring, REQ_PROD_OFFSET, req_prod);
+        assert!(matches!(world.engine.poll(), Err(JournalError::Ring(_))), "{req_prod}");
+    }
+}
+
+/// A frontend that writes the backend's own index changes nothing: the backend keeps its own.
+#[test]
+fn rsp_prod_is_the_backends_own() {
+    let mut world = world();
+    domain_kit::ring::RingMem::store_u32(&*world.ring, RSP_PROD_OFFSET, 20);
+    world.write(1, 0, 0);
+    while world.engine.poll().unwrap().more {}
+    assert_eq!(domain_kit::ring::RingMem::load_u32(&*world.ring, RSP_PROD_OFFSET), 1);
+}
+
+/// XSA-391: no event without a response, however often the backend is woken; and at most one for a batch.
+#[test]
+fn xsa_391_no_event_without_a_response() {
+    let mut world = world();
+    for _ in 0..1000 {
+        assert!(!world.engine.poll().unwrap().notify);
+    }
+    for id in 0..8 {
+        world.write(id, id * 8, id as u32);
+    }
+    let mut events = 0;
+    loop {
+        let polled = world.engine.poll().unwrap();
+        events += u32::from(polled.notify);
+        if !polled.more {
+            break;
+        }
+    }
+    assert_eq!(events, 1, "the frontend has not asked for a second one");
+}
+
+/// An error of the medium is that request's alone.
+#[test]
+fn a_medium_error_answers_that_request_alone() {
+    let mut world = world();
+    world.engine.disk().fail = vec![libc::EIO];
+    for id in 0..4 {
+        world.write(id, id * 8, id as u32);
+    }
+    let mut responses = world.settle();
+    responses.sort_unstable();
+    let errors: Vec<_> = responses.iter().filter(|(_, status)| *status == BLKIF_RSP_ERROR).collect();
+    assert_eq!((responses.len(), errors.len(), world.stats.errors.get()), (4, 1, 1));
+}
+
+/// No room on the medium: reported, or the ring stops until there is room, and the statistics show it.
+#[test]
+fn no_space_is_reported_or_waited_for() {
+    let mut plain = world();
+    plain.engine.disk().fail = vec![libc::ENOSPC];
+    plain.write(1, 0, 0);
+    assert_eq!(plain.settle(), [(1, BLKIF_RSP_ERROR)]);
+
+    let mut world = world();
+    world.engine.set_no_space(NoSpace::Stop);
+    world.engine.disk().fail = vec![libc::ENOSPC; 2];
+    world.write(1, 0, 0);
+    world.write(2, 8, 1);
+    assert_eq!(world.settle(), []);
+    assert_eq!(world.stats.no_space.get(), 1);
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut responses = Vec::new();
+    while responses.len() < 2 && Instant::now() < until {
+        std::thread::sleep(world.engine.due().unwrap_or_default().min(Duration::from_secs(1)));
+        responses.extend(world.settle());
+    }
+    responses.sort_unstable();
+    assert_eq!(responses, [(1, BLKIF_RSP_OKAY), (2, BLKIF_RSP_OKAY)]);
+    assert_eq!((world.stats.no_space.get(), world.stats.errors.get()), (0, 0));
+}
+
+/// A limit makes requests wait, and may be lifted while they do.
+#[test]
+fn limits_hold_and_change() {
+    let mut world = world();
+    let limiter = Arc::new(Limiter::default());
+    limiter.set(Limits { iops: 1, iops_burst: 3, ..Limits::default() });
+    world.engine.set_limiter(limiter.clone());
+    for id in 0..8 {
+        world.write(id, id * 8, id as u32);
+    }
+    assert_eq!(world.settle().len(), 3);
+    let due = world.engine.due().expect("it waits for the limit");
+    assert!(due > Duration::ZERO && due <= Duration::from_secs(2), "{due:?}");
+    limiter.set(Limits::default());
+    std::thread::sleep(due);
+    assert_eq!(world.settle().len(), 5);
+    assert!(world.stats.throttled.get() > 0);
+}
