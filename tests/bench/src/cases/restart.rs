@@ -30,10 +30,11 @@ const BACK: Duration = Duration::from_secs(10);
 const BETWEEN: Duration = Duration::from_millis(1);
 
 /// Who is killed, and whose pause is looked at.
-const SERVICES: [(&str, Kind); 4] = [
+const SERVICES: [(&str, Kind); 5] = [
     ("xenstored", Kind::Guest("store")),
     ("blkback", Kind::Guest("block")),
     ("netback", Kind::Guest("net")),
+    ("console-backend", Kind::Guest("console")),
     ("dom0-supervisor", Kind::Toolstack),
 ];
 
@@ -98,6 +99,7 @@ fn find(world: &World, service: &str) -> Result<String> {
     let exact = match service {
         "netback" => NETBACK,
         "dom0-supervisor" => "dom0",
+        "console-backend" => "console",
         other => other,
     };
     let names: Vec<&String> = services.keys().collect();

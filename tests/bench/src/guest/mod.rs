@@ -1,6 +1,7 @@
 //! What runs inside a process domain: commands from the driver, each a measurement or a step of setting one up.
 
 mod block;
+mod console;
 mod copy;
 mod events;
 mod load;
@@ -119,6 +120,10 @@ impl Guest {
                     let endpoint = self.endpoint()?;
                     let peer = bulkhead_tests::outside::ADDRESS.parse()?;
                     load::Load::start(move || locked(&*endpoint).load_echo(peer))?
+                }
+                "console" => {
+                    let mut console = console::Console::open(&self.domain)?;
+                    load::Load::start(move || console.request())?
                 }
                 other => bail!("no such load: {other}"),
             };
