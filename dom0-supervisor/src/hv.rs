@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::hvcore::{CreateDomainRequest, Domain, VersionReply};
+use proto::hvcore::{CreateDomainRequest, Domain, Resource, VersionReply};
 
 /// Why hv-core did not do it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -56,6 +56,27 @@ pub trait Hv: Send + Sync {
     /// # Errors
     /// [`HvError::Busy`] it did not within that time, or does not answer.
     fn drain(&self, control_socket: &str, within: Duration) -> Result<(), HvError>;
+    /// Approves resources of a domain, in place of those of the same names, and withdraws others.
+    ///
+    /// # Errors
+    /// [`HvError`].
+    fn approve(
+        &self,
+        domid: u16,
+        instance: u64,
+        add: Vec<Resource>,
+        remove: Vec<String>,
+    ) -> Result<(), HvError>;
+    /// Asks the blkback at this socket to put everything on the medium.
+    ///
+    /// # Errors
+    /// [`HvError::Busy`] it does not answer; [`HvError::Refused`] it has no disk, and why.
+    fn settle_disk(&self, control_socket: &str) -> Result<(), HvError>;
+    /// Asks the blkback at this socket how long its disk is, after making it `grow` bytes long if that is not 0.
+    ///
+    /// # Errors
+    /// As [`Hv::settle_disk`].
+    fn disk_bytes(&self, control_socket: &str, grow: u64) -> Result<u64, HvError>;
     /// Sends its process a signal.
     ///
     /// # Errors

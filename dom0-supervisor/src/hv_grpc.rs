@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use domain_kit::Domain as Me;
 use hyper_util::rt::TokioIo;
+use proto::blkback::disk_client::DiskClient;
+use proto::blkback::{DescribeRequest, GrowRequest, SettleRequest};
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::{
-    CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, UpdateDomainRequest, VersionReply,
-    VersionRequest, WatchEventsRequest,
+    CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, Resource, SetResourcesRequest,
+    UpdateDomainRequest, VersionReply, VersionRequest, WatchEventsRequest,
 };
 use proto::service::DrainRequest;
 use proto::service::service_client::ServiceClient;
@@ -59,6 +61,14 @@ impl GrpcHv {
             Ok(Err(status)) => Err(from_status(&status)),
             Ok(Ok(reply)) => Ok(reply.into_inner()),
         }
+    }
+
+    /// A call to a service: that it does not answer is no sign of hv-core's end.
+    fn ask<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, HvError> {
+        self.call(call).map_err(|e| match e {
+            HvError::Gone => HvError::Busy("the service does not answer".into()),
+            e => e,
+        })
     }
 
     /// hv-core's events after `seq`, for as long as the connection lives.
@@ -128,6 +138,34 @@ impl Hv for GrpcHv {
             Ok(Err(status)) => Err(HvError::Busy(crate::manager::one_line(status.message()))),
             Err(_) => Err(HvError::Busy("the service does not answer".into())),
         }
+    }
+
+    fn approve(
+        &self,
+        domid: u16,
+        instance: u64,
+        add: Vec<Resource>,
+        remove: Vec<String>,
+    ) -> Result<(), HvError> {
+        let mut client = self.client.clone();
+        let domain = Some(domain_ref(domid, instance));
+        self.call(client.set_resources(SetResourcesRequest { domain, add, remove })).map(drop)
+    }
+
+    fn settle_disk(&self, control_socket: &str) -> Result<(), HvError> {
+        let mut client = DiskClient::new(crate::api::channel(control_socket.to_owned()));
+        self.ask(async move { client.settle(SettleRequest {}).await }).map(drop)
+    }
+
+    fn disk_bytes(&self, control_socket: &str, grow: u64) -> Result<u64, HvError> {
+        let mut client = DiskClient::new(crate::api::channel(control_socket.to_owned()));
+        let asked = async move {
+            match grow {
+                0 => client.describe(DescribeRequest {}).await,
+                bytes => client.grow(GrowRequest { bytes }).await,
+            }
+        };
+        self.ask(asked).map(|reply| reply.bytes)
     }
 
     fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError> {

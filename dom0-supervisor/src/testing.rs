@@ -211,6 +211,45 @@ impl Hv for World {
         )
     }
 
+    fn approve(
+        &self,
+        _domid: u16,
+        instance: u64,
+        add: Vec<proto::hvcore::Resource>,
+        remove: Vec<String>,
+    ) -> Result<(), HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let request = w.requests.get_mut(&instance).ok_or(HvError::NotFound)?;
+                request
+                    .resources
+                    .retain(|r| !remove.contains(&r.name) && !add.iter().any(|a| a.name == r.name));
+                request.resources.extend(add);
+                Ok(())
+            },
+        )
+    }
+
+    fn settle_disk(&self, _control_socket: &str) -> Result<(), HvError> {
+        self.call(|| Err(HvError::Gone), |_| Ok(()))
+    }
+
+    fn disk_bytes(&self, control_socket: &str, grow: u64) -> Result<u64, HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let domain = w.domains.iter().find(|d| d.control_socket == control_socket);
+                let request = domain.and_then(|d| w.requests.get(&d.instance)).ok_or(HvError::NotFound)?;
+                // An image of this name cannot be opened.
+                if request.args.iter().any(|arg| arg.contains("damaged")) {
+                    return Err(HvError::Refused("this is no qcow2 image".into()));
+                }
+                Ok(grow.max(4096))
+            },
+        )
+    }
+
     fn kill(&self, domid: u16, instance: u64, _signal: u32) -> Result<(), HvError> {
         self.call(
             || Err(HvError::Gone),

@@ -1,7 +1,7 @@
 //! What `bh` is shown: desired state, hv-core's table and the store put together.
 
 use proto::hvcore::{Domain, DomainState, Role};
-use proto::toolstack::{Device, Failure, Guest as GuestView, InfoReply, ServiceInfo};
+use proto::toolstack::{Device, Disk, Failure, Guest as GuestView, InfoReply, ServiceInfo};
 
 use crate::config::GuestType;
 use crate::manager::{Manager, OpError};
@@ -52,7 +52,7 @@ impl Manager {
         let domain = guest.domain.and_then(|running| {
             domains.iter().find(|d| d.domid == u32::from(running.domid) && d.instance == running.instance)
         });
-        let saga = state.saga_of(name).map(|(_, saga)| saga);
+        let saga = state.saga_of(name).map(|(_, saga)| saga).filter(|saga| !saga.kind.of_disk());
         let word = match (saga, domain.map(Domain::state)) {
             (Some(saga), _) if saga.phase == Phase::Undo || saga.kind == SagaKind::Destroy => "destroying",
             (Some(saga), _) if saga.kind == SagaKind::Reboot => "rebooting",
@@ -91,6 +91,32 @@ impl Manager {
             note,
             boots: guest.boots,
         }
+    }
+
+    /// A guest's disks.
+    ///
+    /// # Errors
+    /// `NotFound`; hv-core's.
+    pub fn disks(&self, guest: &str) -> Result<Vec<Disk>, OpError> {
+        let state = self.state();
+        let (name, guest) = state.find(guest).ok_or_else(|| crate::ops::no_guest(guest))?;
+        let devices = self.device_views(guest);
+        let disks = guest.config.disk.iter().enumerate().map(|(index, disk)| {
+            let device = devices.iter().find(|d| d.r#type == "vbd" && d.id == disk.vdev.number());
+            let length = self.disk_length(name, disk.vdev.name());
+            let files = disk.files().into_iter().map(|file| format!("{}:{}", file.format, file.name));
+            Disk {
+                vdev: disk.vdev.name().into(),
+                backend: guest.disk_backend_name(index),
+                files: files.collect(),
+                mode: disk.mode.word().into(),
+                bytes: *length.as_ref().unwrap_or(&0),
+                frontend_state: device.map(|d| d.frontend_state.clone()).unwrap_or_default(),
+                backend_state: device.map(|d| d.backend_state.clone()).unwrap_or_default(),
+                note: length.err().map(|e| e.to_string()).unwrap_or_default(),
+            }
+        });
+        Ok(disks.collect())
     }
 
     fn device_views(&self, guest: &Guest) -> Vec<Device> {
@@ -238,6 +264,9 @@ impl Manager {
 fn describe(saga: &crate::state::Saga) -> String {
     let kind = match (saga.phase, saga.kind) {
         (Phase::Undo, _) => "undoing",
+        (Phase::Do, SagaKind::AttachDisk) => "attaching a disk to",
+        (_, SagaKind::DetachDisk) => "detaching a disk from",
+        (_, SagaKind::SnapshotDisk) => "making a snapshot for",
         (_, SagaKind::Create) => "creating",
         (_, SagaKind::Destroy) => "destroying",
         (_, SagaKind::Reboot) => "rebooting",

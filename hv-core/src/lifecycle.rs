@@ -277,6 +277,16 @@ impl Lifecycle {
                     "{field}: stays for a domain's life; make another domain"
                 )));
             }
+            let approved = |(name, r): &&(hv_abi::Name, Resource)| {
+                r.kind == hv_abi::resource_kind::LISTENER
+                    || d.resources.get(&name.0).is_some_and(|a| (a.kind, &a.path) == (r.kind, &r.path))
+            };
+            if let Some((_, other)) = spec.resources.iter().find(|resource| !approved(resource)) {
+                return Err(LifecycleError::Invalid(format!(
+                    "resources: {} is not approved for this domain; approve it first, or make another domain",
+                    other.path
+                )));
+            }
             let listeners: Vec<_> = spec
                 .resources
                 .iter()

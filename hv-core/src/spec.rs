@@ -110,14 +110,8 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// What differs from `other` and can't be changed in a domain's life.
+    /// What differs from `other` and can't be changed in a domain's life. (Of resources: what is approved now can be named.)
     pub fn fixed_field(&self, other: &Spec) -> Option<&'static str> {
-        let files = |spec: &Spec| -> Vec<([u8; NAME_LEN], u32, String)> {
-            let files = spec.resources.iter().filter(|(_, r)| r.kind != resource_kind::LISTENER);
-            let mut files: Vec<_> = files.map(|(n, r)| (n.0, r.kind, r.path.clone())).collect();
-            files.sort();
-            files
-        };
         let quotas = |l: &Limits| (l.fd_store, l.ports, l.region_pages, l.map_pages);
         let same = [
             ("name", self.name == other.name),
@@ -126,7 +120,6 @@ impl Spec {
             ("ram_bytes", (self.ram_bytes, self.grant_frames) == (other.ram_bytes, other.grant_frames)),
             ("netdevs", self.netdevs == other.netdevs),
             ("limits", quotas(&self.limits) == quotas(&other.limits)),
-            ("resources", files(self) == files(other)),
         ];
         same.into_iter().find(|(_, same)| !same).map(|(field, _)| field)
     }

@@ -167,6 +167,43 @@ impl Toolstack for Api {
         Ok(Response::new(Box::pin(kept.chain(live))))
     }
 
+    async fn list_disks(&self, request: Request<GuestRef>) -> Answer<ListDisksReply> {
+        let guest = request.into_inner().guest;
+        let disks = self.blocking(move |m| m.disks(&guest)).await?;
+        Ok(Response::new(ListDisksReply { disks }))
+    }
+
+    async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Answer<AttachDiskReply> {
+        let AttachDiskRequest { guest, disk } = request.into_inner();
+        self.blocking(move |m| {
+            let entry = crate::config::DiskEntry::parse(&disk).map_err(|e| OpError::Invalid(e.0))?;
+            m.attach_disk(&guest, entry)
+        })
+        .await?;
+        Ok(Response::new(AttachDiskReply {}))
+    }
+
+    async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Answer<DetachDiskReply> {
+        let DetachDiskRequest { guest, vdev, force } = request.into_inner();
+        self.blocking(move |m| m.detach_disk(&guest, &vdev, force)).await?;
+        Ok(Response::new(DetachDiskReply {}))
+    }
+
+    async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Answer<ResizeDiskReply> {
+        let ResizeDiskRequest { guest, vdev, bytes } = request.into_inner();
+        if bytes == 0 {
+            return Err(Status::invalid_argument("a disk of no bytes is none"));
+        }
+        let bytes = self.blocking(move |m| m.resize_disk(&guest, &vdev, bytes)).await?;
+        Ok(Response::new(ResizeDiskReply { bytes }))
+    }
+
+    async fn snapshot_disk(&self, request: Request<SnapshotDiskRequest>) -> Answer<SnapshotDiskReply> {
+        let SnapshotDiskRequest { guest, vdev, path } = request.into_inner();
+        self.blocking(move |m| m.snapshot_disk(&guest, &vdev, path.into())).await?;
+        Ok(Response::new(SnapshotDiskReply {}))
+    }
+
     type ConsoleStream = Streamed<ConsoleOutput>;
 
     async fn console(&self, request: Request<Streaming<ConsoleInput>>) -> Answer<Self::ConsoleStream> {

@@ -172,6 +172,22 @@ impl DiskEntry {
         }
     }
 
+    /// One disk by itself: xl's syntax, or the keys of `[[disk]]` as an inline table of TOML (`{vdev = "xvda", …}`).
+    ///
+    /// # Errors
+    /// One line.
+    pub fn parse(text: &str) -> Result<DiskEntry, ConfigError> {
+        #[derive(Deserialize)]
+        struct File {
+            disk: DiskEntry,
+        }
+        if text.trim_start().starts_with('{') {
+            let file: File = super::text::parse(&format!("disk = {}", text.trim()), "disk")?;
+            return Ok(file.disk);
+        }
+        text.parse()
+    }
+
     /// How it is served.
     pub fn options(&self) -> DiskOptions {
         DiskOptions { cache: self.cache, no_space: self.no_space }

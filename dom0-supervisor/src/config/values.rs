@@ -178,6 +178,17 @@ impl From<Vdev> for String {
     }
 }
 
+impl AccessMode {
+    /// As in files.
+    pub fn word(self) -> &'static str {
+        match self {
+            AccessMode::ReadWrite => "rw",
+            AccessMode::ReadOnly => "ro",
+            AccessMode::Shared => "w!",
+        }
+    }
+}
+
 /// May the guest write?
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AccessMode {

@@ -46,8 +46,8 @@ impl Manager {
         Ok(name)
     }
 
-    /// What of the host this guest needs.
-    fn check_host(&self, file: &DomainFile) -> Result<(), OpError> {
+    /// The services that its disks name, and the files if they can be seen from here.
+    pub(super) fn check_disks(&self, file: &DomainFile) -> Result<(), OpError> {
         let host = self.host();
         for disk in &file.disk {
             if let Some(DiskSource::Service(name)) = disk.source() {
@@ -64,6 +64,13 @@ impl Manager {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// What of the host this guest needs.
+    fn check_host(&self, file: &DomainFile) -> Result<(), OpError> {
+        self.check_disks(file)?;
+        let host = self.host();
         for (index, vif) in file.vif.iter().enumerate() {
             if host.netback(vif.backend.as_str()).is_none() {
                 let text = format!("vif {index}: no [[netback]] {} in the host file; add it", vif.backend);
@@ -101,6 +108,7 @@ impl Manager {
                 .destroy_unmanaged(&unmanaged)
                 .map_err(|e| e.at(&format!("guest {}", unmanaged.name)));
         }
+        self.finish_disk_operation(guest)?;
         let (name, id, wait) = {
             let mut inner = self.inner();
             let Some((name, _)) = inner.state.find(guest) else { return Err(no_guest(guest)) };
@@ -134,7 +142,7 @@ impl Manager {
         done.map_err(|e| e.at(&format!("guest {name}")))
     }
 
-    fn await_saga(&self, id: u64) -> Result<(), OpError> {
+    pub(super) fn await_saga(&self, id: u64) -> Result<(), OpError> {
         let deadline = std::time::Instant::now() + self.timing.ready + self.timing.gone;
         while self.inner().state.sagas.contains_key(&id) {
             if std::time::Instant::now() > deadline {
@@ -171,7 +179,7 @@ pub(crate) fn no_guest(guest: &str) -> OpError {
 }
 
 /// Name, uuid, MACs and writable disks belong to one guest each.
-fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Result<(), OpError> {
+pub(super) fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Result<(), OpError> {
     let name = new.config.name.as_str();
     if state.guests.contains_key(name) {
         return Err(OpError::Exists("it exists already; bh destroy it first or give another name".into()));
@@ -198,13 +206,15 @@ fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Resu
             for theirs in &guest.config.disk {
                 let vdev = disk.vdev.name();
                 match (disk.source(), theirs.source()) {
-                    (Some(DiskSource::Service(a)), Some(DiskSource::Service(b))) if a == b => {
+                    (Some(DiskSource::Service(a)), Some(DiskSource::Service(b)))
+                        if a == b && !shareable(disk.mode, theirs.mode) =>
+                    {
                         return Err(OpError::Exists(format!(
-                            "disk {vdev}: {a} is in use by guest {other}; a blkback serves one guest"
+                            "disk {vdev}: {a} is in use by guest {other}; several guests share a disk that all read, or by mode \"w!\" at all of them"
                         )));
                     }
                     (Some(DiskSource::Path(a)), Some(DiskSource::Path(b)))
-                        if same_file(a, b) && writes(disk.mode, theirs.mode) =>
+                        if same_file(a, b) && (disk.writes_path() || theirs.writes_path()) =>
                     {
                         return Err(OpError::Exists(format!(
                             "disk {vdev}: {} is in use by guest {other}; destroy that guest or use another disk",
@@ -230,6 +240,11 @@ fn conflicts(state: &State, host: &crate::config::HostFile, new: &Guest) -> Resu
         }
     }
     Ok(())
+}
+
+/// xl's rule: what nobody writes, or what each names as written by several.
+fn shareable(a: AccessMode, b: AccessMode) -> bool {
+    !writes(a, b) || (a, b) == (AccessMode::Shared, AccessMode::Shared)
 }
 
 fn writes(a: AccessMode, b: AccessMode) -> bool {

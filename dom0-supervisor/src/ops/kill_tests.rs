@@ -11,13 +11,13 @@ use crate::manager::{Manager, OpError};
 use crate::state::State;
 use crate::testing::{Inner, World};
 
-struct Bench {
-    _dir: tempfile::TempDir,
+pub(super) struct Bench {
+    pub(super) dir: tempfile::TempDir,
     host: HostFile,
     domain_file: String,
 }
 
-fn bench() -> Bench {
+pub(super) fn bench() -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk.img");
     let shared = dir.path().join("shared.img");
@@ -33,7 +33,7 @@ fn bench() -> Bench {
          disk = [{{vdev = \"xvda\", backend = \"shared\"}}, {{vdev = \"xvdb\", path = {disk:?}}}]\n\
          vif = [{{backend = \"lan\"}}]\n"
     );
-    Bench { _dir: dir, host: HostFile::parse(&host, "h").unwrap(), domain_file }
+    Bench { dir, host: HostFile::parse(&host, "h").unwrap(), domain_file }
 }
 
 /// A host whose services run.
@@ -46,7 +46,7 @@ fn running(bench: &Bench) -> (World, Arc<Manager>) {
 }
 
 /// dom0 lives and reconciles until nothing is under way.
-fn settle(world: &World, manager: &Arc<Manager>) {
+pub(super) fn settle(world: &World, manager: &Arc<Manager>) {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let _ = manager.reconcile();
@@ -102,7 +102,7 @@ fn check_nothing_left(world: &Inner, state: &State) {
 
 /// Runs `operation` on a world made by `prepare`, killed at call 0, 1, 2, … until one run needs no kill; `check` judges the
 /// settled end. Returns how many kill points there were.
-fn kill_everywhere(
+pub(super) fn kill_everywhere(
     prepare: impl Fn(&Bench) -> (World, Arc<Manager>),
     operation: impl Fn(&Arc<Manager>, &Bench) -> Result<(), OpError>,
     check: impl Fn(&World, &State, bool),
@@ -140,7 +140,7 @@ fn create(manager: &Arc<Manager>, bench: &Bench) -> Result<(), OpError> {
     manager.create(&bench.domain_file, "g.toml").map(drop)
 }
 
-fn with_guest(bench: &Bench) -> (World, Arc<Manager>) {
+pub(super) fn with_guest(bench: &Bench) -> (World, Arc<Manager>) {
     let (world, manager) = running(bench);
     create(&manager, bench).unwrap();
     check_there(&world.lock(), &manager.state());

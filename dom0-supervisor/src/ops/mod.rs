@@ -12,6 +12,7 @@
 //! domains by their uuid, nodes by a marker that is written in the same transaction as the rest.
 
 mod create;
+mod disk;
 pub(crate) use create::no_guest;
 pub(crate) use steps_do::numbers;
 mod steps_do;
@@ -20,6 +21,8 @@ mod unmanaged;
 
 #[cfg(test)]
 mod bad_input_tests;
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod kill_tests;
 
@@ -53,6 +56,28 @@ pub(crate) enum Step {
     Gone,
     /// Remove the record.
     Forget,
+    /// One disk: make its backend.
+    DiskBackend,
+    /// Write its nodes.
+    DiskNodes,
+    /// Wait until its backend took it up.
+    DiskReady,
+    /// Have both ends let go.
+    DiskUnplug,
+    /// It stays after all.
+    DiskReplug,
+    /// Remove its nodes.
+    DiskRemoveNodes,
+    /// End its backend.
+    DiskRemoveBackend,
+    /// Remove it from the record.
+    DiskForget,
+    /// Let its backend open the new image, and have its next process do so.
+    SnapshotPrepare,
+    /// Make that process, and see that it has a disk.
+    SnapshotSwitch,
+    /// The image as it was.
+    SnapshotBack,
 }
 
 const REMOVE: [Step; 6] =
@@ -75,6 +100,13 @@ pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
             Step::Start,
             Step::Ready,
         ],
+        (Phase::Do, SagaKind::AttachDisk) => &[Step::DiskBackend, Step::DiskNodes, Step::DiskReady],
+        (Phase::Do, SagaKind::DetachDisk) | (Phase::Undo, SagaKind::AttachDisk) => {
+            &[Step::DiskUnplug, Step::DiskRemoveNodes, Step::DiskRemoveBackend, Step::DiskForget]
+        }
+        (Phase::Undo, SagaKind::DetachDisk) => &[Step::DiskReplug],
+        (Phase::Do, SagaKind::SnapshotDisk) => &[Step::SnapshotPrepare, Step::SnapshotSwitch],
+        (Phase::Undo, SagaKind::SnapshotDisk) => &[Step::SnapshotBack],
         (Phase::Do, SagaKind::Destroy) | (Phase::Undo, _) => &REMOVE,
     }
 }
@@ -145,7 +177,7 @@ impl Manager {
             if saga.phase == Phase::Undo {
                 why = saga.why.clone().or(why);
             }
-            match self.step(step, &guest) {
+            match self.step(step, &guest, &saga) {
                 Ok(change) => {
                     self.commit(id, &saga, change)?;
                     began = Instant::now();
@@ -154,6 +186,8 @@ impl Manager {
                 Err(OpError::Unavailable(_)) if began.elapsed() < self.timing.passing => {
                     std::thread::sleep(self.timing.poll * 4);
                 }
+                // A disk that the guest has let go of stays away.
+                Err(e) if saga.kind == SagaKind::DetachDisk && saga.step > 0 => return Err(e),
                 Err(e) if saga.phase == Phase::Do && saga.kind != SagaKind::Destroy => {
                     self.turn_back(id, &saga, &e)?;
                     began = Instant::now();
@@ -163,8 +197,19 @@ impl Manager {
         }
     }
 
-    fn step(&self, step: Step, guest: &Guest) -> Result<Change, OpError> {
+    fn step(&self, step: Step, guest: &Guest, saga: &Saga) -> Result<Change, OpError> {
         match step {
+            Step::DiskBackend
+            | Step::DiskNodes
+            | Step::DiskReady
+            | Step::DiskUnplug
+            | Step::DiskReplug
+            | Step::DiskRemoveNodes
+            | Step::DiskRemoveBackend
+            | Step::DiskForget
+            | Step::SnapshotPrepare
+            | Step::SnapshotSwitch
+            | Step::SnapshotBack => self.disk_step(step, guest, saga),
             Step::Backends => self.do_backends(guest),
             Step::Domain => self.do_domain(guest),
             Step::Nodes => self.do_nodes(guest),
@@ -207,6 +252,9 @@ impl Manager {
                 (SagaKind::Create, _) => "created".into(),
                 (SagaKind::Reboot, _) => "started again".into(),
                 (SagaKind::Destroy, _) => "removed".into(),
+                (SagaKind::AttachDisk, _) => "disk attached".into(),
+                (SagaKind::DetachDisk, _) => "disk detached".into(),
+                (SagaKind::SnapshotDisk, _) => "snapshot made".into(),
             };
             let domid =
                 self.inner().state.guests.get(&at.guest).and_then(|g| g.domain).map_or(0, |d| d.domid);

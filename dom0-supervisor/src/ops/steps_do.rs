@@ -61,7 +61,7 @@ impl Manager {
         }))
     }
 
-    fn service_domain(&self, name: &str) -> Result<RunningDomain, OpError> {
+    pub(super) fn service_domain(&self, name: &str) -> Result<RunningDomain, OpError> {
         let uuid = guest_uuid_text(&service_uuid(name));
         let Some(domain) = find_by_uuid(&*self.hv, &uuid)? else {
             // Whatever was wrong with it may be right by now, and someone asks.
@@ -78,7 +78,7 @@ impl Manager {
     }
 
     /// The domain of this uuid, made if it is not there. One that is going is waited for.
-    fn make_domain(
+    pub(super) fn make_domain(
         &self,
         uuid: &str,
         request: proto::hvcore::CreateDomainRequest,
@@ -223,7 +223,7 @@ impl Manager {
         }
     }
 
-    fn device_ready(&self, device: &DevicePaths) -> Result<bool, OpError> {
+    pub(super) fn device_ready(&self, device: &DevicePaths) -> Result<bool, OpError> {
         let state = self.store.read(&format!("{}/state", device.back))?;
         let state = XenbusState::parse(state.as_deref());
         if (XenbusState::InitWait..=XenbusState::Connected).contains(&state) {

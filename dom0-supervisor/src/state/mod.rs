@@ -6,8 +6,8 @@ mod records;
 
 pub use file::{StateError, StateFile};
 pub use records::{
-    Failure, Guest, MadeOf, OwnDisk, Phase, RunningDomain, Saga, SagaKind, State, guest_uuid_text,
-    private_backend_name, private_backend_uuid, service_uuid,
+    DiskChange, Failure, Guest, MadeOf, OwnDisk, Phase, RunningDomain, Saga, SagaKind, State,
+    guest_uuid_text, private_backend_name, private_backend_uuid, service_uuid,
 };
 
 /// Where [`State`] is kept. The real one is [`StateFile`]; tests put one in memory that fails at chosen steps.

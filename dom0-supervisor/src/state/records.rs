@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::config::{DiskSource, DomainFile, Mac};
+use crate::config::{DiskEntry, DiskSource, DomainFile, Mac};
 
 /// Everything that must outlive dom0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +96,19 @@ pub enum SagaKind {
     Destroy,
     /// Give a guest a new domain.
     Reboot,
+    /// Give a running guest a disk.
+    AttachDisk,
+    /// Take a disk from a running guest.
+    DetachDisk,
+    /// Put a new image on top of a running guest's disk.
+    SnapshotDisk,
+}
+
+impl SagaKind {
+    /// It is about one disk of a guest that stays as it is otherwise.
+    pub fn of_disk(self) -> bool {
+        matches!(self, SagaKind::AttachDisk | SagaKind::DetachDisk | SagaKind::SnapshotDisk)
+    }
 }
 
 /// Where an operation goes.
@@ -123,6 +136,22 @@ pub struct Saga {
     /// Why it is undone, or why a guest is destroyed.
     #[serde(default)]
     pub why: Option<String>,
+    /// What a disk's operation is about.
+    #[serde(default)]
+    pub disk: Option<DiskChange>,
+}
+
+/// What an operation on a disk changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskChange {
+    /// The disk as it was, or as it is attached.
+    pub entry: DiskEntry,
+    /// The disk as it is after a snapshot.
+    #[serde(default)]
+    pub next: Option<DiskEntry>,
+    /// Do not wait for the guest to let go.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// An operation that failed and was undone.
@@ -149,7 +178,17 @@ impl State {
     pub fn begin(&mut self, guest: &str, kind: SagaKind, why: Option<String>) -> u64 {
         let id = self.next_saga;
         self.next_saga += 1;
-        self.sagas.insert(id, Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why });
+        self.sagas
+            .insert(id, Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why, disk: None });
+        id
+    }
+
+    /// Begins an operation on a disk; the caller saves.
+    pub fn begin_disk(&mut self, guest: &str, kind: SagaKind, disk: DiskChange) -> u64 {
+        let id = self.begin(guest, kind, None);
+        if let Some(saga) = self.sagas.get_mut(&id) {
+            saga.disk = Some(disk);
+        }
         id
     }
 

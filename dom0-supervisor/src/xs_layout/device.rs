@@ -111,10 +111,41 @@ pub fn device_error_path(device: &DevicePaths) -> String {
     format!("{home}/error{rest}/error")
 }
 
+/// The nodes of one disk of a running guest, which may be its first.
+pub fn disk_nodes(guest: &Guest, domid: u16, number: u32) -> Vec<Change> {
+    let mut parent = Nodes::new(0, &[domid]);
+    parent.put(format!("{}/device/vbd", home(domid)), "");
+    let mut out = parent.out;
+    out.extend(nodes_of(guest, domid, |device| device.kind == "vbd" && device.id == number));
+    out
+}
+
+/// Both ends' own directories of a device.
+pub fn remove_both_ends(device: &DevicePaths) -> Vec<Change> {
+    let mut out = remove_device(device);
+    out.push(Change::Remove { path: device.front.clone() });
+    out
+}
+
+/// Asks both ends of a running guest's device to let go, as libxl does; or, with `stay`, that it stays after all.
+pub fn unplug_device(device: &DevicePaths, stay: bool) -> Vec<Change> {
+    let set =
+        |key: &str, value: &str| Change::Set { path: format!("{}/{key}", device.back), value: value.into() };
+    if stay {
+        vec![set("online", "1"), set("state", "4")]
+    } else {
+        vec![set("online", "0"), set("state", "5")]
+    }
+}
+
 /// The nodes of one guest's devices. The parents exist: see [`super::guest_nodes`] and [`super::service_nodes`].
 pub(super) fn device_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
+    nodes_of(guest, domid, |_| true)
+}
+
+fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) -> Vec<Change> {
     let mut out = Vec::new();
-    for device in device_paths_of(guest, domid) {
+    for device in device_paths_of(guest, domid).into_iter().filter(wanted) {
         let backend = device.backend_domid;
         // The frontend's end: the guest writes, the backend reads.
         let mut front = Nodes::new(domid, &[backend]);

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Dom0, Failure, PATIENCE};
 use crate::table::{Table, or_dash};
-use crate::{Args, Command, Wait, console, json as to_json};
+use crate::{Args, Command, Wait, block, console, json as to_json};
 
 /// How long dom0 may take to make a guest.
 const CREATE: Duration = Duration::from_secs(120);
@@ -25,6 +25,17 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::Reboot { guest, wait } => shutdown(&dom0, guest, true, wait, args.json).await,
         Command::Destroy { guest } => destroy(&dom0, guest, args.json).await,
         Command::Console { guest, log } => console::run(&dom0, guest, log).await,
+        Command::BlockList { guest } => block::list(&dom0, guest, args.json).await,
+        Command::BlockAttach { guest, disk } => block::attach(&dom0, guest, disk.join(","), args.json).await,
+        Command::BlockDetach { guest, vdev, force } => {
+            block::detach(&dom0, guest, vdev, force, args.json).await
+        }
+        Command::BlockResize { guest, vdev, size } => {
+            block::resize(&dom0, guest, vdev, &size, args.json).await
+        }
+        Command::BlockSnapshot { guest, vdev, image } => {
+            block::snapshot(&dom0, guest, vdev, &image, args.json).await
+        }
         Command::Services { statistics, brief } => {
             services(&dom0, statistics || (args.json && !brief), args.json).await
         }
@@ -35,13 +46,13 @@ pub async fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-fn print_json(value: &Value) -> Result<(), Failure> {
+pub(crate) fn print_json(value: &Value) -> Result<(), Failure> {
     let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
     text.push('\n');
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
 }
 
-fn say(json: bool, text: &str, value: Value) -> Result<(), Failure> {
+pub(crate) fn say(json: bool, text: &str, value: Value) -> Result<(), Failure> {
     if json { print_json(&value) } else { Ok(writeln!(std::io::stdout(), "{text}")?) }
 }
 

@@ -1,5 +1,6 @@
 //! `bh`: the command line of a Bulkhead host. See `docs/bh.md`.
 
+mod block;
 mod client;
 mod commands;
 mod console;
@@ -68,6 +69,47 @@ enum Command {
         /// Print what is kept and end.
         #[arg(long)]
         log: bool,
+    },
+    /// Disks of a guest.
+    BlockList {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// Give a running guest a disk.
+    BlockAttach {
+        /// Name, domid or uuid.
+        guest: String,
+        /// The disk as in xl: TARGET,FORMAT,VDEV,ACCESS or key=value, or {…} with the keys of [[disk]]. Several are put together.
+        #[arg(required = true)]
+        disk: Vec<String>,
+    },
+    /// Take a disk from a running guest.
+    BlockDetach {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+        /// Even if the guest does not let go of it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make a disk of a running guest longer.
+    BlockResize {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+        /// Bytes, or with K, M, G or T (1024 each).
+        size: String,
+    },
+    /// Put a new qcow2 image on top of a running guest's disk; what it was stays as it is now.
+    BlockSnapshot {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+        /// The new image; made here.
+        image: PathBuf,
     },
     /// Service domains.
     Services {

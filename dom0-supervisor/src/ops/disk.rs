@@ -1,0 +1,396 @@
+//! Disks of a running guest: attach, detach, snapshot, length.
+//!
+//! A snapshot is a restart of blkback: with the new image approved and its next command line set, the process is killed, and the
+//! next one serves the new image on top of the old. The guest sees a pause; what was not answered at that moment goes to the new
+//! image.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use proto::hvcore::resource::Kind;
+use proto::hvcore::{Domain, DomainState};
+
+use super::create::{conflicts, no_guest};
+use super::{Change, Step, nothing, of_guest};
+use crate::config::{DiskEntry, DomainFile, check_guest_files};
+use crate::hv::{HvError, find_by_uuid, find_instance};
+use crate::manager::{Manager, OpError};
+use crate::specs;
+use crate::state::{
+    DiskChange, Guest, OwnDisk, Phase, RunningDomain, Saga, SagaKind, guest_uuid_text, private_backend_uuid,
+    service_uuid,
+};
+use crate::xs_layout::{self, DevicePaths, XenbusState};
+
+fn no_disk(guest: &str, vdev: &str) -> OpError {
+    OpError::NotFound(format!("guest {guest} has no disk {vdev:?}; see bh block-list {guest}"))
+}
+
+fn index_of(guest: &Guest, entry: &DiskEntry) -> Option<usize> {
+    guest.config.disk.iter().position(|disk| disk.vdev.number() == entry.vdev.number())
+}
+
+impl Manager {
+    /// Gives a running guest a disk.
+    ///
+    /// # Errors
+    /// One line each; what was begun was undone.
+    pub fn attach_disk(&self, guest: &str, entry: DiskEntry) -> Result<(), OpError> {
+        entry.check().map_err(OpError::Invalid)?;
+        let (name, id) = {
+            let host = self.host();
+            let mut inner = self.inner();
+            let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
+            let (name, mut probe) = (name.clone(), record.clone());
+            let at = format!("guest {name}");
+            self.may_change_disks(&inner.state, &name, &probe).map_err(|e| e.at(&at))?;
+            if index_of(&probe, &entry).is_some() {
+                return Err(OpError::Exists(format!("{at}: it has a disk {} already", entry.vdev.name())));
+            }
+            if probe.config.disk.len() >= 64 {
+                return Err(OpError::Failed(format!("{at}: it has 64 disks, which is the most")));
+            }
+            // As a guest of its own with this disk alone, beside all others, this one included.
+            probe.config = DomainFile { disk: vec![entry.clone()], vif: Vec::new(), ..probe.config };
+            probe.config.name =
+                "new-disk".parse().map_err(|e: crate::config::ConfigError| OpError::Invalid(e.0))?;
+            probe.uuid = uuid::Uuid::nil();
+            if self.sees_host {
+                check_guest_files(&probe.config).map_err(|e| OpError::Invalid(format!("{at}: {e}")))?;
+            }
+            self.check_disks(&probe.config).map_err(|e| e.at(&at))?;
+            conflicts(&inner.state, &host, &probe).map_err(|e| e.at(&at))?;
+            let change = DiskChange { entry: entry.clone(), next: None, force: false };
+            let id = inner.change(|state| {
+                if let Some(guest) = state.guests.get_mut(&name) {
+                    guest.config.disk.push(entry);
+                    guest.disk_backends.push(None);
+                }
+                state.begin_disk(&name, SagaKind::AttachDisk, change)
+            })?;
+            inner.active.insert(id);
+            (name, id)
+        };
+        self.run_claimed(id).map_err(|e| e.at(&format!("guest {name}")))
+    }
+
+    /// Takes a disk from a running guest. Without `force` it waits for the guest to let go, and leaves it if it does not.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn detach_disk(&self, guest: &str, vdev: &str, force: bool) -> Result<(), OpError> {
+        self.change_disk(guest, vdev, SagaKind::DetachDisk, |entry| {
+            Ok(DiskChange { entry: entry.clone(), next: None, force })
+        })
+    }
+
+    /// Puts the image `path`, a file that is empty, on top of a disk: what the disk was is its backing file.
+    ///
+    /// # Errors
+    /// One line each; what was begun was undone.
+    pub fn snapshot_disk(&self, guest: &str, vdev: &str, path: PathBuf) -> Result<(), OpError> {
+        self.change_disk(guest, vdev, SagaKind::SnapshotDisk, |entry| {
+            let next = entry.after_snapshot(&path).map_err(OpError::Failed)?;
+            Ok(DiskChange { entry: entry.clone(), next: Some(next), force: false })
+        })
+    }
+
+    fn change_disk(
+        &self,
+        guest: &str,
+        vdev: &str,
+        kind: SagaKind,
+        change: impl FnOnce(&DiskEntry) -> Result<DiskChange, OpError>,
+    ) -> Result<(), OpError> {
+        let (name, id) = {
+            let mut inner = self.inner();
+            let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
+            let at = format!("guest {name}");
+            self.may_change_disks(&inner.state, name, record).map_err(|e| e.at(&at))?;
+            let entry = record.config.disk.iter().find(|disk| disk.vdev.name() == vdev);
+            let entry = entry.ok_or_else(|| no_disk(name, vdev))?;
+            let change = change(entry).map_err(|e| e.at(&format!("{at}: disk {vdev}")))?;
+            let name = name.clone();
+            let id = inner.change(|state| state.begin_disk(&name, kind, change))?;
+            inner.active.insert(id);
+            (name, id)
+        };
+        self.run_claimed(id).map_err(|e| e.at(&format!("guest {name}: disk {vdev}")))
+    }
+
+    fn may_change_disks(
+        &self,
+        state: &crate::state::State,
+        name: &str,
+        guest: &Guest,
+    ) -> Result<(), OpError> {
+        if state.saga_of(name).is_some() {
+            return Err(OpError::Busy("another operation is under way; see bh list".into()));
+        }
+        if guest.domain.is_none() || guest.preserved.is_some() {
+            return Err(OpError::Failed("it does not run".into()));
+        }
+        Ok(())
+    }
+
+    /// Makes a disk of a running guest `bytes` long.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn resize_disk(&self, guest: &str, vdev: &str, bytes: u64) -> Result<u64, OpError> {
+        let (name, backend) = self.disk_backend(guest, vdev)?;
+        let at = format!("guest {name}: disk {vdev}");
+        self.hv.disk_bytes(&backend.control_socket, bytes).map_err(|e| OpError::from(e).at(&at))
+    }
+
+    /// Length of a disk, if its backend tells.
+    pub fn disk_length(&self, guest: &str, vdev: &str) -> Result<u64, OpError> {
+        let (_, backend) = self.disk_backend(guest, vdev)?;
+        Ok(self.hv.disk_bytes(&backend.control_socket, 0)?)
+    }
+
+    fn disk_backend(&self, guest: &str, vdev: &str) -> Result<(String, Domain), OpError> {
+        let state = self.state();
+        let (name, record) = state.find(guest).ok_or_else(|| no_guest(guest))?;
+        let index = record.config.disk.iter().position(|disk| disk.vdev.name() == vdev);
+        let index = index.ok_or_else(|| no_disk(name, vdev))?;
+        let own = record.disk_backends.get(index).cloned().flatten();
+        let own =
+            own.ok_or_else(|| OpError::Failed(format!("guest {name}: disk {vdev} has no backend yet")))?;
+        let found = find_instance(&*self.hv, own.domid, own.instance)?;
+        let gone =
+            || OpError::Failed(format!("guest {name}: the backend of disk {vdev} is gone; see bh services"));
+        Ok((name.clone(), found.ok_or_else(gone)?))
+    }
+
+    /// Brings an operation on a disk of this guest to its end: another is waiting.
+    pub(super) fn finish_disk_operation(&self, guest: &str) -> Result<(), OpError> {
+        let id = {
+            let inner = self.inner();
+            let Some((name, _)) = inner.state.find(guest) else { return Ok(()) };
+            inner.state.saga_of(name).filter(|(_, saga)| saga.kind.of_disk()).map(|(id, _)| id)
+        };
+        match id.map(|id| (id, self.run(id))) {
+            Some((id, Err(OpError::Busy(_)))) => self.await_saga(id),
+            // Undone is at an end too.
+            Some((_, Err(OpError::Failed(_)) | Ok(()))) | None => Ok(()),
+            Some((_, Err(e))) => Err(e),
+        }
+    }
+
+    pub(super) fn disk_step(&self, step: Step, guest: &Guest, saga: &Saga) -> Result<Change, OpError> {
+        let Some(change) = &saga.disk else { return Ok(nothing()) };
+        let Some(index) = index_of(guest, &change.entry) else { return Ok(nothing()) };
+        match step {
+            Step::DiskBackend => self.disk_make_backend(guest, index),
+            Step::DiskNodes => {
+                if let Some(device) = device_of(guest, index)
+                    && let Some(domain) = guest.domain
+                    && self.store.read(&format!("{}/frontend-id", device.back))?.is_none()
+                {
+                    self.store.apply(&xs_layout::disk_nodes(guest, domain.domid, device.id))?;
+                }
+                Ok(nothing())
+            }
+            Step::DiskReady => self.disk_ready(guest, index),
+            Step::DiskUnplug => {
+                // What is undone was attached by nobody else: it need not be asked for twice.
+                self.disk_unplug(guest, index, change.force || saga.phase == Phase::Undo)
+            }
+            Step::DiskReplug => {
+                if let Some(device) = device_of(guest, index)
+                    && state_of(self, &device.back)? == XenbusState::Closing
+                {
+                    self.store.apply(&xs_layout::unplug_device(&device, true))?;
+                }
+                Ok(nothing())
+            }
+            Step::DiskRemoveNodes => {
+                if let Some(device) = device_of(guest, index) {
+                    self.store.apply(&xs_layout::remove_both_ends(&device))?;
+                }
+                Ok(nothing())
+            }
+            Step::DiskRemoveBackend => self.disk_remove_backend(guest, index),
+            Step::DiskForget => {
+                let number = change.entry.vdev.number();
+                Ok(of_guest(move |guest| {
+                    if let Some(index) = guest.config.disk.iter().position(|d| d.vdev.number() == number) {
+                        guest.config.disk.remove(index);
+                        if index < guest.disk_backends.len() {
+                            guest.disk_backends.remove(index);
+                        }
+                    }
+                }))
+            }
+            Step::SnapshotPrepare => {
+                let backend = self.own_backend(guest, index)?;
+                // Everything that can be in the image before is.
+                if let Err(error) = self.hv.settle_disk(&backend.control_socket) {
+                    tracing::warn!(%error, "before the snapshot");
+                }
+                self.disk_serve(guest, index, change.next.as_ref().unwrap_or(&change.entry))
+            }
+            Step::SnapshotSwitch => self.disk_switch(guest, index),
+            Step::SnapshotBack => {
+                let set = self.disk_serve(guest, index, &change.entry)?;
+                let mut back = guest.clone();
+                back.config.disk[index] = change.entry.clone();
+                let _nothing_else = self.disk_switch(&back, index)?;
+                Ok(set)
+            }
+            _ => Ok(nothing()),
+        }
+    }
+
+    fn disk_make_backend(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+        let vdev = guest.config.disk[index].vdev.name();
+        let name = guest.disk_backend_name(index);
+        let private = guest.config.disk[index].has_own_backend();
+        let (domain, uuid) = match specs::private_blkback(&self.host(), guest, index) {
+            Some(request) => {
+                let uuid = private_backend_uuid(&guest.uuid, vdev);
+                (self.make_domain(&guest_uuid_text(&uuid), request), uuid)
+            }
+            None => (self.service_domain(&name), service_uuid(&name)),
+        };
+        let RunningDomain { domid, instance } = domain.map_err(|e| e.at(&format!("disk {vdev}")))?;
+        self.make_home(RunningDomain { domid, instance }, &name, &guest_uuid_text(&uuid))?;
+        Ok(of_guest(move |guest| {
+            if let Some(slot) = guest.disk_backends.get_mut(index) {
+                *slot = Some(OwnDisk { domid, instance, private });
+            }
+        }))
+    }
+
+    fn disk_ready(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+        let Some(device) = device_of(guest, index) else { return Ok(nothing()) };
+        let began = Instant::now();
+        while !self.device_ready(&device)? {
+            if began.elapsed() > self.timing.ready {
+                return Err(OpError::Failed(format!(
+                    "disk {}: backend {} did not take it up within {} s; see bh services",
+                    device.name,
+                    device.backend,
+                    self.timing.ready.as_secs()
+                )));
+            }
+            std::thread::sleep(self.timing.poll);
+        }
+        Ok(nothing())
+    }
+
+    /// Asks both ends to let go and waits; with `force` only for a little.
+    fn disk_unplug(&self, guest: &Guest, index: usize, force: bool) -> Result<Change, OpError> {
+        let Some(device) = device_of(guest, index) else { return Ok(nothing()) };
+        let over = |state| matches!(state, XenbusState::Unknown | XenbusState::Closed);
+        if over(state_of(self, &device.back)?) {
+            return Ok(nothing());
+        }
+        self.store.apply(&xs_layout::unplug_device(&device, false))?;
+        let began = Instant::now();
+        let patience = if force { self.timing.close } else { self.timing.ready };
+        loop {
+            if over(state_of(self, &device.back)?) {
+                return Ok(nothing());
+            }
+            if began.elapsed() > patience {
+                if force {
+                    return Ok(nothing());
+                }
+                return Err(OpError::Failed(
+                    "the guest does not let go of it (is it mounted?); unmount it there, or --force".into(),
+                ));
+            }
+            std::thread::sleep(self.timing.poll);
+        }
+    }
+
+    fn disk_remove_backend(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+        let disk = &guest.config.disk[index];
+        if !disk.has_own_backend() {
+            return Ok(nothing());
+        }
+        let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, disk.vdev.name()));
+        if let Some(domain) = find_by_uuid(&*self.hv, &uuid)? {
+            let RunningDomain { domid, instance } = super::numbers(&domain)?;
+            if domain.state() != DomainState::Dying {
+                match self.hv.destroy(domid, instance) {
+                    Ok(()) | Err(HvError::NotFound) => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            self.store.apply(&xs_layout::remove_service_nodes(domid))?;
+            self.known().homes.remove(&(domid, instance));
+        } else if let Some(own) = guest.disk_backends.get(index).cloned().flatten() {
+            // Destroyed before a kill.
+            let all = self.hv.list()?;
+            if !all.iter().any(|d| d.domid == u32::from(own.domid)) {
+                self.store.apply(&xs_layout::remove_service_nodes(own.domid))?;
+            }
+        }
+        Ok(nothing())
+    }
+
+    fn own_backend(&self, guest: &Guest, index: usize) -> Result<Domain, OpError> {
+        let uuid = private_backend_uuid(&guest.uuid, guest.config.disk[index].vdev.name());
+        let found = find_by_uuid(&*self.hv, &guest_uuid_text(&uuid))?;
+        found.ok_or_else(|| OpError::Failed("its backend is gone; see bh services".into()))
+    }
+
+    /// Sets what the backend's next process serves. Resources first: names and resources belong together by a hash, so that a process
+    /// that is killed between the two calls finds what its command line names.
+    fn disk_serve(&self, guest: &Guest, index: usize, entry: &DiskEntry) -> Result<Change, OpError> {
+        let backend = self.own_backend(guest, index)?;
+        let RunningDomain { domid, instance } = super::numbers(&backend)?;
+        let mut next = guest.clone();
+        next.config.disk[index] = entry.clone();
+        let mut request = specs::private_blkback(&self.host(), &next, index)
+            .ok_or_else(|| OpError::Failed("it has no backend of its own".into()))?;
+        // What was written until now has changes of its tables in blkback's log, which go to it once it is a backing file.
+        if let Some(old) = request.resources.get_mut(1) {
+            old.kind = Kind::FileRw.into();
+        }
+        self.hv.approve(domid, instance, request.resources.clone(), Vec::new())?;
+        self.hv.update(domid, instance, request)?;
+        let entry = entry.clone();
+        Ok(of_guest(move |guest| {
+            if let Some(slot) = guest.config.disk.get_mut(index) {
+                *slot = entry;
+            }
+        }))
+    }
+
+    /// Ends the backend's process and waits until the next one has its disk.
+    fn disk_switch(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+        let backend = self.own_backend(guest, index)?;
+        let RunningDomain { domid, instance } = super::numbers(&backend)?;
+        self.hv.kill(domid, instance, 9)?;
+        let began = Instant::now();
+        loop {
+            let now = find_instance(&*self.hv, domid, instance)?
+                .ok_or_else(|| OpError::Failed("its backend is gone; see bh services".into()))?;
+            if now.generation > backend.generation && now.state() == DomainState::Running {
+                match self.hv.disk_bytes(&now.control_socket, 0) {
+                    Ok(_) => return Ok(nothing()),
+                    Err(HvError::Refused(why)) => return Err(OpError::Failed(why)),
+                    Err(HvError::Gone) => return Err(OpError::Killed),
+                    Err(_) => {}
+                }
+            }
+            if began.elapsed() > self.timing.ready {
+                return Err(OpError::Failed("its backend does not come back; see bh services".into()));
+            }
+            std::thread::sleep(self.timing.poll);
+        }
+    }
+}
+
+fn device_of(guest: &Guest, index: usize) -> Option<DevicePaths> {
+    let number = guest.config.disk[index].vdev.number();
+    xs_layout::device_paths(guest).into_iter().find(|device| device.kind == "vbd" && device.id == number)
+}
+
+fn state_of(manager: &Manager, dir: &str) -> Result<XenbusState, OpError> {
+    Ok(XenbusState::parse(manager.store.read(&format!("{dir}/state"))?.as_deref()))
+}
