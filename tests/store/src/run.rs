@@ -1,7 +1,9 @@
 //! The load, the kills, and what came of them.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +29,8 @@ const COUNTERS: usize = 2;
 const RINGS: u16 = 4;
 /// How long a request may wait: far above any pause that is not a failure.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// One action in so many is a live update, half of those with a kill in the middle.
+const UPDATES: u32 = 12;
 /// Load between two moments at which everything due must have come.
 const STRETCH: Duration = Duration::from_secs(2);
 
@@ -35,6 +39,8 @@ const STRETCH: Duration = Duration::from_secs(2);
 pub struct Outcome {
     /// Kills.
     pub kills: usize,
+    /// Live updates, some of them with a kill in the middle.
+    pub updates: usize,
     /// Replies checked.
     pub replies: u64,
     /// Events checked.
@@ -54,6 +60,8 @@ pub struct Outcome {
 struct Killer {
     stop: AtomicBool,
     kills: AtomicUsize,
+    /// Live updates that were answered.
+    updates: AtomicUsize,
     /// Replies so far, told by the load.
     replies: AtomicU64,
     failure: Mutex<Option<String>>,
@@ -64,7 +72,8 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Killer {
-    fn run(&self, mut oracle: Oracle, kills: usize, seed: u64) -> Result<()> {
+    fn run(&self, mut oracle: Oracle, mut control: UnixStream, kills: usize, seed: u64) -> Result<()> {
+        control.set_read_timeout(Some(PATIENCE))?;
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut before = 0;
         while self.kills.load(Ordering::Relaxed) < kills && !self.stop.load(Ordering::Relaxed) {
@@ -78,6 +87,10 @@ impl Killer {
                 ensure!(Instant::now() < deadline, "xenstored was not restarted");
                 std::thread::sleep(Duration::from_micros(500));
             };
+            if rng.random_ratio(1, UPDATES) {
+                self.update(&mut control, rng.random_bool(0.5).then_some(pid), &mut rng)?;
+                continue;
+            }
             // A third dies while it is still taking up what its predecessor left, the others once they have served somebody.
             if rng.random_ratio(1, 3) {
                 std::thread::sleep(Duration::from_micros(rng.random_range(0..8_000)));
@@ -89,9 +102,45 @@ impl Killer {
                 }
                 std::thread::sleep(Duration::from_micros(rng.random_range(0..20_000)));
             }
-            kill(Pid::from_raw(pid), Signal::SIGKILL).context("killing xenstored")?;
+            kill(Pid::from_raw(pid), Signal::SIGKILL)
+                .context("xenstored ended by itself before it was killed")?;
             self.kills.fetch_add(1, Ordering::Relaxed);
         }
+        Ok(())
+    }
+
+    /// Asks for a live update as xenstore-control does, on a connection that lives through all of this. With `victim`, that process
+    /// is killed in the middle of it.
+    fn update(&self, control: &mut UnixStream, victim: Option<i32>, rng: &mut SmallRng) -> Result<()> {
+        let mut bytes = Vec::new();
+        for payload in [&b"live-update\0-f\0/xenstored\0"[..], b"live-update\0-s\0"] {
+            for word in [Op::Control as u32, 0, 0, payload.len() as u32] {
+                bytes.extend_from_slice(&word.to_ne_bytes());
+            }
+            bytes.extend_from_slice(payload);
+        }
+        control.write_all(&bytes)?;
+        if let Some(pid) = victim {
+            std::thread::sleep(Duration::from_micros(rng.random_range(0..6_000)));
+            // It may have made way for the next one by itself.
+            if kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
+                self.kills.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let mut answers = Vec::new();
+        for _ in 0..2 {
+            let mut head = [0; 16];
+            control.read_exact(&mut head).context("the answer to live-update")?;
+            let len = u32::from_ne_bytes([head[12], head[13], head[14], head[15]]) as usize;
+            ensure!(len <= 4096, "an answer of {len} bytes");
+            let mut payload = vec![0; len];
+            control.read_exact(&mut payload).context("the answer to live-update")?;
+            answers.push(String::from_utf8_lossy(&payload).trim_end_matches('\0').to_owned());
+        }
+        // What was said with -f is the process's: one that was killed in between knows nothing of it.
+        let forgotten = victim.is_some() && answers[1] == "Not in live-update session.";
+        ensure!(answers[0] == "OK" && (answers[1] == "OK" || forgotten), "live-update: {answers:?}");
+        self.updates.fetch_add(usize::from(!forgotten), Ordering::Relaxed);
         Ok(())
     }
 }
@@ -127,10 +176,10 @@ fn load(world: &World, kills: usize, seed: u64) -> Result<Outcome> {
     let mut load = Load { actors, shared, killer: Arc::default(), pauses: Vec::new(), kills_seen: 0 };
     load.set_up()?;
     let start = Instant::now();
-    let oracle = world.oracle()?;
+    let (oracle, control) = (world.oracle()?, world.socket()?);
     let killer = Arc::clone(&load.killer);
     let thread = std::thread::spawn(move || {
-        if let Err(e) = killer.run(oracle, kills, seed) {
+        if let Err(e) = killer.run(oracle, control, kills, seed) {
             *locked(&killer.failure) = Some(format!("{e:#}"));
         }
     });
@@ -144,6 +193,7 @@ fn load(world: &World, kills: usize, seed: u64) -> Result<Outcome> {
     let at = |p: f64| load.pauses.get((load.pauses.len() as f64 * p) as usize).or(load.pauses.last());
     Ok(Outcome {
         kills: load.killer.kills.load(Ordering::Relaxed),
+        updates: load.killer.updates.load(Ordering::Relaxed),
         replies: load.shared.replies,
         events: load.shared.ledger.seen() + load.shared.counter_events,
         counted: load.shared.counted.len() as u64,

@@ -91,11 +91,16 @@ impl World {
         Ok(Oracle(stream))
     }
 
-    /// The end of the log.
+    /// The ends of hv-core's and of xenstored's log.
     pub fn log_tail(&self) -> String {
-        let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-        let tail: Vec<&str> = log.lines().rev().take(30).collect();
-        tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+        let mut out = String::new();
+        for (name, lines) in [("log", 12), ("run/log/xenstored.log", 12)] {
+            let log = std::fs::read(self.dir.path().join(name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let tail: Vec<&str> = log.lines().rev().take(lines).collect();
+            out += &format!("{name}:\n{}\n", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        }
+        out
     }
 }
 

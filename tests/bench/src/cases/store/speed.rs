@@ -120,7 +120,7 @@ impl Script for Repeat {
 pub fn many_clients(arena: &Arena<'_>) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     for (op, name) in [(Op::Read, "READ, 16 clients"), (Op::Write, "WRITE, 16 clients")] {
-        let results = arena.on_two_processors(|| {
+        let results = arena.on_one_processor(|| {
             take_turns(arena.rounds(), &arena.with_echo(), |who| {
                 let socket = &arena.daemon(who)?.socket;
                 let mut members = Vec::new();

@@ -117,7 +117,7 @@ pub fn undisturbed(arena: &Arena<'_>) -> Result<Vec<Line>> {
     for (clients, name) in
         [(1, "transactions of 5 writes"), (CLIENTS, "transactions, 16 clients, disjoint nodes")]
     {
-        let results = arena.on_two_processors(|| {
+        let results = arena.on_one_processor(|| {
             take_turns(arena.rounds(), &arena.daemons(), |who| {
                 contest(arena, who, clients, SPAN, |client| {
                     Transaction::new(format!("/tool/bench/tx{client:02}"), false)
@@ -134,7 +134,7 @@ pub fn conflicts(arena: &Arena<'_>) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     for (reads, name) in [(false, "16 clients, the same 5 nodes"), (true, "the same, each node read before")]
     {
-        let results = arena.on_two_processors(|| {
+        let results = arena.on_one_processor(|| {
             take_turns(arena.rounds().min(CONFLICT_ROUNDS), &arena.daemons(), |who| {
                 contest(arena, who, CLIENTS, CONFLICT, |_| Transaction::new("/tool/bench/same".into(), reads))
             })
