@@ -12,6 +12,8 @@ use rand::{Rng, SeedableRng};
 
 use super::ledger::Ledger;
 use super::model::{Change, Model, Nodes, Request};
+use super::run::RINGS;
+use super::world::FIRST_GUEST;
 
 /// XS_WATCH_EVENT and XS_ERROR (io/xs_wire.h).
 const EVENT: u32 = 15;
@@ -310,7 +312,9 @@ impl Actor {
         // What is not a guest's stays closed to all guests, whose watches there must stay silent.
         let others = if owner == 0 { "n" } else { letter(&mut self.rng) };
         let mut perms = vec![format!("{others}{owner}")];
-        for domid in 1..self.rng.random_range(1..5) {
+        // Only to domains that exist: what is granted to others is dropped (XSA-417).
+        for _ in 0..self.rng.random_range(0..4) {
+            let domid = if owner == 0 { 0 } else { FIRST_GUEST + self.rng.random_range(0..RINGS) };
             perms.push(format!("{}{domid}", letter(&mut self.rng)));
         }
         perms

@@ -26,7 +26,7 @@ const SOCKETS: usize = 6;
 /// Clients on sockets that increment the counter.
 const COUNTERS: usize = 2;
 /// Domains with rings; the last one increments the counter.
-const RINGS: u16 = 4;
+pub const RINGS: u16 = 4;
 /// How long a request may wait: far above any pause that is not a failure.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// One action in so many is a live update, half of those with a kill in the middle.

@@ -40,11 +40,15 @@ fn eventfd() -> Result<OwnedFd> {
 }
 
 /// Domains 1 and up, all there from the beginning.
-struct Crowd(Arc<BTreeMap<u16, Guest>>);
+struct Crowd {
+    guests: Arc<BTreeMap<u16, Guest>>,
+    /// Never readable; a source without it is taken to have no domains.
+    changed: OwnedFd,
+}
 
 impl Domains for Crowd {
     fn changed_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
+        Some(self.changed.as_fd())
     }
 
     fn clear(&mut self) {}
@@ -58,11 +62,11 @@ impl Domains for Crowd {
             shutdown: false,
             dying: false,
         };
-        Ok(self.0.keys().map(seen).collect())
+        Ok(self.guests.keys().map(seen).collect())
     }
 
     fn attach(&mut self, seen: &Seen) -> io::Result<Ring> {
-        let guest = self.0.get(&seen.domid).ok_or(io::ErrorKind::NotFound)?;
+        let guest = self.guests.get(&seen.domid).ok_or(io::ErrorKind::NotFound)?;
         let port = Port::new(1, guest.to_server.try_clone()?, Some(guest.to_guest.try_clone()?));
         Ok(Ring { page: Arc::new(guest.page.clone()), port })
     }
@@ -92,7 +96,7 @@ pub fn serve(input: BorrowedFd<'_>, output: BorrowedFd<'_>) -> Result<()> {
         client.to_guest.try_clone()?,
         client.to_server.try_clone()?,
     )?;
-    let crowd = Crowd(Arc::clone(&guests));
+    let crowd = Crowd { guests: Arc::clone(&guests), changed: eventfd()? };
     std::thread::spawn(move || {
         if let Err(e) = daemon(crowd) {
             eprintln!("bench: xenstored's loop: {e:#}");
