@@ -19,6 +19,7 @@ use crate::stats::Stats;
 use crate::switch::port::{Port, lock};
 use crate::switch::settings::Settings;
 use crate::switch::{Gateway, Plan, Switch, fdb};
+use crate::tap::Tap;
 use crate::uplink::{self, UplinkWork};
 use crate::worker::{Work, Worker};
 
@@ -97,6 +98,7 @@ pub struct NetDriver {
     netlink: Option<Netlink>,
     wired: bool,
     switch: Option<Arc<Switch>>,
+    tap: Option<Arc<Tap>>,
 }
 
 impl From<ConnectError> for DeviceError {
@@ -121,7 +123,7 @@ impl NetDriver {
         queues: usize,
         bus: BackendHandle,
     ) -> Self {
-        NetDriver { domain, vifs, bus, wiring, queues, netlink: None, wired: false, switch: None }
+        NetDriver { domain, vifs, bus, wiring, queues, netlink: None, wired: false, switch: None, tap: None }
     }
 
     /// The switch, with what a predecessor had learned.
@@ -140,14 +142,22 @@ impl NetDriver {
         Ok(self.switch.insert(switch).clone())
     }
 
-    /// Opens the uplink's TAP and starts its thread, once.
+    /// Opens the uplink's TAP, once: guests' packets can go there.
+    fn tap(&mut self) -> Result<Arc<Tap>, ConnectError> {
+        if let Some(tap) = &self.tap {
+            return Ok(tap.clone());
+        }
+        let tap = uplink::tap(&self.domain.hv)?;
+        self.switch()?.set_uplink(tap.clone());
+        Ok(self.tap.insert(tap).clone())
+    }
+
+    /// Starts the uplink's thread, once.
     fn uplink(&mut self) -> Result<(), ConnectError> {
         if lock(&self.vifs.uplink).is_some() {
             return Ok(());
         }
-        let switch = self.switch()?;
-        let tap = uplink::tap(&self.domain.hv)?;
-        switch.set_uplink(tap.clone());
+        let (switch, tap) = (self.switch()?, self.tap()?);
         let mut work = UplinkWork::open(&self.domain.hv, tap, switch, self.domain.predecessor_crashed())?;
         let draining = *lock(&self.vifs.draining);
         let worker = Worker::start("uplink", draining, move |control| {
@@ -204,12 +214,16 @@ impl NetDriver {
         }
     }
 
-    /// Starts the threads of a vif: packets flow.
+    /// Others can send to the vif.
+    fn attach(&self, vif: &Vif) {
+        if let Some(switch) = &self.switch {
+            switch.attach(vif.connection.port.clone());
+        }
+    }
+
+    /// Starts the threads of a vif: what it sends flows.
     fn serve(&self, vif: &mut Vif) -> std::io::Result<()> {
         let port = vif.connection.port.clone();
-        if let Some(switch) = &self.switch {
-            switch.attach(port.clone());
-        }
         let draining = *lock(&self.vifs.draining);
         for mut work in vif.work.drain(..) {
             let failing = port.clone();
@@ -225,13 +239,14 @@ impl NetDriver {
         Ok(())
     }
 
+    /// A predecessor's vif: others can send to it, and it is not served yet.
     fn take_over(&mut self, id: VifId) -> Result<Option<Vif>, ConnectError> {
         let own_fault = self.domain.predecessor_crashed();
         let switch = self.switch()?;
         let found = connection::reattach(&self.domain.hv, id, own_fault, &switch, self.failed(id))?;
         let Some((connection, work)) = found else { return Ok(None) };
-        let mut vif = Vif { connection, work, workers: Vec::new() };
-        self.serve(&mut vif).map_err(connection::system("starting a thread"))?;
+        let vif = Vif { connection, work, workers: Vec::new() };
+        self.attach(&vif);
         Ok(Some(vif))
     }
 }
@@ -248,7 +263,10 @@ impl BackendDriver for NetDriver {
                 return Vec::new();
             }
         };
-        let mut vifs = Vec::new();
+        if let Err(error) = self.tap() {
+            tracing::error!(%error, "no uplink yet");
+        }
+        let mut vifs: Vec<(DeviceKey, Vif)> = Vec::new();
         for id in known {
             match self.take_over(id) {
                 Ok(Some(vif)) => vifs.push((id.into(), vif)),
@@ -259,7 +277,12 @@ impl BackendDriver for NetDriver {
                 }
             }
         }
-        // After the vifs: what the predecessor had read from the uplink is for them.
+        // All are there before any of them sends: a packet to one that is not there yet would be lost.
+        for (key, vif) in &mut vifs {
+            if let Err(error) = self.serve(vif) {
+                self.bus.failed(*key, format!("starting a thread: {error}"));
+            }
+        }
         if let Err(error) = self.uplink() {
             tracing::error!(%error, "no uplink yet");
         }
@@ -283,7 +306,8 @@ impl BackendDriver for NetDriver {
 
     fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Vif, Properties), DeviceError> {
         let id = Self::id(node.key)?;
-        if reattach && let Some(vif) = self.take_over(id)? {
+        if reattach && let Some(mut vif) = self.take_over(id)? {
+            self.serve(&mut vif).map_err(connection::system("starting a thread"))?;
             return Ok((vif, Vec::new()));
         }
         let params = nodes::params(node, self.queues)?;
@@ -303,6 +327,7 @@ impl BackendDriver for NetDriver {
         vif.work.iter_mut().for_each(|work| work.kick = true);
         // From here on a next incarnation takes it over without asking the store.
         let kept = connection::keep(&self.domain.hv, id, &vif.connection).map_err(|e| e.to_string());
+        self.attach(vif);
         if let Err(why) = kept.and_then(|()| self.serve(vif).map_err(|e| e.to_string())) {
             self.bus.failed(node.key, why);
         }

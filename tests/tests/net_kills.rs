@@ -82,8 +82,8 @@ fn run(kills: usize, seed: u64) {
         }
         assert_eq!(number(last, "tcp", "connects"), 1.0, "guest {n}: one connection all the while: {last}");
         let lost = number(last, "ping", "lost");
-        // A ping and its answer are in four hands, each of which a kill can catch; more than one a kill is not bad luck.
-        assert!(lost <= kills as f64, "guest {n}: {lost} pings lost in {kills} kills");
+        // A kill can catch a ping in the hands of one thread; that is rare. Many lost ones mean that something is lost by rule.
+        assert!(lost <= kills as f64 / 10.0, "guest {n}: {lost} pings lost in {kills} kills");
         println!(
             "guest {n}: {:.1} MB of TCP compared, {} pings answered, {lost} lost",
             number(last, "tcp", "rx_bytes") / 1e6,

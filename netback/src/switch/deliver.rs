@@ -1,0 +1,208 @@
+//! From a decision to the receiver: into a vif's queue, whole or in segments, to the uplink, or to all.
+
+use std::sync::PoisonError;
+
+use domain_kit::ring::RingMem;
+
+use super::port::{Port, lock};
+use super::settings::Denied;
+use super::{Lane, Origin, Switch, Table, Verdict};
+use crate::headers::{ETH_LEN, Headers};
+use crate::offload::{self, Family, MAX_HEADERS, VNET_HDR_LEN, VnetHdr};
+use crate::queue::rx::{RxFrame, Source};
+use crate::queue::{Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
+use crate::segment;
+use crate::slots::{MAX_DATA_SLOTS, RxShape};
+use crate::span::Span;
+use crate::spool::HEADROOM;
+
+impl Switch {
+    /// Delivers packets of the lane's arena to one queue; says how many were not dropped.
+    pub(super) fn give(
+        &self,
+        port: &Port,
+        queue: usize,
+        lane: &mut Lane,
+        run: &[RxFrame],
+        commit: &mut dyn FnMut(usize),
+    ) -> usize {
+        let Some(handle) = port.queues.get(queue) else { return 0 };
+        let mut guard = lock(&handle.queue);
+        let Some(rx) = guard.as_mut() else { return 0 };
+        let arena = lane.arena.clone();
+        let source = Source { arena: &arena, buffer: lane.buffer, base: arena.absolute(0) as u64 };
+        match rx.deliver(lane, &source, run, commit) {
+            Ok(delivery) => {
+                drop(guard);
+                handle.ports.notify_rx(delivery.notify, &port.stats);
+                run.len() - delivery.dropped
+            }
+            Err(error) => {
+                // hv-core's trouble is not the frontend's fault, but nothing can be delivered with it.
+                if !matches!(error, QueueError::Copy(_)) {
+                    guard.take();
+                }
+                drop(guard);
+                port.fail(error.to_string());
+                0
+            }
+        }
+    }
+
+    /// Cuts a large packet for a frontend that cannot take it whole.
+    pub(super) fn give_segments(
+        &self,
+        port: &Port,
+        queue: usize,
+        lane: &mut Lane,
+        frame: &Frame,
+        commit: &mut dyn FnMut(),
+    ) -> Fate {
+        let mut packet = vec![0; frame.len];
+        lane.arena.copy_out(frame.at, &mut packet);
+        let Some(segments) = frame.meta.gso.and_then(|gso| segment::segment(&packet, gso)) else {
+            return Fate::Refused;
+        };
+        let mut run = Vec::with_capacity(segments.len());
+        let mut at = SCRATCH;
+        for bytes in &segments {
+            if at + HEADROOM + bytes.len() > SCRATCH + SCRATCH_BYTES {
+                return Fate::Dropped;
+            }
+            run.push(RxFrame { frame: put(&lane.arena, at, bytes), hash: None });
+            at = (at + HEADROOM + bytes.len()).next_multiple_of(64);
+        }
+        commit();
+        match self.give(port, queue, lane, &run, &mut |_| {}) {
+            0 => Fate::Dropped,
+            _ => Fate::Sent,
+        }
+    }
+
+    pub(super) fn to_uplink(&self, lane: &Lane, frame: &Frame) -> Fate {
+        let tap = self.uplink.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(tap) = tap else { return Fate::Dropped };
+        let from = lane.arena.absolute(frame.at - VNET_HDR_LEN);
+        match tap.write(lane.arena.mem(), from, VNET_HDR_LEN + frame.len) {
+            Ok(Some(_)) => {
+                self.stats.rx_packets.add(1);
+                self.stats.rx_bytes.add(frame.len as u64);
+                Fate::Sent
+            }
+            Ok(None) => {
+                self.stats.rx_dropped.add(1);
+                Fate::Dropped
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the TAP refused a packet");
+                self.stats.rx_errors.add(1);
+                Fate::Refused
+            }
+        }
+    }
+
+    /// To all that may want it. The sender's own mark stands already.
+    pub(super) fn flood(&self, table: &Table, origin: Origin<'_>, lane: &mut Lane, frame: &Frame) {
+        let mut bytes = [0; MAX_HEADERS];
+        let bytes = &mut bytes[..frame.len.min(MAX_HEADERS)];
+        lane.arena.copy_out(frame.at, bytes);
+        let h = Headers::parse(bytes);
+        let (dst, from) = (
+            h.dst(),
+            match origin {
+                Origin::Vif(port) => Some((port.slot, port.settings())),
+                Origin::Uplink => None,
+            },
+        );
+        if from.is_some() {
+            self.to_uplink(lane, frame);
+        }
+        for (&slot, port) in &table.ports {
+            let settings = port.settings();
+            let wanted = match &from {
+                Some((own, mine)) => slot != *own && self.may_talk(mine, &settings),
+                None => true,
+            };
+            let heard = if h.is_multicast() {
+                port.groups.read().unwrap_or_else(PoisonError::into_inner).lets(dst)
+            } else {
+                // Unknown, and of a locked vif everything is known.
+                !settings.locked()
+            };
+            if !wanted || !heard {
+                continue;
+            }
+            match to_port(table, slot, &lane.arena, frame, bytes) {
+                Verdict::Port { queue, hash, frame, segment: false, .. } => {
+                    self.give(port, queue, lane, &[RxFrame { frame, hash }], &mut |_| {});
+                }
+                Verdict::Port { queue, frame, .. } => {
+                    self.give_segments(port, queue, lane, &frame, &mut || {});
+                }
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn answer(&self, origin: Origin<'_>, lane: &mut Lane, bytes: &[u8]) {
+        if bytes.len() > SCRATCH_BYTES - HEADROOM {
+            return;
+        }
+        let frame = put(&lane.arena, SCRATCH, bytes);
+        match origin {
+            Origin::Vif(port) => {
+                self.give(port, 0, lane, &[RxFrame { frame, hash: None }], &mut |_| {});
+            }
+            Origin::Uplink => {
+                self.to_uplink(lane, &frame);
+            }
+        }
+    }
+}
+
+/// Writes a finished packet to the scratch.
+fn put(arena: &Span, at: usize, bytes: &[u8]) -> Frame {
+    arena.copy_in(at + HEADROOM - VNET_HDR_LEN, &VnetHdr::default().to_bytes());
+    arena.copy_in(at + HEADROOM, bytes);
+    Frame { at: at + HEADROOM, len: bytes.len(), meta: offload::Meta::default() }
+}
+
+/// Makes a packet such as a port can take it, and chooses its queue.
+pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, bytes: &[u8]) -> Verdict {
+    let Some(port) = table.ports.get(&slot) else { return Verdict::Drop(Denied::NoWay) };
+    let offloads = &port.offloads;
+    let h = Headers::parse(bytes);
+    let (queue, hash) = port.hash().queue(&h, port.queues.len());
+    let mut frame = *frame;
+    let csum = if offload::is_ipv6(bytes) { offloads.csum_ipv6 } else { offloads.csum };
+    if let Some(gso) = frame.meta.gso {
+        let can = offloads.sg
+            && csum
+            && match gso.family {
+                Family::V4 => offloads.gso_tcpv4,
+                Family::V6 => offloads.gso_tcpv6,
+            };
+        if !can {
+            return Verdict::Port { slot, queue, hash: None, frame, segment: true };
+        }
+    } else if frame.len > port.settings().mtu as usize + ETH_LEN + 4 {
+        port.stats.rx_dropped.add(1);
+        return Verdict::Unfit;
+    }
+    if frame.meta.csum_blank && !csum {
+        let mut packet = vec![0; frame.len];
+        arena.copy_out(frame.at, &mut packet);
+        if let Ok((at, value)) = offload::finish_checksum(&packet) {
+            arena.copy_in(frame.at + at, &value);
+        }
+        frame.meta.csum_blank = false;
+        frame.meta.data_validated = true;
+        arena.copy_in(frame.at - VNET_HDR_LEN, &VnetHdr::validated().to_bytes());
+    }
+    let shape = RxShape { len: frame.len, meta: frame.meta, hash, headroom: port.headroom() };
+    if shape.data_slots() > MAX_DATA_SLOTS || (shape.data_slots() > 1 && !offloads.sg) {
+        port.stats.rx_dropped.add(1);
+        return Verdict::Unfit;
+    }
+    Verdict::Port { slot, queue, hash, frame, segment: false }
+}
