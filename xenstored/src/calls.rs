@@ -11,6 +11,7 @@
 //! caller.call(Duration::from_secs(1), |engine| engine.set_quota(Some(5), Item::Nodes, false, 2000))?.ok()
 //! # }
 //! ```
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};

@@ -1,4 +1,5 @@
 //! Little-endian fields in journal records. Reading checks every length: a record can be damaged.
+#![forbid(unsafe_code)]
 
 /// Builds a record.
 #[derive(Debug, Default)]

@@ -1,4 +1,5 @@
 //! Where the daemon learns of domains and gets their rings.
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::BorrowedFd;

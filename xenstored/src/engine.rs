@@ -1,8 +1,9 @@
 //! The store and its journal: every event is carried out, recorded, and only then seen outside.
 //!
-//! The engine does no waiting and owns no descriptors; the daemon (`daemon.rs`) and the model test (`tests/model.rs`)
+//! The engine does no waiting and owns no descriptors; the daemon (`daemon`) and the model test (`tests/model.rs`)
 //! drive it. A SIGKILL between any two stores to the journal leaves a state from which [`Engine::open`] goes on:
 //! an event that was not committed has had no effect, and its request is still in the connection's input buffer.
+#![forbid(unsafe_code)]
 
 use std::rc::Rc;
 

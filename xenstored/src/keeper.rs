@@ -1,4 +1,5 @@
 //! Where a connection's socket outlives the process.
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -4,6 +4,7 @@
 //! State is handed over in the journal, which is compacted first, so that the other binary may carry requests out differently.
 //! Open transactions are kept too, so there is nothing to wait for and `-F` and `-t` change nothing. The `-s` request stays in
 //! its connection's input with a mark in the journal; the other binary answers it.
+#![forbid(unsafe_code)]
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;

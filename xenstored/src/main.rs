@@ -1,4 +1,5 @@
 //! The xenstore daemon: as a service domain under hv-core, or by itself.
+#![forbid(unsafe_code)]
 
 mod hosted;
 mod offline;

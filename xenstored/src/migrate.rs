@@ -5,6 +5,7 @@
 //! and domains. Read: nodes with permissions, quotas and features. Connections in a stream belong to sockets and event channels
 //! of the process that wrote it; a stream that is read from a file finds neither, so they are counted and left out, as are
 //! transactions.
+#![forbid(unsafe_code)]
 
 use crate::perms::{Perm, Perms, READ, WRITE};
 use crate::store::{Conn, ConnId, Event, FEATURES, Item, Quota, Store};

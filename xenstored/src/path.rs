@@ -1,4 +1,5 @@
 //! Paths (docs/misc/xenstore.txt): alphanumerics and `-/_@`, absolute or relative to `/local/domain/<domid>`.
+#![forbid(unsafe_code)]
 
 use std::borrow::Cow;
 

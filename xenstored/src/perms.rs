@@ -1,4 +1,5 @@
 //! Node permissions: a list of entries, the first of which names the owner and what everybody else may do.
+#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

@@ -4,6 +4,7 @@
 //! commits and the rest fail once more. So a client whose commit failed takes turns for a while: its next transaction starts
 //! when no other of those clients has one open. Each turn is short, they come in the order of asking, and whoever had no
 //! conflict waits for nobody. An unprivileged client's turn makes no privileged one wait (XSA-206).
+#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! Registered watches, found by path. Each is also kept in the arena, so that a snapshot need not write them all.
+#![forbid(unsafe_code)]
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Bound;

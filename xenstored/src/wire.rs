@@ -1,4 +1,5 @@
 //! The xenstore wire format (io/xs_wire.h) as the server sees it: everything from a client is checked here.
+#![forbid(unsafe_code)]
 
 use xen_abi::xs_wire::{XENSTORE_PAYLOAD_MAX, XsMsgType, XsdSockmsg};
 

@@ -81,7 +81,7 @@ fn xsa_206_conflict_storm() {
         assert_eq!(lab.ask(guest, 11, "/shared\0guest"), ok());
         assert_eq!(lab.ask_in(dom0, tx, 7, "T\0"), ok(), "a write that was not read conflicts with nothing");
     }
-    // What was read does conflict. (The daemon then holds the others back for a moment, see daemon.rs.)
+    // What was read does conflict. (The daemon then holds the others back for a moment, see turns.rs and the daemon.)
     let tx = lab.start(dom0);
     assert_eq!(lab.ask_in(dom0, tx, 2, "/shared\0"), Reply::Ok(b"dom0".to_vec()));
     assert_eq!(lab.ask_in(dom0, tx, 11, "/shared\0seen"), ok());

@@ -7,6 +7,7 @@
 //!
 //! Space comes from one end (`bump`) and from free lists, one for each size class, whose heads are in the first page.
 //! Addresses are in units of 8 bytes; 0 is none.
+#![forbid(unsafe_code)]
 
 use std::os::fd::AsFd as _;
 use std::rc::Rc;

@@ -11,6 +11,7 @@
 //! undo pages   pages of the arena as they were at the active snapshot, if they were changed since
 //! arena        the tree and the watches, in place
 //! ```
+#![forbid(unsafe_code)]
 
 /// "BHXSJRN" and the layout's version.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"BHXSJRN3");

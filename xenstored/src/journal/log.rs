@@ -2,6 +2,7 @@
 //!
 //! A record counts once the half's tail word is stored behind it. Compaction writes a snapshot into the other half and
 //! then flips the active word; until that one store the old half is the truth.
+#![forbid(unsafe_code)]
 
 use std::os::fd::AsFd as _;
 use std::rc::Rc;

@@ -8,6 +8,7 @@
 //! 3. *settle*: position := armed position + count, then unset `msg_len`. Doing this twice changes nothing.
 //!
 //! For rings the same positions are stored before the shared index is advanced.
+#![forbid(unsafe_code)]
 
 use super::layout::{HEAD, INPUT, SLOT_HEADS, SLOT_INPUT};
 use super::mem::{Mem, UNSET};

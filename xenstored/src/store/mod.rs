@@ -2,6 +2,7 @@
 //!
 //! [`Store::apply`] takes one [`Event`] and changes the tree, the connections and what waits to be sent to them.
 //! It uses no clock, no randomness and no order that is not fixed, so that the journal can run events again.
+#![forbid(unsafe_code)]
 
 mod admin;
 mod conns;

@@ -1,4 +1,5 @@
 //! Moving bytes between connections and their journal slots.
+#![forbid(unsafe_code)]
 
 pub mod ring;
 pub mod stream;

@@ -5,6 +5,7 @@
 //! name, whose priorities follow from the nodes' addresses. Nodes with the same permissions share one entry and are
 //! linked, so that what a dead domain leaves is found without a search. Nothing here recurses: a path can be 1,536
 //! levels deep (XSA-418).
+#![forbid(unsafe_code)]
 
 mod node;
 mod overlay;

@@ -1,6 +1,10 @@
 //! The event loop: one thread, one epoll, every client served in turn.
+#![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+mod domains;
+mod update;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -12,11 +16,11 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::calls::{Caller, Calls};
-use crate::domains::{Domains, Ring, Seen};
+use crate::domains::{Domains, Ring};
 use crate::engine::{Engine, Processed};
 use crate::journal::log::Full;
 use crate::keeper::FdKeeper;
-use crate::live::{NoSuccessor, Plan, Session, Started, Step, Successor};
+use crate::live::{NoSuccessor, Session, Successor};
 use crate::store::{ConnId, ConnMap};
 use crate::transport::ring::{self, BadIndex};
 use crate::transport::{Pulled, Pushed, stream};
@@ -211,53 +215,6 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     /// Sets how CONTROL live-update starts another binary; without, it is refused.
     pub fn set_successor(&mut self, successor: Box<dyn Successor>) {
         self.successor = successor;
-    }
-
-    /// CONTROL live-update, the next request of this connection.
-    fn live_update(&mut self, id: ConnId) -> Result<(), DaemonError> {
-        let args: Vec<Vec<u8>> = self.engine.live_request().into_iter().map(<[u8]>::to_vec).collect();
-        let answer = match self.live.step(id, &args, &*self.successor) {
-            Step::Answer(answer) => answer,
-            Step::Start if self.engine.take_live_mark(id) => Ok("OK".to_owned()),
-            Step::Start => match self.live.take(id) {
-                None => Ok("Not in live-update session.".to_owned()),
-                Some(plan) => match self.hand_over(id, &plan)? {
-                    None => return Ok(()),
-                    Some(failed) => Ok(failed),
-                },
-            },
-        };
-        if self.engine.answer(id, answer.as_deref().map_err(|e| *e)).is_err() {
-            self.stalled = true;
-        }
-        self.wake(id);
-        self.flush_touched()
-    }
-
-    /// Starts the other binary. What it says if that fails.
-    fn hand_over(&mut self, id: ConnId, plan: &Plan) -> Result<Option<String>, DaemonError> {
-        // With no event to run again, the binary may carry requests out differently.
-        if let Err(e) = self.engine.compact() {
-            return Ok(Some(format!("The journal could not be compacted: {e}")));
-        }
-        tracing::info!(file = %plan.file.display(), "live update");
-        self.engine.mark_live(id);
-        let sockets = self.links.iter().filter_map(|(id, link)| match link {
-            Link::Socket { fd, .. } => Some((*id, fd.as_fd())),
-            Link::Ring(_) => None,
-        });
-        let listener = self.listener.as_ref().map(|l| l.as_fd());
-        match self.successor.start(plan, listener, &mut { sockets }) {
-            Started::Replaced => {
-                self.replaced = true;
-                Ok(None)
-            }
-            Started::Failed(why) => {
-                self.engine.take_live_mark(id);
-                tracing::error!(why, "live update failed; this process goes on");
-                Ok(Some(why))
-            }
-        }
     }
 
     /// Serves until `stop` is readable.
@@ -632,93 +589,5 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                 self.wake(next);
             }
         }
-    }
-
-    /// Compares hv-core's list of domains with what the store knows.
-    fn scan_domains(&mut self) -> Result<(), DaemonError> {
-        self.rescan_at = None;
-        if self.domains.changed_fd().is_none() {
-            return Ok(());
-        }
-        let seen = match self.domains.list() {
-            Ok(seen) => seen,
-            Err(e) => {
-                tracing::error!(error = %e, "no list of domains");
-                self.rescan_at = Some(Instant::now() + RESCAN);
-                return Ok(());
-            }
-        };
-        let living: HashMap<u16, u64> =
-            seen.iter().filter(|s| !s.dying).map(|s| (s.domid, s.instance)).collect();
-        let alive = |domid, instance| living.get(&domid).is_some_and(|i| instance == 0 || *i == instance);
-        let store = &self.engine.store;
-        let known = store.domains().map(|(domid, d)| (domid, d.instance));
-        let all = known.chain(store.prepared().map(|domid| (domid, 0)));
-        let gone: Vec<u16> =
-            all.filter(|(domid, instance)| !alive(*domid, *instance)).map(|(domid, _)| domid).collect();
-        for domid in gone {
-            tracing::info!(domid, "domain is gone");
-            if let Err(e) = self.engine.domain_down(domid) {
-                tracing::error!(error = %e, domid, "the journal is full, a domain's end waits");
-                self.rescan_at = Some(Instant::now() + RESCAN);
-                continue;
-            }
-            self.flush_touched()?;
-            self.drop_closed();
-            self.domains.detach(domid);
-        }
-        for seen in seen.iter().filter(|s| !s.dying) {
-            if let Err(e) = self.take_up_domain(seen) {
-                tracing::warn!(domid = seen.domid, error = %e, "domain's store ring can't be had yet");
-                self.rescan_at = Some(Instant::now() + RESCAN);
-            }
-        }
-        self.flush_touched()
-    }
-
-    fn take_up_domain(&mut self, seen: &Seen) -> Result<(), DaemonError> {
-        if seen.shutdown && self.engine.store.domain(seen.domid).is_some_and(|d| !d.shutdown) {
-            self.engine.domain_shutdown(seen.domid)?;
-        }
-        let Some(ring_at) = seen.ring.filter(|_| !self.engine.store.was_released(seen.domid, seen.instance))
-        else {
-            return Ok(());
-        };
-        let known = self.engine.store.domain(seen.domid).cloned();
-        let conn =
-            known.filter(|d| d.instance == seen.instance && d.ring == Some(ring_at)).and_then(|d| d.conn);
-        if conn.is_some_and(|id| self.links.contains_key(&id)) {
-            return Ok(());
-        }
-        if conn.is_none()
-            && let Some(old) = self.engine.store.domain(seen.domid).and_then(|d| d.conn)
-        {
-            // The same domain with another ring.
-            self.close(old)?;
-            self.domains.detach(seen.domid);
-        }
-        let ring = self.domains.attach(seen)?;
-        let id = match conn {
-            Some(id) => {
-                ring::publish(&self.engine, id, &*ring.page);
-                id
-            }
-            None => {
-                let Some(id) = self.engine.domain_up(seen.domid, seen.instance, ring_at, seen.class)? else {
-                    tracing::error!(domid = seen.domid, "domain is refused: all connection slots are taken");
-                    return Ok(());
-                };
-                tracing::info!(domid = seen.domid, "domain introduced");
-                self.drop_closed();
-                ring::adopt(&self.engine, id, &*ring.page);
-                id
-            }
-        };
-        self.epoll.add(ring.port.rx(), EpollEvent::new(EpollFlags::EPOLLIN, CONNS + id.0))?;
-        ring.port.notify();
-        self.links.insert(id, Link::Ring(ring));
-        self.flush(id)?;
-        self.wake(id);
-        Ok(())
     }
 }
