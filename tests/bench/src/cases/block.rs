@@ -36,11 +36,15 @@ pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
 
 fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
     let direct = backend_is_direct(world)?;
-    let open = |direct: bool| {
+    let open = |path: &Path, direct: bool| {
         let flags = if direct { libc::O_DIRECT } else { 0 };
-        OpenOptions::new().read(true).write(true).custom_flags(flags).open(&world.disk)
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
     };
-    let (file, other_file) = (open(direct)?, open(!direct)?);
+    // A file of its own: direct I/O on a file with dirty pages in the cache has to write them back first.
+    let other_path = world.disk.with_extension("other");
+    std::fs::copy(&world.disk, &other_path).with_context(|| other_path.display().to_string())?;
+    let (file, other_file) = (open(&world.disk, direct)?, open(&other_path, !direct)?);
+    other_file.sync_all()?;
     let guest = RefCell::new(&mut world.guest);
     let mut lines = Vec::new();
     for write in [false, true] {
