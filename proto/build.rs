@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "bulkhead/hvcore.proto",
         "bulkhead/service.proto",
         "bulkhead/blkback.proto",
+        "bulkhead/store.proto",
         "bulkhead/toolstack.proto",
     ];
     let set = protox::Compiler::new(["."])?

@@ -12,6 +12,7 @@ use hv_abi::HVCORE_CONTROL_FD;
 use nix::errno::Errno;
 use proto::hvcore::event::Kind;
 use proto::service::Counter;
+use proto::store::store_server::StoreServer;
 use proto::toolstack::Event;
 use proto::toolstack::toolstack_server::ToolstackServer;
 use tokio::net::UnixListener;
@@ -19,7 +20,7 @@ use tokio::sync::Notify;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use crate::api::Api;
+use crate::api::{Api, StoreRelay};
 use crate::config::HostFile;
 use crate::hv_grpc::GrpcHv;
 use crate::manager::{Manager, OpError, Timing};
@@ -118,8 +119,9 @@ pub fn run(host_file: &Path) -> anyhow::Result<()> {
         tokio::spawn(watch_events(hv, Arc::clone(&manager), wake));
         let incoming = UnixListenerStream::new(UnixListener::from_std(listener)?);
         health.set_serving(true);
+        let store = StoreServer::new(StoreRelay::new(Arc::clone(&manager)));
         let api = ToolstackServer::new(Api::new(manager, source));
-        let server = Server::builder().add_service(api).serve_with_incoming(incoming);
+        let server = Server::builder().add_service(api).add_service(store).serve_with_incoming(incoming);
         let ended = tokio::task::spawn_blocking(move || reconciler.join());
         tokio::select! {
             served = server => served.map_err(anyhow::Error::from),

@@ -4,4 +4,7 @@
 //! bytes are copied once before they are judged.
 
 pub mod blkfront;
+mod connect;
 pub mod netfront;
+
+pub use connect::ConnectError;

@@ -16,6 +16,10 @@ pub mod service {
 pub mod blkback {
     tonic::include_proto!("bulkhead.blkback.v1");
 }
+/// xenstored's view for the toolstack.
+pub mod store {
+    tonic::include_proto!("bulkhead.store.v1");
+}
 /// dom0-supervisor's API.
 pub mod toolstack {
     tonic::include_proto!("bulkhead.toolstack.v1");

@@ -22,6 +22,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use proto::service::Counter;
+use xenstored::calls::Caller;
 use xenstored::daemon::{Daemon, Stats};
 use xenstored::domains::{Domains, Ring, Seen};
 use xenstored::engine::{Engine, Options};
@@ -31,10 +32,14 @@ use xenstored::keeper::FdKeeper;
 use xenstored::live::{Plan, Started, Successor};
 use xenstored::store::{Class, ConnId};
 
+use crate::view::{self, View};
+
 /// Name of the journal in the fd store.
 const JOURNAL: &str = "journal";
 /// Sockets are kept under this and the connection's number.
 const CONN: &str = "conn-";
+/// How long counters wait for the event loop.
+const LOOK: Duration = Duration::from_millis(200);
 /// Name of the listening socket among the domain's resources.
 const SOCKET: &str = "socket";
 
@@ -81,7 +86,10 @@ pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
     let domains = HvDomains { domain: Arc::clone(&domain), virq, held: BTreeMap::new() };
     let mut daemon = Daemon::new(engine, listener, stop.as_fd(), keeper, domains)?;
     daemon.set_successor(Box::new(NextIncarnation));
-    let control = control::serve(&domain, Arc::new(Numbers(daemon.stats()))).context("gRPC")?;
+    let numbers = Numbers { stats: daemon.stats(), caller: daemon.caller() };
+    let view = View::service(daemon.caller(), daemon.door(), daemon.stats());
+    let routes = tonic::service::Routes::new(view);
+    let control = control::serve_with(&domain, Arc::new(numbers), routes).context("gRPC")?;
     control.set_serving(true);
     domain.hv.served().context("telling hv-core that we serve")?;
     daemon.run()?;
@@ -256,18 +264,21 @@ impl Domains for HvDomains {
     }
 }
 
-struct Numbers(Arc<Stats>);
+struct Numbers {
+    stats: Arc<Stats>,
+    caller: Caller,
+}
 
 impl ServiceControl for Numbers {
     fn statistics(&self) -> Vec<Counter> {
-        let s = &self.0;
+        let s = &self.stats;
         let counter = |name: &str, value: &std::sync::atomic::AtomicU64, unit: &str| Counter {
             name: name.into(),
             value: value.load(Ordering::Relaxed),
             subject: String::new(),
             unit: unit.into(),
         };
-        vec![
+        let mut out = vec![
             counter("requests", &s.requests, ""),
             counter("nodes", &s.nodes, ""),
             counter("watches", &s.watches, ""),
@@ -275,7 +286,16 @@ impl ServiceControl for Numbers {
             counter("domains", &s.domains, ""),
             counter("journal", &s.journal_bytes, "bytes"),
             counter("refused by quota", &s.refused, ""),
-        ]
+        ];
+        // A loop that is busy costs these, not the others.
+        let refusals = self.caller.call(LOOK, |engine| view::refusals(&engine.store)).unwrap_or_default();
+        out.extend(refusals.into_iter().map(|(domid, quota, refused)| Counter {
+            name: "quota_refused".into(),
+            value: refused,
+            subject: format!("domain-{domid} {quota}"),
+            unit: "requests".into(),
+        }));
+        out
     }
 
     /// Every request is carried out and recorded in one step, so there is never anything in flight.

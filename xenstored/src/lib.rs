@@ -16,6 +16,7 @@ pub mod calls;
 pub mod codec;
 pub mod daemon;
 pub mod domains;
+pub mod door;
 pub mod engine;
 pub mod journal;
 pub mod keeper;

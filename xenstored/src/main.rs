@@ -4,6 +4,7 @@
 mod hosted;
 mod offline;
 mod standalone;
+mod view;
 
 use std::path::PathBuf;
 

@@ -26,13 +26,14 @@ mod work;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 use options::Options;
-use report::{Json, Reporter};
+use report::Reporter;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
-use system::End;
+use workload::report::{Json, Report};
+use workload::work::End;
 
 fn main() -> ExitCode {
     let name = std::env::args().next().unwrap_or_default();
@@ -88,16 +89,16 @@ fn init() -> ExitCode {
     {
         reporter.error("net", &e);
     }
-    let work = work::Work::start(&options, &reporter);
+    let work = work::start(&options, &reporter);
     let limit = options.seconds.map(Duration::from_secs);
-    let why = work.watch(&options, &reporter, &end, limit);
+    let why = work.watch(Duration::from_millis(options.interval_ms), limit, &reporter, &end);
     let clean = work.stop(&reporter);
     reporter.line(&Json::new("end").text("why", why.name()).flag("clean", clean));
     system::finish(why)
 }
 
 /// Tells of the kernel, of what it runs on and of this boot, in one line and first of all.
-fn boot_line(reporter: &Reporter) {
+fn boot_line(reporter: &dyn Report) {
     let read =
         |path: &str| std::fs::read_to_string(path).map_or_else(|_| String::new(), |s| s.trim().to_owned());
     let uptime = read("/proc/uptime");

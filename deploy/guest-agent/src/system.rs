@@ -1,6 +1,5 @@
 //! What a first process does for its system: mounts, modules, network, shell, end.
 
-use crate::report::Reporter;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -14,28 +13,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// How the guest ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The time on the command line is over; the machine is switched off.
-    Time,
-    /// Someone asked for power off.
-    PowerOff,
-    /// Someone asked for a reboot.
-    Reboot,
-}
-
-impl End {
-    /// Its name in the report.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Time => "time",
-            Self::PowerOff => "poweroff",
-            Self::Reboot => "reboot",
-        }
-    }
-}
+use workload::report::Report;
+use workload::work::End;
 
 /// Mounts what everything else needs.
 pub fn mounts() -> io::Result<()> {
@@ -60,7 +39,7 @@ pub fn cpus() -> usize {
 }
 
 /// Loads the modules that the image carries for this hypervisor, in the order of its list.
-pub fn load_modules(reporter: &Reporter) {
+pub fn load_modules(reporter: &dyn Report) {
     let dir = Path::new("/lib/bulkhead-modules");
     let xen = fs::read_to_string("/sys/hypervisor/type").is_ok_and(|t| t.trim() == "xen");
     let Ok(order) = fs::read_to_string(dir.join(if xen { "xen" } else { "virtio" })) else {

@@ -3,7 +3,9 @@
 
 mod console;
 mod services;
+mod store;
 pub(crate) use services::channel;
+pub use store::StoreRelay;
 
 use std::pin::Pin;
 use std::sync::Arc;

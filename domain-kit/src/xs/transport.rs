@@ -118,9 +118,12 @@ pub(crate) fn wait_fd(
 
 /// The Unix socket of a xenstored, reconnected after a loss.
 pub struct SocketTransport {
-    path: PathBuf,
+    /// `None`: a stream that was connected by others, and is not to be had again.
+    path: Option<PathBuf>,
     stream: Mutex<Option<Arc<UnixStream>>>,
     stop: Stop,
+    /// A reset was asked for.
+    used: AtomicBool,
 }
 
 impl SocketTransport {
@@ -129,7 +132,26 @@ impl SocketTransport {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(path: impl AsRef<Path>) -> Result<Self, XsError> {
-        Ok(Self { path: path.as_ref().to_owned(), stream: Mutex::new(None), stop: Stop::new()? })
+        Ok(Self {
+            path: Some(path.as_ref().to_owned()),
+            stream: Mutex::new(None),
+            stop: Stop::new()?,
+            used: AtomicBool::new(false),
+        })
+    }
+
+    /// Over a stream that is connected already. Lost, it stays lost: the client is closed then.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn connected(stream: UnixStream) -> Result<Self, XsError> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            path: None,
+            stream: Mutex::new(Some(Arc::new(stream))),
+            stop: Stop::new()?,
+            used: AtomicBool::new(false),
+        })
     }
 
     fn stream(&self) -> Result<Arc<UnixStream>, XsError> {
@@ -185,11 +207,18 @@ impl Transport for SocketTransport {
     }
 
     fn reset(&self, deadline: Instant) -> Result<(), XsError> {
+        let Some(path) = &self.path else {
+            // The first reset is that of a stream that nothing was said on yet.
+            if self.used.swap(true, Ordering::Relaxed) {
+                self.stop.set();
+            }
+            return self.stop.check();
+        };
         *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.stop.mend();
         loop {
             self.stop.check()?;
-            match UnixStream::connect(&self.path) {
+            match UnixStream::connect(path) {
                 Ok(stream) => {
                     stream.set_nonblocking(true)?;
                     *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(stream));

@@ -58,6 +58,10 @@ pub enum Op {
     SetTarget = 19,
     ResetWatches = 21,
     DirectoryPart = 22,
+    GetFeature = 23,
+    SetFeature = 24,
+    GetQuota = 25,
+    SetQuota = 26,
 }
 
 /// A decoded header: host byte order, unchecked beyond its length field.

@@ -12,15 +12,17 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use domain_kit::Hypercall;
 use domain_kit::evtchn::Port;
-use domain_kit::grants::{GrantError, Region};
-use domain_kit::hypercall::{HvError, Hypercall};
+use domain_kit::grants::Region;
 use domain_kit::mem::SharedMem;
 use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
 use xen_abi::io::blkif::{BLKIF_MAX_SEGMENTS_PER_REQUEST, VDISK_READONLY, node};
+
+use crate::ConnectError;
 
 pub mod disk;
 pub mod load;
@@ -29,26 +31,6 @@ pub mod queue;
 pub use disk::BlkDisk;
 use queue::BlkQueue;
 pub use queue::{Completion, MAX_BYTES, Op, Outcome, QueueError, QueueShape, SECTOR, SubmitError};
-
-/// Why a device could not be connected.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// xenstore.
-    #[error(transparent)]
-    Store(#[from] XsError),
-    /// hv-core.
-    #[error(transparent)]
-    Hypercall(#[from] HvError),
-    /// Memory.
-    #[error(transparent)]
-    Grant(#[from] GrantError),
-    /// The device's own nodes.
-    #[error("vbd {0}: {1}")]
-    Node(u32, &'static str),
-    /// The backend closed the device; its error node may say why.
-    #[error("vbd {0}: the backend closed the device")]
-    Closed(u32),
-}
 
 /// The data part of the region: all but the ring's pages.
 #[derive(Debug)]
@@ -143,7 +125,7 @@ impl BlkFront {
         timeout: Duration,
     ) -> Result<BlkFront, ConnectError> {
         let mut queues = Self::connect_with(hv, xs, domid, id, timeout, &Options::default())?;
-        queues.pop().ok_or(ConnectError::Node(id, "no queue"))
+        queues.pop().ok_or(ConnectError::Node("vbd", id, "no queue"))
     }
 
     /// The same with these options; gives a front for each queue.
@@ -194,12 +176,12 @@ impl BlkFront {
         let nodes: Vec<(&str, String)> = nodes.iter().map(|(n, v)| (n.as_str(), v.clone())).collect();
         front.publish(&nodes, Initialised)?;
         if front.wait_backend(&[Connected, Closing, Closed], left())? != Connected {
-            return Err(ConnectError::Closed(id));
+            return Err(ConnectError::Closed("vbd", id));
         }
         let sectors =
-            front.backend_number(node::SECTORS)?.ok_or(ConnectError::Node(id, "no sectors node"))?;
+            front.backend_number(node::SECTORS)?.ok_or(ConnectError::Node("vbd", id, "no sectors node"))?;
         if front.backend_number::<u32>(node::SECTOR_SIZE)? != Some(512) {
-            return Err(ConnectError::Node(id, "sectors are not of 512 bytes"));
+            return Err(ConnectError::Node("vbd", id, "sectors are not of 512 bytes"));
         }
         let info = front.backend_number::<u32>(node::INFO)?.unwrap_or(0);
         front.publish(&[], Connected)?;

@@ -13,15 +13,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use domain_kit::Hypercall;
 use domain_kit::evtchn::Port;
-use domain_kit::grants::{GrantError, Region};
-use domain_kit::hypercall::{HvError, Hypercall};
+use domain_kit::grants::Region;
 use domain_kit::mem::{Page, SharedMem};
 use domain_kit::ring::RingMem;
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
 use xen_abi::io::netif::node;
+
+use crate::ConnectError;
 
 pub mod ctrl;
 pub mod phy;
@@ -62,23 +64,6 @@ impl Default for Options {
             gso: true,
         }
     }
-}
-
-/// Why a device could not be connected.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// xenstore.
-    #[error(transparent)]
-    Store(#[from] XsError),
-    /// hv-core.
-    #[error(transparent)]
-    Hypercall(#[from] HvError),
-    /// Memory.
-    #[error(transparent)]
-    Grant(#[from] GrantError),
-    /// The device's own nodes.
-    #[error("vif {0}: {1}")]
-    Node(u32, &'static str),
 }
 
 /// One queue's buffers in the region.
@@ -185,7 +170,7 @@ impl NetFront {
     ) -> Result<NetFront, ConnectError> {
         let front = Frontend::open(xs, domid, "vif", id)?;
         let mac = front.own_node(node::MAC)?.and_then(|text| parse_mac(&text));
-        let mac = mac.ok_or(ConnectError::Node(id, "the node mac is missing or is no MAC address"))?;
+        let mac = mac.ok_or(ConnectError::Node("vif", id, "the node mac is missing or is no MAC address"))?;
         let mtu = front.own_node("mtu")?.and_then(|text| text.trim().parse().ok()).unwrap_or(1500);
         if front.own_state()? != XenbusState::Initialising {
             front.publish(&[], XenbusState::Initialising)?;
@@ -193,10 +178,10 @@ impl NetFront {
         front.wait_backend(&[XenbusState::InitWait], timeout)?;
         let offered = |name: &str| Ok::<_, XsError>(front.backend_number::<usize>(name)?.unwrap_or(0));
         if offered(node::FEATURE_RX_COPY)? == 0 {
-            return Err(ConnectError::Node(id, "the backend does not copy"));
+            return Err(ConnectError::Node("vif", id, "the backend does not copy"));
         }
         if offered(node::FEATURE_SPLIT_EVENT_CHANNELS)? == 0 {
-            return Err(ConnectError::Node(id, "the backend has no separate event channels"));
+            return Err(ConnectError::Node("vif", id, "the backend has no separate event channels"));
         }
         let missing = [
             (options.ctrl, node::FEATURE_CTRL_RING),
@@ -205,7 +190,7 @@ impl NetFront {
         ];
         for (wanted, name) in missing {
             if wanted && offered(name)? == 0 {
-                return Err(ConnectError::Node(id, name));
+                return Err(ConnectError::Node("vif", id, name));
             }
         }
         let count = options.queues.clamp(1, offered(node::MULTI_QUEUE_MAX_QUEUES)?.max(1));

@@ -17,6 +17,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::calls::{Caller, Calls};
 use crate::domains::{Domains, Ring};
+use crate::door::{self, Clients, Door};
 use crate::engine::{Engine, Processed};
 use crate::journal::log::Full;
 use crate::keeper::FdKeeper;
@@ -42,6 +43,7 @@ const LISTENER: u64 = 0;
 const DOMAINS: u64 = 1;
 const STOP: u64 = 2;
 const CALLS: u64 = 3;
+const CLIENTS: u64 = 4;
 const CONNS: u64 = 16;
 
 /// XENSTORE_ERROR_RINGIDX.
@@ -115,6 +117,8 @@ pub struct Daemon<K, D> {
     replaced: bool,
     calls: Calls,
     stats: Arc<Stats>,
+    door: Door,
+    clients: Clients,
 }
 
 impl<K: FdKeeper, D: Domains> Daemon<K, D> {
@@ -139,6 +143,8 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         }
         let calls = Calls::new()?;
         epoll.add(calls.wake(), EpollEvent::new(EpollFlags::EPOLLIN, CALLS))?;
+        let (door, clients) = door::door()?;
+        epoll.add(clients.fd(), EpollEvent::new(EpollFlags::EPOLLIN, CLIENTS))?;
         let mut daemon = Self {
             engine,
             epoll,
@@ -158,6 +164,8 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             replaced: false,
             calls,
             stats: Arc::default(),
+            door,
+            clients,
         };
         daemon.take_up_sockets()?;
         daemon.scan_domains()?;
@@ -167,6 +175,11 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
     /// The numbers that the loop keeps up to date.
     pub fn stats(&self) -> Arc<Stats> {
         Arc::clone(&self.stats)
+    }
+
+    /// For clients of the process's own.
+    pub fn door(&self) -> Door {
+        self.door.clone()
     }
 
     fn take_up_sockets(&mut self) -> Result<(), DaemonError> {
@@ -242,6 +255,11 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                         self.flush_touched()?;
                     }
                     STOP => return Ok(()),
+                    CLIENTS => {
+                        for fd in self.clients.take() {
+                            self.admit(fd)?;
+                        }
+                    }
                     token => self.ready(ConnId(token - CONNS), event.events())?,
                 }
             }
@@ -310,23 +328,29 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
                     return Ok(());
                 }
             };
-            let id = self.engine.store.next_conn();
-            if let Err(e) = self.keeper.put(id, fd.as_fd()) {
-                tracing::error!(error = %e, "a client is refused: its socket can't be kept");
-                continue;
+            self.admit(fd)?;
+        }
+    }
+
+    /// A new client by socket.
+    fn admit(&mut self, fd: OwnedFd) -> Result<(), DaemonError> {
+        let id = self.engine.store.next_conn();
+        if let Err(e) = self.keeper.put(id, fd.as_fd()) {
+            tracing::error!(error = %e, "a client is refused: its socket can't be kept");
+            return Ok(());
+        }
+        match self.engine.open_socket() {
+            Ok(Some(id)) => self.add_socket(id, fd)?,
+            Ok(None) => {
+                tracing::error!("a client is refused: all connection slots are taken");
+                self.keeper.remove(id);
             }
-            match self.engine.open_socket() {
-                Ok(Some(id)) => self.add_socket(id, fd)?,
-                Ok(None) => {
-                    tracing::error!("a client is refused: all connection slots are taken");
-                    self.keeper.remove(id);
-                }
-                Err(e) => {
-                    tracing::error!(error = %e, "a client is refused");
-                    self.keeper.remove(id);
-                }
+            Err(e) => {
+                tracing::error!(error = %e, "a client is refused");
+                self.keeper.remove(id);
             }
         }
+        Ok(())
     }
 
     fn ready(&mut self, id: ConnId, events: EpollFlags) -> Result<(), DaemonError> {

@@ -108,6 +108,10 @@ impl Dom0 {
 
     /// Connects; a socket that refuses for a moment is tried again.
     pub async fn connect(&self) -> Result<Client, Failure> {
+        Ok(ToolstackClient::new(self.channel().await?))
+    }
+
+    async fn channel(&self) -> Result<Channel, Failure> {
         let end = Instant::now() + Duration::from_secs(2);
         loop {
             let path = self.path.clone();
@@ -133,7 +137,7 @@ impl Dom0 {
                 }
             }
             let channel = Endpoint::from_static("http://dom0").connect_with_connector_lazy(connector);
-            return Ok(ToolstackClient::new(channel));
+            return Ok(channel);
         }
     }
 
@@ -142,9 +146,21 @@ impl Dom0 {
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_over(ToolstackClient::new, &make).await
+    }
+
+    /// The same for any service that dom0's socket serves.
+    pub async fn call_over<C, T, F>(
+        &self,
+        client: impl Fn(Channel) -> C,
+        make: &impl Fn(C) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
         let end = Instant::now() + PATIENCE;
         loop {
-            let client = self.connect().await?;
+            let client = client(self.channel().await?);
             let result = match tokio::time::timeout(ATTEMPT, make(client)).await {
                 Ok(result) => result,
                 Err(_) => {

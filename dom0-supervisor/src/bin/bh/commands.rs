@@ -41,6 +41,7 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         }
         Command::Reload => reload(&dom0, args.json).await,
         Command::Restart { service, timeout } => restart(&dom0, service, timeout, args.json).await,
+        Command::Store { command } => crate::store::run(&dom0, command, args.json).await,
         Command::Info => info(&dom0, args.json).await,
         Command::Events { follow } => events(&dom0, follow, args.json).await,
     }
@@ -56,7 +57,7 @@ pub(crate) fn say(json: bool, text: &str, value: Value) -> Result<(), Failure> {
     if json { print_json(&value) } else { Ok(writeln!(std::io::stdout(), "{text}")?) }
 }
 
-async fn guests(dom0: &Dom0, guest: &str) -> Result<Vec<Guest>, Failure> {
+pub async fn guests(dom0: &Dom0, guest: &str) -> Result<Vec<Guest>, Failure> {
     let request = ListGuestsRequest { guest: guest.to_owned() };
     let reply = dom0.call(|mut c| {
         let request = request.clone();
@@ -207,7 +208,7 @@ async fn destroy(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure> 
     say(json, &format!("guest {guest} is gone"), json!({ "guest": guest, "result": "is gone" }))
 }
 
-async fn list_services(dom0: &Dom0, statistics: bool) -> Result<Vec<ServiceInfo>, Failure> {
+pub async fn list_services(dom0: &Dom0, statistics: bool) -> Result<Vec<ServiceInfo>, Failure> {
     let reply = dom0.call(|mut c| async move { c.list_services(ListServicesRequest { statistics }).await });
     Ok(reply.await?.services)
 }

@@ -5,6 +5,7 @@ mod client;
 mod commands;
 mod console;
 mod json;
+mod store;
 mod table;
 
 use std::path::PathBuf;
@@ -129,6 +130,11 @@ enum Command {
         /// Seconds to wait for it.
         #[arg(long, default_value_t = 10)]
         timeout: u32,
+    },
+    /// The store: its tree, watches, quotas.
+    Store {
+        #[command(subcommand)]
+        command: store::StoreCommand,
     },
     /// The host.
     Info,

@@ -18,11 +18,11 @@ use domain_kit::xenbus::connect_store;
 use domain_kit::xs::{XsClient, XsOps};
 use domain_kit::{Domain, control};
 use proto::service::Counter;
-use serde_json::json;
+use workload::report::{Json, Report};
+use workload::work::End;
 
 use crate::options::Options;
 use crate::report::Reporter;
-use crate::work::{End, Work};
 
 /// SHUTDOWN_* reasons (sched.h).
 const POWEROFF: u32 = 0;
@@ -33,14 +33,12 @@ fn main() -> anyhow::Result<()> {
     let domain = Domain::join("process-guest")?;
     let reporter = Arc::new(Reporter::open(&domain));
     reporter.line(
-        "boot",
-        json!({
-            "kernel": concat!("process-guest ", env!("CARGO_PKG_VERSION")),
-            "hypervisor": "bulkhead",
-            "boot_id": format!("{:x}-{}", domain.hello.instance, domain.hello.generation),
-            "uptime_ms": domain.started.elapsed().as_millis() as u64,
-            "cpus": std::thread::available_parallelism().map_or(1, usize::from),
-        }),
+        &Json::new("boot")
+            .text("kernel", concat!("process-guest ", env!("CARGO_PKG_VERSION")))
+            .text("hypervisor", "bulkhead")
+            .text("boot_id", &format!("{:x}-{}", domain.hello.instance, domain.hello.generation))
+            .count("uptime_ms", domain.started.elapsed().as_millis() as u64)
+            .count("cpus", std::thread::available_parallelism().map_or(1, usize::from) as u64),
     );
     let health = control::serve(&domain, Arc::new(Nothing)).context("gRPC")?;
     let end = match run(&options, &domain, &reporter, &health) {
@@ -65,13 +63,14 @@ fn run(
     wait_until_made(&xs, domain.domid())?;
     let (ends, end) = mpsc::channel();
     watch_shutdown(&xs, ends)?;
-    let work = Work::start(options, domain, &xs, reporter)?;
+    let work = work::start(options, domain, &xs, reporter);
     domain.hv.served()?;
     health.set_serving(true);
-    let why = work.watch(options, reporter, &end);
+    let limit = options.seconds.map(Duration::from_secs);
+    let why = work.watch(Duration::from_millis(options.interval_ms), limit, &**reporter, &end);
     health.set_serving(false);
-    let clean = work.stop(reporter);
-    reporter.line("end", json!({"why": why.name(), "clean": clean}));
+    let clean = work.stop(&**reporter);
+    reporter.line(&Json::new("end").text("why", why.name()).flag("clean", clean));
     Ok(why)
 }
 

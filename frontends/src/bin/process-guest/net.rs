@@ -17,7 +17,7 @@ use workload::ping::{LOST_AFTER, PingStats};
 use workload::stream::{self, StreamStats};
 
 use crate::options::{Network, Options, Work};
-use crate::report::Reporter;
+use workload::report::Report;
 
 /// Bytes of each of the TCP socket's buffers.
 const TCP_BUFFER: usize = 256 << 10;
@@ -54,7 +54,7 @@ impl NetLoad {
         mut front: NetFront,
         network: Network,
         options: &Options,
-        reporter: &Reporter,
+        reporter: &dyn Report,
     ) -> (NetLoad, NetStats) {
         let base = Instant::now();
         let mut config = Config::new(EthernetAddress(front.mac()).into());
@@ -104,7 +104,7 @@ impl NetLoad {
     }
 
     /// Runs until `stop`, then until the stream has ended in order and late echo replies came, or `limit` later.
-    pub fn run(mut self, stop: &AtomicBool, limit: Duration, reporter: &Reporter) {
+    pub fn run(mut self, stop: &AtomicBool, limit: Duration, reporter: &dyn Report) {
         let mut stopping: Option<Instant> = None;
         loop {
             self.front.clear();

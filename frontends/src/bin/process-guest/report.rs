@@ -1,4 +1,4 @@
-//! Lines for the outside: `BH: {json}` on the console, each written whole, in the form that the Linux guest's agent uses.
+//! The console of a process guest.
 
 use std::io::Write;
 use std::sync::Mutex;
@@ -8,8 +8,7 @@ use domain_kit::Domain;
 use domain_kit::evtchn::Port;
 use domain_kit::mem::Page;
 use domain_kit::ring::RingMem;
-use nix::time::{ClockId, clock_gettime};
-use serde_json::{Value, json};
+use workload::report::Report;
 use xen_abi::console::*;
 
 /// The PV console's ring, from the guest's end (io/console.h).
@@ -69,15 +68,10 @@ impl Reporter {
         };
         Reporter { console: Mutex::new(console) }
     }
+}
 
-    /// Writes one line: the members of `json`, with the event's name and the time of day and since boot.
-    pub fn line(&self, event: &str, mut json: Value) {
-        if let Some(members) = json.as_object_mut() {
-            members.insert("ev".into(), event.into());
-            members.insert("t_ms".into(), clock_ms(ClockId::CLOCK_REALTIME));
-            members.insert("mono_ms".into(), clock_ms(ClockId::CLOCK_MONOTONIC));
-        }
-        let line = format!("BH: {json}\n");
+impl Report for Reporter {
+    fn write(&self, line: &str) {
         let mut console = self.console.lock().unwrap_or_else(|e| e.into_inner());
         match console.as_mut() {
             Some(console) => console.write(line.as_bytes()),
@@ -85,22 +79,4 @@ impl Reporter {
             None => drop(std::io::stderr().write_all(line.as_bytes())),
         }
     }
-
-    /// Reports that something of the guest's own set-up failed.
-    pub fn error(&self, part: &str, what: &dyn std::fmt::Display) {
-        tracing::error!(part, "{what}");
-        self.line("error", json!({"part": part, "what": what.to_string()}));
-    }
-}
-
-fn clock_ms(clock: ClockId) -> Value {
-    clock_gettime(clock).map_or(Value::Null, |t| {
-        // Three decimals: microseconds.
-        json!((t.tv_sec() * 1_000_000 + t.tv_nsec() / 1000) as f64 / 1000.0)
-    })
-}
-
-/// Milliseconds with three decimals.
-pub fn millis(duration: Duration) -> Value {
-    json!((duration.as_secs_f64() * 1e6).round() / 1000.0)
 }
