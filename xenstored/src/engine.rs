@@ -265,7 +265,10 @@ impl Engine {
         }
         self.log.reserve(len, event.can_wait())?;
         let most = self.store.most_growth(event);
-        self.store.tree.arena_mut().reserve(most)?;
+        if self.store.tree.arena_mut().reserve(most).is_err() {
+            let least = self.store.least_growth(event);
+            self.store.tree.arena_mut().reserve(least)?;
+        }
         // What is on the heap is lost with the process, and the arena is put back: so they may change first.
         let digest = self.store.apply(event);
         self.record.u32(digest);

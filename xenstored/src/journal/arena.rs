@@ -203,6 +203,22 @@ impl Arena {
         }
     }
 
+    /// How many bytes of these sizes the free lists do not have.
+    pub fn beyond_free(&self, sizes: impl Iterator<Item = usize>) -> u64 {
+        let mut heads = std::collections::BTreeMap::new();
+        let mut more = 0;
+        for len in sizes {
+            let (class, units) = class(len.div_ceil(UNIT) as u32);
+            let free = heads.entry(class).or_insert_with(|| self.u32_at(FREE + 4 * class));
+            if *free == 0 {
+                more += u64::from(units) * UNIT as u64;
+            } else {
+                *free = self.u32(*free, 0);
+            }
+        }
+        more
+    }
+
     /// Gives `len` bytes out.
     pub fn alloc(&mut self, len: usize) -> Unit {
         let (class, units) = class(len.div_ceil(UNIT) as u32);

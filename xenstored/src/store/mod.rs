@@ -8,6 +8,7 @@ mod admin;
 mod conns;
 mod control;
 mod event;
+mod growth;
 pub mod nodes;
 mod queue;
 mod quota;
@@ -35,7 +36,7 @@ use crate::path;
 use crate::perms::{Caller, Perms, READ};
 use crate::tree::Tree;
 use crate::watches::{Watch, WatchIndex};
-use crate::wire::{HEADER, Header, PAYLOAD_MAX};
+use crate::wire::{Header, PAYLOAD_MAX};
 use nodes::Changed;
 
 /// Unread output at which watch events are folded to one per watch (bytes).
@@ -349,22 +350,6 @@ impl Store {
     /// The slots of connections that are gone since the last call.
     pub fn take_freed_into(&mut self, free: &mut Vec<u32>) {
         free.append(&mut self.freed);
-    }
-
-    /// The most bytes that an event can take from the arena: known before, so that none fails in the middle.
-    pub fn most_growth(&self, event: &Event<'_>) -> u64 {
-        // A path of n bytes makes n/2 nodes of at most 56 bytes each; permissions and watches take less.
-        let one = |bytes: usize| 40 * bytes as u64 + (16 << 10);
-        match event {
-            Event::Request { conn, message, .. } => {
-                let head = message.split_first_chunk::<HEADER>().and_then(|(h, _)| Header::decode(h).ok());
-                let tx = head.filter(|h| h.op() == Some(XsMsgType::TransactionEnd)).map(|h| h.tx_id);
-                let tx = tx.and_then(|tx_id| self.conns.get(conn)?.txs.get(&tx_id));
-                one(message.len()) + tx.map_or(0, |tx| 64 * tx.over.nodes as u64 + 2 * tx.bytes as u64)
-            }
-            Event::Answer { .. } | Event::Drained { .. } => 0,
-            _ => one(0),
-        }
     }
 
     fn new_tag(&mut self) -> u64 {

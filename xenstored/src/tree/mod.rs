@@ -28,6 +28,9 @@ pub type NodeId = u32;
 /// The hidden root: the first thing that is put into an arena.
 pub const HIDDEN_ROOT: NodeId = FIRST;
 
+/// Bytes of a node in the arena, its name and value not counted.
+pub const NODE_LEN: usize = Record::LEN;
+
 /// All nodes.
 #[derive(Debug)]
 pub struct Tree {
