@@ -329,7 +329,7 @@ mod tests {
             ("[[netback]]\nname = \"n\"\nuplink = \"a/b\"".to_owned(), "not an interface"),
             ("[[netback]]\nname = \"n\"\ngateway = \"10.0.0.1\"".to_owned(), "prefix length"),
             ("[[netback]]\nname = \"n\"\nmode = \"routed\"".to_owned(), "needs a gateway"),
-            ("[[netback]]\nname = \"n\"\nmode = \"nat\"".to_owned(), "host.toml:3:8"),
+            ("[[netback]]\nname = \"n\"\nmode = \"tunnel\"".to_owned(), "host.toml:3:8"),
             ("state_dir = \"x\"".to_owned(), "absolute"),
         ] {
             let e = parse(&text).unwrap_err();

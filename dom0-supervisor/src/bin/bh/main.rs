@@ -80,7 +80,7 @@ enum Command {
     BlockAttach {
         /// Name, domid or uuid.
         guest: String,
-        /// The disk as in xl: TARGET,FORMAT,VDEV,ACCESS or key=value, or {…} with the keys of [[disk]]. Several are put together.
+        /// The disk as in xl: TARGET,FORMAT,VDEV,ACCESS or key=value, or {…} with the keys of `[[disk]]`. Several are put together.
         #[arg(required = true)]
         disk: Vec<String>,
     },
