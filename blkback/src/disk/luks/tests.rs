@@ -15,8 +15,18 @@ fn layer(path: &Path) -> Arc<dyn Layer> {
     Arc::new(FileLayer::new(Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap(), len, false))
 }
 
+/// How often QEMU may fail to time its key derivation, which it does on busy machines.
+const TIMING_RETRIES: usize = 20;
+
 fn run(program: &str, args: &[&str]) {
-    let out = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let once = || Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let mut out = once();
+    for _ in 0..TIMING_RETRIES {
+        if !String::from_utf8_lossy(&out.stderr).contains("Unable to get accurate CPU usage") {
+            break;
+        }
+        out = once();
+    }
     assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
 }
 
