@@ -52,13 +52,13 @@ impl Op {
         matches!(self, Op::Write(_) | Op::Barrier(_) | Op::Poison(_) | Op::Indirect(_))
     }
 
+    /// The operation that its response must name.
     fn code(self) -> u8 {
         match self {
             Op::Read(_) => BLKIF_OP_READ,
-            Op::Write(_) | Op::Poison(_) => BLKIF_OP_WRITE,
+            Op::Write(_) | Op::Poison(_) | Op::Indirect(_) => BLKIF_OP_WRITE,
             Op::Barrier(_) => BLKIF_OP_WRITE_BARRIER,
             Op::Flush => BLKIF_OP_FLUSH_DISKCACHE,
-            Op::Indirect(_) => BLKIF_OP_INDIRECT,
         }
     }
 }
@@ -371,8 +371,8 @@ impl World {
         let (operation, sector_number) = (op.code(), op.sector());
         let request = if matches!(op, Op::Indirect(_)) {
             let mut request = BlkifRequestIndirect {
-                operation,
-                indirect_op: BLKIF_OP_WRITE,
+                operation: BLKIF_OP_INDIRECT,
+                indirect_op: operation,
                 nr_segments: 1,
                 id,
                 sector_number,

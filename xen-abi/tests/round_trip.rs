@@ -80,7 +80,8 @@ proptest! {
         for abi in [Abi::X86_64, Abi::X86_32] {
             let request = abi.decode(&slot);
             let at = if abi == Abi::X86_64 { 8 } else { 4 };
-            prop_assert_eq!(request.operation(), slot[0]);
+            let echoed = if let Request::Indirect(request) = request { request.indirect_op } else { slot[0] };
+            prop_assert_eq!(request.operation(), echoed);
             let id = request.id().to_le_bytes();
             prop_assert_eq!(&id[..], &slot[at..at + 8]);
             if let Request::Direct(direct) = request {

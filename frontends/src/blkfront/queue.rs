@@ -521,7 +521,7 @@ mod tests {
             assert_eq!((barrier.operation, barrier.nr_segments), (BLKIF_OP_WRITE_BARRIER, 1));
             let Request::Discard(discard) = take() else { panic!("no discard") };
             assert_eq!((discard.sector_number, discard.nr_sectors), (16, 1 << 40));
-            for (id, operation) in [(discard.id, BLKIF_OP_DISCARD), (write.id, BLKIF_OP_INDIRECT)] {
+            for (id, operation) in [(discard.id, BLKIF_OP_DISCARD), (write.id, BLKIF_OP_WRITE)] {
                 back.put(&abi.encode_response(id, operation, 0)[..abi.response_size()]);
             }
             back.push();

@@ -289,12 +289,13 @@ impl Request {
         }
     }
 
-    /// The operation to echo in the response.
+    /// The operation to echo in the response: of an indirect request it is the one that it stands for. `blkif.h` does not
+    /// say so, but Linux's xen-blkfront takes any other for a lie and disables the disk.
     pub const fn operation(&self) -> u8 {
         match self {
             Self::Direct(request) => request.operation,
             Self::Discard(request) => request.operation,
-            Self::Indirect(request) => request.operation,
+            Self::Indirect(request) => request.indirect_op,
             Self::Unknown { operation, .. } => *operation,
         }
     }
