@@ -234,7 +234,7 @@ fn wanted() -> Wanted {
     // Enumerators, which the preprocessor can't ask for: Xen 4.17's header lacks the newest requests.
     let header = std::fs::read_to_string(XS_WIRE_H).unwrap_or_default();
     let newer = |name: &str| XS_NEWER_THAN_4_17.contains(&name) && !header.contains(name);
-    for message in xs_wire::XsMsgType::ALL.into_iter().filter(|m| !newer(m.c_name())) {
+    for message in xs_wire::XsMsgType::ALL.iter().filter(|m| !newer(m.c_name())) {
         wanted.expect(message.c_name().to_string(), message.c_name(), message.raw().into());
     }
     for state in xenbus::XenbusState::ALL {
