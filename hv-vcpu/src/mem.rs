@@ -63,8 +63,8 @@ impl Mapping {
         Ok(Self { addr: addr.cast(), len: len.get() })
     }
 
-    /// As [`Self::new`], at an address that lets the system use huge pages, and asks it to: each page that KVM has
-    /// to look up and map by itself costs an exit of the guest.
+    /// As [`Self::new`], at an address that lets the system use huge pages: each page that KVM has to look up and map by
+    /// itself costs an exit of the guest. It is not asked to (see the README: a guest was seen to break with them).
     fn new_huge(file: impl AsFd, offset: u64, len: u64) -> Result<Self, MemError> {
         use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
         let room = usize::try_from(len).ok().and_then(|len| len.checked_add(HUGE_PAGE));
@@ -84,8 +84,6 @@ impl Mapping {
         };
         let map = Self { addr, len };
         map.replace(0, len as u64, file, offset)?;
-        // SAFETY: advice about a mapping of ours; a system without huge pages refuses it, and nothing is lost.
-        unsafe { libc::madvise(addr.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         Ok(map)
     }
 

@@ -38,8 +38,6 @@ mount -t devpts -o gid=5,mode=620 devpts /new/dev/pts
 mount -t tmpfs -o mode=1777 shm /new/dev/shm
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 mount -t debugfs debugfs /new/sys/kernel/debug
-# As deploy/systemd does on a real host: guest RAM may use huge pages.
-echo advise >/new/sys/kernel/mm/transparent_hugepage/shmem_enabled
 mkdir -p "/new$LAB_TREE"
 mount -t 9p -o "rw,cache=mmap,$opts" tree "/new$LAB_TREE" || die "cannot mount the working tree"
 if [ -n "$LAB_TARGET" ]; then
