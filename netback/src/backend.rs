@@ -14,7 +14,6 @@ use crate::connection::{self, ConnectError, Connection, VifId, kept_memory};
 use crate::forward::{TAP_MAC, Wiring, WiringError};
 use crate::netlink::Netlink;
 use crate::nodes;
-use crate::span::Span;
 use crate::stats::Stats;
 use crate::switch::port::{Port, lock};
 use crate::switch::settings::Settings;
@@ -22,6 +21,7 @@ use crate::switch::{Gateway, Plan, Switch, fdb};
 use crate::tap::Tap;
 use crate::uplink::{self, UplinkWork};
 use crate::worker::{Work, Worker};
+use domain_kit::ring::Span;
 
 const FDB_ENTRY: &str = "switch-learned";
 

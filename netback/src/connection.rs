@@ -26,13 +26,13 @@ use crate::queue::ctrl::{self, CtrlQueue};
 use crate::queue::rx::{self, RxQueue, RxTarget};
 use crate::queue::tx::{self, TxQueue};
 use crate::queue::{ARENA_BYTES, QueueError};
-use crate::span::Span;
 use crate::stats::Stats;
 use crate::switch::port::{Groups, Port, PortParts, RxHandle, lock};
 use crate::switch::settings::Settings;
 use crate::switch::{Lane, Switch};
 use crate::tap::Offloads;
 use crate::worker::{CtrlWork, Ports, Work};
+use domain_kit::ring::Span;
 
 /// Names a vif: the frontend's domid and the device's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -13,7 +13,7 @@
 //! | [`headers`], [`offload`], [`segment`], [`hash`] | packets' headers; checksums and segmentation against Linux's virtio_net_hdr; queues by hash |
 //! | [`queue`] | the rings with their journals, and nothing else |
 //! | [`switch`] | forwarding, filters, what the domain answers itself |
-//! | [`spool`], [`kept`], [`span`] | packets and settings in memory that outlives the incarnation |
+//! | [`spool`], [`kept`] | packets and settings in memory that outlives the incarnation |
 //! | [`worker`], [`uplink`] | the threads: one for each queue, one for the uplink |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
@@ -34,7 +34,6 @@ pub mod offload;
 pub mod queue;
 pub mod segment;
 pub mod slots;
-pub mod span;
 pub mod spool;
 pub mod stats;
 pub mod switch;

@@ -14,11 +14,11 @@ use crate::connection::{ConnectError, kept_memory, system};
 use crate::offload::VNET_HDR_LEN;
 use crate::queue::{ARENA_BYTES, Fate, QueueError, SCRATCH};
 use crate::slots::{MAX_RX_PACKET, MIN_PACKET};
-use crate::span::Span;
 use crate::spool::{self, Spool};
 use crate::switch::{Lane, Origin, Switch};
 use crate::tap::Tap;
 use crate::worker::Control;
+use domain_kit::ring::Span;
 
 /// The TAP's name.
 pub const NAME: &str = "net0";

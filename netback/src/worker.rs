@@ -23,11 +23,11 @@ use crate::hash::HashConfig;
 use crate::queue::ctrl::{CtrlQueue, CtrlWorld};
 use crate::queue::tx::TxQueue;
 use crate::queue::{Copier, Fate, Frame, QueueError, SCRATCH, World};
-use crate::span::Span;
 use crate::stats::Stats;
 use crate::switch::port::{Port, lock};
 use crate::switch::{Lane, Origin, Switch};
 use domain_kit::ring::RingMem;
+use domain_kit::ring::Span;
 
 /// Bytes that a queue sends before the other things have their turn.
 const ROUND: usize = 4 << 20;

@@ -19,7 +19,7 @@ mod pages;
 
 pub use back::BackRing;
 pub use front::FrontRing;
-pub use mem::{HeapMem, RingMem};
+pub use mem::{HeapMem, RingMem, Span};
 pub use pages::Pages;
 
 use xen_abi::io::ring::{RING_OFFSET, ring_size};

@@ -13,8 +13,8 @@ use crate::queue::rx::{RxFrame, Source};
 use crate::queue::{Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
 use crate::segment;
 use crate::slots::{MAX_DATA_SLOTS, RxShape};
-use crate::span::Span;
 use crate::spool::HEADROOM;
+use domain_kit::ring::Span;
 
 impl Switch {
     /// Delivers packets of the lane's arena to one queue; says how many were not dropped.

@@ -26,9 +26,9 @@ use crate::offload::MAX_HEADERS;
 use crate::queue::rx::RxFrame;
 use crate::queue::{Copier, Fate, Frame};
 use crate::slots::PacketHash;
-use crate::span::Span;
 use crate::stats::Stats;
 use crate::tap::Tap;
+use domain_kit::ring::Span;
 
 pub mod answer;
 mod deliver;

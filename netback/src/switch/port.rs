@@ -12,10 +12,10 @@ use crate::connection::VifId;
 use crate::hash::HashConfig;
 use crate::headers::Mac;
 use crate::queue::rx::RxQueue;
-use crate::span::Span;
 use crate::stats::Stats;
 use crate::tap::Offloads;
 use crate::worker::Ports;
+use domain_kit::ring::Span;
 
 /// Groups that a frontend can have in its filter.
 pub const MAX_GROUPS: usize = 64;
