@@ -5,20 +5,23 @@
 //! piece. A new incarnation then re-attaches. Explored: every single crash, every pair of crashes whose second comes
 //! within the recovery (and a stride of all later ones), and a poison packet each way that crashes by itself.
 //!
-//! Seen through the eyes of the frontend and of the outside: every tx slot is answered exactly once, in order, extra info
-//! with NULL; no packet goes out or comes in twice, none out of order, none damaged; each kill loses at most one.
+//! Seen through the eyes of the frontend ([`common::Guest`]) and of the outside: every tx slot is answered exactly once, in order,
+//! extra info with NULL; no page is touched once its slot is answered; no packet goes out or comes in twice, none out of
+//! order, none damaged; each kill loses at most one.
+
+mod common;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use common::{Guest, Outgoing, Pages};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
-use domain_kit::ring::{FrontRing, HeapMem, RingLayout, RingMem};
-use hv_abi::COPY_TO_GRANT;
-use netback::offload::VNET_HDR_LEN;
+use domain_kit::ring::{HeapMem, RingLayout, RingMem};
+use netback::offload::{self, Family, Gso, Meta, VNET_HDR_LEN, VnetHdr};
 use netback::queue::rx::{self, RxFrame, RxQueue, RxTarget, Source};
 use netback::queue::tx::{self, TxQueue};
 use netback::queue::{ARENA_BYTES, Copier, Fate, Frame, World};
@@ -100,9 +103,9 @@ struct Outside {
     arena: Mem,
     /// Buffer 2: what the uplink's thread reads into.
     uplink: Mem,
-    to_guest: Rc<RefCell<VecDeque<Vec<u8>>>>,
+    to_guest: Rc<RefCell<VecDeque<(Vec<u8>, Option<u16>)>>>,
     from_guest: Rc<RefCell<Vec<Vec<u8>>>>,
-    pages: Rc<RefCell<HashMap<u32, Vec<u8>>>>,
+    pages: Pages,
     fuel: Rc<Fuel>,
     poison: bool,
 }
@@ -126,8 +129,13 @@ impl Outside {
         let uplink = self.uplink.clone();
         while let Some(at) = spool.room() {
             self.fuel.step();
-            let Some(packet) = self.to_guest.borrow_mut().pop_front() else { break };
-            uplink.inner.copy_in(at - VNET_HDR_LEN, &[0; VNET_HDR_LEN]);
+            let Some((packet, gso)) = self.to_guest.borrow_mut().pop_front() else { break };
+            let hdr = gso.map_or(VnetHdr::default(), |size| {
+                let gso = Some(Gso { family: Family::V4, size });
+                let meta = Meta { csum_blank: true, data_validated: true, gso };
+                offload::to_tap(meta, &packet, packet.len()).expect("TCP").hdr
+            });
+            uplink.inner.copy_in(at - VNET_HDR_LEN, &hdr.to_bytes());
             uplink.inner.copy_in(at, &packet);
             self.fuel.step();
             spool.note(notes, &uplink, packet.len());
@@ -154,18 +162,7 @@ impl Copier for Outside {
         for e in &batch.entries {
             self.fuel.step();
             let arena = if e.buffer == 2 { &self.uplink } else { &self.arena };
-            let mut pages = self.pages.borrow_mut();
-            let page = pages.get_mut(&e.gref).expect("a page that the frontend granted");
-            let range = usize::from(e.offset)..usize::from(e.offset) + usize::from(e.len);
-            if e.flags == COPY_TO_GRANT {
-                let mut bytes = vec![0; range.len()];
-                arena.inner.copy_out(e.buffer_offset as usize, &mut bytes);
-                self.taste(&bytes);
-                page[range].copy_from_slice(&bytes);
-            } else {
-                self.taste(&page[range.clone()]);
-                arena.inner.copy_in(e.buffer_offset as usize, &page[range]);
-            }
+            self.pages.copy(e, &*arena.inner, |bytes| self.taste(bytes));
             batch.statuses.push(0);
         }
         Ok(())
@@ -207,112 +204,10 @@ fn rx_layout() -> RingLayout {
     rx::layout().with_size(RING)
 }
 
-struct Guest {
-    tx: FrontRing<Rc<HeapMem>>,
-    rx: FrontRing<Rc<HeapMem>>,
-    pages: Rc<RefCell<HashMap<u32, Vec<u8>>>>,
-    to_send: VecDeque<(Vec<u8>, bool)>,
-    /// Slots sent and not answered.
-    tx_waiting: VecDeque<(u16, bool)>,
-    /// (id, gref) by ring slot.
-    rx_posted: VecDeque<(u16, u32)>,
-    assembling: Vec<u8>,
-    /// A slot of the packet came with an error.
-    damaged: bool,
-    received: Vec<Vec<u8>>,
-    next_id: u16,
-    /// Posts rx slots only now and then.
-    slow: bool,
-    turn: u32,
-}
-
-impl Guest {
-    /// Takes answers, sends, and posts rx slots, as far as the rings have room.
-    fn turn(&mut self) {
-        self.turn += 1;
-        for _ in 0..self.tx.unconsumed().expect("honest indices") {
-            let mut bytes = [0; 4];
-            self.tx.take(&mut bytes);
-            let id = u16::from_le_bytes([bytes[0], bytes[1]]);
-            let status = i16::from_le_bytes([bytes[2], bytes[3]]);
-            let (want, extra) = self.tx_waiting.pop_front().expect("no answer without a request");
-            if extra {
-                assert_eq!(status, NETIF_RSP_NULL, "extra info is answered with NULL");
-            } else {
-                assert_eq!(id, want, "answers in order");
-                assert!(status == NETIF_RSP_OKAY || status == NETIF_RSP_ERROR);
-            }
-        }
-        while let Some((packet, extra)) = self.to_send.front() {
-            let pieces: Vec<&[u8]> = packet.chunks(60).collect();
-            if (self.tx.free() as usize) < pieces.len() + usize::from(*extra) {
-                break;
-            }
-            for (i, piece) in pieces.iter().enumerate() {
-                self.next_id += 1;
-                let gref = 1000 + u32::from(self.next_id);
-                let mut page = vec![0; 4096];
-                page[7..7 + piece.len()].copy_from_slice(piece);
-                self.pages.borrow_mut().insert(gref, page);
-                let mut flags = if i + 1 < pieces.len() { NETTXF_MORE_DATA } else { 0 };
-                if i == 0 && *extra {
-                    flags |= NETTXF_EXTRA_INFO;
-                }
-                let size = if i == 0 { packet.len() } else { piece.len() } as u16;
-                self.tx
-                    .put(&TxSlot::from(NetifTxRequest { gref, offset: 7, flags, id: self.next_id, size }).0);
-                self.tx_waiting.push_back((self.next_id, false));
-                if i == 0 && *extra {
-                    let gso = Extra::Gso { size: 1448, gso_type: XEN_NETIF_GSO_TYPE_TCPV4, features: 0 };
-                    self.tx.put(&TxSlot::from(NetifExtraInfo::new(gso, false)).0);
-                    self.tx_waiting.push_back((0, true));
-                }
-            }
-            self.to_send.pop_front();
-        }
-        self.tx.push();
-        for _ in 0..self.rx.unconsumed().expect("honest indices") {
-            let mut slot = RxSlot::default();
-            self.rx.take(&mut slot.0);
-            let response = slot.response();
-            let (id, gref) = self.rx_posted.pop_front().expect("posted");
-            assert_eq!(response.id, id, "responses are in their requests' slots");
-            assert!(response.offset == 0);
-            if response.status == NETIF_RSP_ERROR {
-                assert!(!self.assembling.is_empty(), "only the rest of a packet is given up");
-                self.damaged = true;
-                // Until the next packet's first slot there is nothing to see of it.
-                continue;
-            }
-            assert!(response.status > 0);
-            if std::mem::take(&mut self.damaged) {
-                self.assembling.clear();
-            }
-            let page = &self.pages.borrow()[&gref];
-            self.assembling.extend(&page[..response.status as usize]);
-            if response.flags & NETRXF_MORE_DATA == 0 {
-                self.received.push(std::mem::take(&mut self.assembling));
-            }
-        }
-        let post = if self.slow { self.turn % 2 } else { RING };
-        for _ in 0..post.min(self.rx.free()) {
-            self.next_id += 1;
-            let gref = 1000 + u32::from(self.next_id);
-            self.pages.borrow_mut().insert(gref, vec![0; 4096]);
-            let mut request = [0; 8];
-            request[..2].copy_from_slice(&self.next_id.to_le_bytes());
-            request[4..].copy_from_slice(&gref.to_le_bytes());
-            self.rx.put(&request);
-            self.rx_posted.push_back((self.next_id, gref));
-        }
-        self.rx.push();
-    }
-}
-
 struct Scenario {
-    /// Packets from the guest: bytes, and whether extra info goes with them.
-    from_guest: Vec<(Vec<u8>, bool)>,
-    to_guest: Vec<Vec<u8>>,
+    from_guest: Vec<Outgoing>,
+    /// With the size of the segments that they are to be cut into.
+    to_guest: Vec<(Vec<u8>, Option<u16>)>,
     slow: bool,
     poison: bool,
 }
@@ -350,27 +245,16 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
     let arena = Mem { inner: ARENA.with(Rc::clone), fuel: fuel.clone() };
     let uplink = Mem { inner: UPLINK.with(Rc::clone), fuel: fuel.clone() };
     let notes = mem(spool::notes_bytes(64));
-    let pages = Rc::new(RefCell::new(HashMap::new()));
-    let mut guest = Guest {
-        tx: FrontRing::init(tx_ring.inner.clone(), tx_layout()),
-        rx: FrontRing::init(rx_ring.inner.clone(), rx_layout()),
-        pages: pages.clone(),
-        to_send: scenario.from_guest.clone().into(),
-        tx_waiting: VecDeque::new(),
-        rx_posted: VecDeque::new(),
-        assembling: Vec::new(),
-        damaged: false,
-        received: Vec::new(),
-        next_id: 0,
-        slow: scenario.slow,
-        turn: 0,
-    };
+    let mut guest = Guest::new(tx_ring.inner.clone(), tx_layout(), rx_ring.inner.clone(), rx_layout());
+    guest.to_send = scenario.from_guest.clone().into();
+    guest.slow = scenario.slow;
+    guest.never_killed = false;
     let mut outside = Outside {
         arena: arena.clone(),
         uplink: uplink.clone(),
         to_guest: Rc::new(RefCell::new(scenario.to_guest.clone().into())),
         from_guest: Rc::default(),
-        pages,
+        pages: guest.pages.clone(),
         fuel: fuel.clone(),
         poison: scenario.poison,
     };
@@ -437,20 +321,23 @@ fn run(scenario: &Scenario, plan: &[u64]) -> Outcome {
     }
     guest.turn();
     let at = || format!("plan {plan:?}");
-    assert!(guest.tx_waiting.is_empty() && guest.to_send.is_empty(), "unanswered tx slots, {}", at());
-    assert!(
-        (guest.assembling.is_empty() || guest.damaged) && outside.to_guest.borrow().is_empty(),
-        "{}",
-        at()
-    );
-    let sent: Vec<_> = scenario.from_guest.iter().map(|p| p.0.clone()).collect();
+    assert!(guest.at_rest() && outside.to_guest.borrow().is_empty(), "{}", at());
+    let honest = scenario.from_guest.iter().filter(|p| !p.broken);
+    let sent: Vec<_> = honest.map(|p| p.bytes.clone()).collect();
     let blank = |p: &Vec<u8>| {
         let mut p = p.clone();
         p[50..52].copy_from_slice(&[0, 0]);
         p
     };
     let out: Vec<_> = outside.from_guest.borrow().iter().map(blank).collect();
-    let lost = lost(&sent, &out, &at()) + lost(&scenario.to_guest, &guest.received, &at());
+    let to_guest: Vec<_> = scenario.to_guest.iter().map(|p| p.0.clone()).collect();
+    let mut rest = scenario.to_guest.iter();
+    for packet in &guest.received {
+        let (_, gso) = rest.find(|(bytes, _)| *bytes == packet.bytes).expect("see below");
+        assert_eq!(packet.gso, *gso, "{}", at());
+    }
+    let received: Vec<_> = guest.received.iter().map(|p| p.bytes.clone()).collect();
+    let lost = lost(&sent, &out, &at()) + lost(&to_guest, &received, &at());
     let poison = if scenario.poison { 2 } else { 0 };
     assert!(lost <= outcome.crashes - own_faults + poison, "{lost} packets lost, {}", at());
     if scenario.poison {
@@ -487,18 +374,31 @@ fn explore(scenario: &Scenario, stride: usize) -> (usize, usize) {
     (singles, pairs)
 }
 
+fn outgoing(number: u8, len: usize, gso: bool) -> Outgoing {
+    Outgoing { bytes: packet(number, len), gso: gso.then_some(1448), piece: 60, broken: false }
+}
+
 fn scenario(slow: bool) -> Scenario {
     Scenario {
         // 70 bytes are two slots, 130 are three.
         from_guest: vec![
-            (packet(1, 60), false),
-            (packet(2, 130), true),
-            (packet(3, 70), false),
-            (packet(4, 54), true),
-            (packet(5, 60), false),
-            (packet(6, 150), false),
+            outgoing(1, 60, false),
+            outgoing(2, 130, true),
+            outgoing(3, 70, false),
+            Outgoing { broken: true, ..outgoing(7, 170, true) },
+            outgoing(4, 54, true),
+            outgoing(5, 60, false),
+            outgoing(6, 150, false),
+            Outgoing { broken: true, ..outgoing(8, 130, false) },
         ],
-        to_guest: vec![packet(11, 60), packet(12, 9000), packet(13, 100), packet(14, 4097), packet(15, 64)],
+        to_guest: vec![
+            (packet(11, 60), None),
+            (packet(12, 9000), Some(1448)),
+            (packet(13, 100), None),
+            (packet(14, 4097), None),
+            (packet(16, 3000), Some(1000)),
+            (packet(15, 64), None),
+        ],
         slow,
         poison: false,
     }
@@ -521,8 +421,8 @@ fn crash_at_every_step_with_a_guest_short_of_slots() {
 #[test]
 fn poison_packets_are_dropped_after_three_crashes() {
     let mut s = scenario(false);
-    s.from_guest[2].0[0] = POISON;
-    s.to_guest[2][0] = POISON;
+    s.from_guest[2].bytes[0] = POISON;
+    s.to_guest[2].0[0] = POISON;
     s.poison = true;
     run(&s, &[]);
     let steps = 300;

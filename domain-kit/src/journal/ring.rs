@@ -228,11 +228,30 @@ impl<R: RingMem, J: RingMem, F: RingFormat> JournaledRing<R, J, F> {
         self.put(slot, status, aux);
     }
 
-    fn put(&mut self, slot: Slot, status: i16, aux: u32) {
+    /// Answers the last `count` of the requests that were answered and not published otherwise than before; false if there are
+    /// not so many. For recovery: it may be killed anywhere and done again.
+    #[must_use]
+    pub fn answer_otherwise(&mut self, count: usize, status: i16, aux: u32) -> bool {
+        let Some(first) = self.unpublished.len().checked_sub(count) else { return false };
+        for i in first..self.unpublished.len() {
+            let slot = self.unpublished[i];
+            let index = self.journal.field(slot, E_RESP_INDEX);
+            self.journal.write_answer(slot, index, self.attempts(slot), status, aux);
+            self.format(slot, status, aux);
+            self.ring.replace(index, &self.response);
+        }
+        true
+    }
+
+    fn format(&mut self, slot: Slot, status: i16, aux: u32) {
         self.response.fill(0);
         let size = self.req_size();
         let request = &self.requests[slot.0 as usize * size..][..size];
         self.format.response(request, status, aux, &mut self.response);
+    }
+
+    fn put(&mut self, slot: Slot, status: i16, aux: u32) {
+        self.format(slot, status, aux);
         self.ring.put(&self.response);
         self.unpublished.push(slot);
     }

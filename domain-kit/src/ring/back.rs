@@ -108,6 +108,17 @@ impl<M: RingMem> BackRing<M> {
         index
     }
 
+    /// Puts another response in the place of one that was put and not published. For recovery.
+    ///
+    /// # Panics
+    /// If the response at `index` is published or was never put, or has the wrong length.
+    pub fn replace(&mut self, index: u32, response: &[u8]) {
+        assert_eq!(response.len(), self.layout.rsp_size);
+        let unpublished = self.rsp_prod_pvt.wrapping_sub(self.rsp_prod);
+        assert!(index.wrapping_sub(self.rsp_prod) < unpublished, "response {index} is not to be changed");
+        self.mem.copy_in(entry_offset(index, self.layout.size, self.layout.entry_size), response);
+    }
+
     /// Publishes the responses put so far (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`); true if the frontend wants an event.
     pub fn push(&mut self) -> bool {
         let (old, new) = (self.rsp_prod, self.rsp_prod_pvt);

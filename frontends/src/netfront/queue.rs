@@ -28,6 +28,9 @@ pub enum QueueError {
     /// A tx response to nothing.
     #[error("tx response with id {0}, which is not in flight")]
     UnknownId(u16),
+    /// An rx response for another buffer than that of its slot.
+    #[error("rx response with id {0} in the slot of another")]
+    OtherBuffer(u16),
     /// More responses of the extra-info kind than there was extra info.
     #[error("tx response without a request")]
     NullResponse,
@@ -339,7 +342,10 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             }
             return Ok(self.expect == Expect::First);
         }
-        let NetifRxResponse { offset, flags, status, .. } = slot.response();
+        let NetifRxResponse { id, offset, flags, status } = slot.response();
+        if usize::from(id) != index {
+            return Err(QueueError::OtherBuffer(id));
+        }
         let more_data = flags & NETRXF_MORE_DATA != 0;
         if self.expect == Expect::First {
             self.assembling.meta.csum_blank = flags & NETRXF_CSUM_BLANK != 0;
@@ -473,9 +479,10 @@ mod tests {
             }
             queue.push();
             let mut back = BackRing::attach(rx_mem, rx_layout(), 0, 0);
-            for mut response in rx {
+            for (i, mut response) in rx.into_iter().enumerate() {
                 if honest {
-                    // Lengths that fit, so that chains get long.
+                    // Ids and lengths that fit, so that chains get long.
+                    response[..2].copy_from_slice(&(i as u16).to_le_bytes());
                     response[2..4].fill(0);
                     response[7] = 3;
                 }

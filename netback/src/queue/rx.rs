@@ -237,7 +237,8 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         }
     }
 
-    /// A packet of which some slots are answered gets errors in the others.
+    /// A packet of which only some slots are answered becomes so many errors, each a packet of one slot: nothing of it was
+    /// published yet, and what a slot behind the first one means (extra info, more data) follows from those before it.
     fn finish_partial(&mut self) -> Result<(), QueueError> {
         let placing = self.ring.journal().mem().load_u64(self.user + U_PLACING);
         if placing & PLACING == 0 {
@@ -247,6 +248,10 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         let answered = self.ring.ring().rsp_prod_pvt().wrapping_sub(start);
         if answered == 0 || answered >= u32::from(slots) {
             return Ok(());
+        }
+        if !self.ring.answer_otherwise(answered as usize, NETIF_RSP_ERROR, 0) {
+            self.ring.fail();
+            return Err(QueueError::Record("a part of a packet was published"));
         }
         for _ in answered..u32::from(slots) {
             let Some(slot) = self.have.pop_front() else {

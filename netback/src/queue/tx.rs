@@ -12,7 +12,7 @@ use hv_abi::{CopyEntry, MAX_COPY_ENTRIES};
 use xen_abi::io::netif::*;
 
 use super::{Fate, Frame, HALF, Progress, QueueError, SCRATCH, World, before};
-use crate::offload::{self, MAX_HEADERS, VNET_HDR_LEN};
+use crate::offload::{self, MAX_HEADERS, Meta, VNET_HDR_LEN};
 use crate::slots::{self, Kind, KindScanner, MAX_DATA_SLOTS, TxItem, TxPacket};
 use crate::spool::HEADROOM;
 use crate::stats::Stats;
@@ -310,11 +310,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                 Task::Send(packet) => {
                     let copied =
                         self.copy.statuses.get(job.copies.clone()).is_some_and(|s| s.iter().all(|&s| s == 0));
-                    if copied && prepare(packet, job.arena, world.arena()) {
+                    let meta = copied.then(|| prepare(packet, job.arena, world.arena())).flatten();
+                    if let Some(meta) = meta {
                         crate::fault::look(packet.len);
-                        // A packet to be segmented has a blank checksum by necessity.
-                        let mut meta = packet.meta;
-                        meta.csum_blank |= meta.gso.is_some();
                         bytes += packet.len;
                         self.frames.push(Frame { at: job.arena, len: packet.len, meta });
                         let last = self.pending.get(end - 1);
@@ -336,8 +334,13 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
 
     /// Answers a round's slots.
     fn answer(&mut self, jobs: &[Job]) {
+        // Also those that were refused or dropped are over, before the first of their slots is answered: what is left of a
+        // packet of which some are answered must not be taken for a packet's begin.
+        let slots: usize = jobs.iter().map(|job| job.slots).sum();
+        if let Some(&last) = slots.checked_sub(1).and_then(|last| self.pending.get(last)) {
+            self.set_handed(self.ring.req_index(last).wrapping_add(1));
+        }
         let mut frames = 0;
-        let mut end = None;
         for job in jobs {
             let status = match &job.task {
                 Task::Multicast { .. } => NETIF_RSP_OKAY,
@@ -368,15 +371,10 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
             let mut scanner = KindScanner::default();
             for _ in 0..job.slots {
                 let Some(slot) = self.pending.pop_front() else { break };
-                end = Some(self.ring.req_index(slot).wrapping_add(1));
                 self.careful = self.careful.saturating_sub(1);
                 let kind = scanner.next(&slot_of(self.ring.request(slot)));
                 self.ring.respond(slot, if kind == Kind::Extra { NETIF_RSP_NULL } else { status }, 0);
             }
-        }
-        // Those that were refused or dropped need no mark of their own, but a later one must not be behind them.
-        if let Some(end) = end {
-            self.set_handed(end);
         }
     }
 
@@ -389,8 +387,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
     }
 }
 
-/// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. False: refused.
-fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> bool {
+/// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. Gives what is true of it, which can be
+/// less than what the frontend said; `None`: refused.
+fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> Option<Meta> {
     let mut headers = [0; MAX_HEADERS];
     let headers = &mut headers[..packet.len.min(MAX_HEADERS)];
     arena.copy_out(at, headers);
@@ -400,11 +399,11 @@ fn prepare(packet: &TxPacket, at: usize, arena: &impl RingMem) -> bool {
             if let Some((offset, value)) = out.patch {
                 arena.copy_in(at + offset, &value);
             }
-            true
+            Some(offload::from_tap(out.hdr))
         }
         Err(bad) => {
             tracing::debug!(%bad, "tx packet refused");
-            false
+            None
         }
     }
 }

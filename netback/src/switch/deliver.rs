@@ -15,6 +15,7 @@ use crate::segment;
 use crate::slots::{MAX_DATA_SLOTS, RxShape};
 use crate::spool::HEADROOM;
 use domain_kit::ring::Span;
+use xen_abi::PAGE_SIZE;
 
 impl Switch {
     /// Delivers packets of the lane's arena to one queue; says how many were not dropped.
@@ -117,6 +118,12 @@ impl Switch {
         if from.is_some() {
             self.to_uplink(lane, frame);
         }
+        // Finished once for all: one receiver's needs must not change the bytes under another's blank checksum.
+        let mut frame = *frame;
+        if frame.meta.gso.is_none() && frame.meta.csum_blank {
+            finish(&lane.arena, &mut frame);
+        }
+        let frame = &frame;
         for (&slot, port) in &table.ports {
             let settings = port.settings();
             let wanted = match &from {
@@ -167,6 +174,18 @@ fn put(arena: &Span, at: usize, bytes: &[u8]) -> Frame {
     Frame { at: at + HEADROOM, len: bytes.len(), meta: offload::Meta::default() }
 }
 
+/// Finishes a blank checksum.
+fn finish(arena: &Span, frame: &mut Frame) {
+    let mut packet = vec![0; frame.len];
+    arena.copy_out(frame.at, &mut packet);
+    if let Ok((at, value)) = offload::finish_checksum(&packet) {
+        arena.copy_in(frame.at + at, &value);
+    }
+    frame.meta.csum_blank = false;
+    frame.meta.data_validated = true;
+    arena.copy_in(frame.at - VNET_HDR_LEN, &VnetHdr::validated().to_bytes());
+}
+
 /// Makes a packet such as a port can take it, and chooses its queue.
 pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, bytes: &[u8]) -> Verdict {
     let Some(port) = table.ports.get(&slot) else { return Verdict::Drop(Denied::NoWay) };
@@ -182,6 +201,11 @@ pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, byt
                 Family::V4 => offloads.gso_tcpv4,
                 Family::V6 => offloads.gso_tcpv6,
             };
+        // Segments of more than a page for one that takes a page at most are of no use to it.
+        if !can && !offloads.sg && usize::from(gso.size) + MAX_HEADERS + port.headroom() > PAGE_SIZE {
+            port.stats.rx_dropped.add(1);
+            return Verdict::Unfit;
+        }
         if !can {
             return Verdict::Port { slot, queue, hash: None, frame, segment: true };
         }
@@ -190,14 +214,7 @@ pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, byt
         return Verdict::Unfit;
     }
     if frame.meta.csum_blank && !csum {
-        let mut packet = vec![0; frame.len];
-        arena.copy_out(frame.at, &mut packet);
-        if let Ok((at, value)) = offload::finish_checksum(&packet) {
-            arena.copy_in(frame.at + at, &value);
-        }
-        frame.meta.csum_blank = false;
-        frame.meta.data_validated = true;
-        arena.copy_in(frame.at - VNET_HDR_LEN, &VnetHdr::validated().to_bytes());
+        finish(arena, &mut frame);
     }
     let shape = RxShape { len: frame.len, meta: frame.meta, hash, headroom: port.headroom() };
     if shape.data_slots() > MAX_DATA_SLOTS || (shape.data_slots() > 1 && !offloads.sg) {
