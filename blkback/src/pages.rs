@@ -185,6 +185,14 @@ impl<J: RingMem> GrantPages<J> {
         Ok(())
     }
 
+    /// Tells hv-core of service, on the channel of these pages.
+    ///
+    /// # Errors
+    /// The hypercall's.
+    pub fn served(&self) -> HvResult<()> {
+        self.hv.served()
+    }
+
     fn count(&self) {
         self.stats.mapped_pages.set(self.index.len() as u64);
     }

@@ -1,6 +1,8 @@
 //! A frontend that breaks the rules, and a medium that fails: what the engine makes of them. Tests are named after the Xen Security
 //! Advisory whose class they are about.
 
+mod common;
+
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -9,11 +11,12 @@ use std::time::{Duration, Instant};
 use blkback::disk::attachment::{
     Buffers, Completions, DiskError, DiskQueue, DiskRequest, Geometry, Operation, Tag,
 };
-use blkback::engine::{BUFFERS_BYTES, Direction, Engine, GuestPages, IndirectPage, NoSpace};
+use blkback::engine::{BUFFERS_BYTES, Engine, NoSpace};
 use blkback::limit::{Limiter, Limits};
-use blkback::request::{BlkifFormat, MAX_INDIRECT_BYTES, Prepared};
+use blkback::request::{BlkifFormat, MAX_INDIRECT_BYTES};
 use blkback::stats::Stats;
-use domain_kit::journal::{JournalError, JournaledRing, Slot};
+use common::PlainPages;
+use domain_kit::journal::{JournalError, JournaledRing};
 use domain_kit::mem::SharedMem;
 use domain_kit::ring::{FrontRing, RingLayout};
 use nix::libc;
@@ -70,60 +73,11 @@ impl DiskQueue for Fake {
     fn finish(&mut self) {}
 }
 
-struct Guest {
-    mem: Arc<SharedMem>,
-    buffers: Arc<SharedMem>,
-}
-
-impl Guest {
-    fn page(gref: u32) -> Option<usize> {
-        ((gref as usize) < PAGES).then(|| (gref as usize + 1) * 4096)
-    }
-}
-
-impl GuestPages for Guest {
-    fn transfer(
-        &mut self,
-        direction: Direction,
-        slots: &[Slot],
-        requests: &[Prepared],
-        failed: &mut Vec<Slot>,
-    ) {
-        for &slot in slots {
-            let request = &requests[slot.0 as usize];
-            let mut at = request.buffer as usize;
-            for s in &request.segments {
-                let Some(page) = Self::page(s.gref) else {
-                    failed.push(slot);
-                    break;
-                };
-                let page = page + usize::from(s.offset);
-                match direction {
-                    Direction::Fetch => self.buffers.copy_from(at, &self.mem, page, s.len.into()),
-                    Direction::Store => self.mem.copy_from(page, &self.buffers, at, s.len.into()),
-                }
-                at += usize::from(s.len);
-            }
-        }
-    }
-
-    fn indirect(&mut self, pages: &[IndirectPage], each: &mut dyn FnMut(Slot, Option<&[u8]>)) {
-        for page in pages {
-            let bytes = Self::page(page.gref).map(|at| {
-                let mut bytes = vec![0; page.len as usize];
-                self.mem.copy_out(at, &mut bytes);
-                bytes
-            });
-            each(page.slot, bytes.as_deref());
-        }
-    }
-}
-
 struct World {
     ring: Arc<SharedMem>,
     guest: Arc<SharedMem>,
     front: FrontRing<Arc<SharedMem>>,
-    engine: Engine<Arc<SharedMem>, Arc<SharedMem>, Guest, Fake>,
+    engine: Engine<Arc<SharedMem>, Arc<SharedMem>, PlainPages, Fake>,
     stats: Arc<Stats>,
 }
 
@@ -149,7 +103,8 @@ fn world() -> World {
         done: Vec::new(),
         fail: Vec::new(),
     };
-    let pages = Guest { mem: guest.clone(), buffers };
+    // One page before and one after are not granted.
+    let pages = PlainPages { guest: guest.clone(), buffers, first: 4096, pages: PAGES };
     let stats = Arc::new(Stats::default());
     let engine = Engine::new(back, ABI, Vec::new(), pages, disk, stats.clone());
     World { ring, guest, front, engine, stats }

@@ -74,6 +74,12 @@ fn limits(entry: LimitsEntry) -> Limits {
         memory_bytes: entry.memory << 20,
         cpu_weight: entry.cpu_weight,
         pids: entry.pids,
+        fd_store: entry.fd_store,
+        ports: entry.ports,
+        map_pages: entry.map_pages,
+        channels: entry.channels,
+        buffers: entry.buffers,
+        buffer_bytes: entry.buffer_memory << 20,
         ..Limits::default()
     }
 }

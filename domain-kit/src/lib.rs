@@ -10,6 +10,7 @@
 //! | [`fdstore`] | memory that outlives an incarnation |
 //! | [`ring`] | Xen's shared rings, both ends |
 //! | [`journal`] | the ring journal: rings that survive SIGKILL |
+//! | [`poll`] | how long to look for work before sleeping |
 //! | [`model`] | for model tests: code that is killed at any of its steps |
 //! | [`xenbus`] | how the two ends of a device find each other and agree on their states |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
@@ -27,6 +28,7 @@ pub mod journal;
 pub mod mem;
 pub mod model;
 pub mod os;
+pub mod poll;
 pub mod ring;
 pub mod xenbus;
 pub mod xs;

@@ -11,9 +11,6 @@ use nix::sys::socket::{Shutdown, shutdown};
 use crate::ports::Peer;
 use crate::spec::RestartPolicy;
 
-/// Most hypercall channels of one incarnation.
-pub const MAX_CHANNELS: usize = 32;
-
 /// One life of a domain's process, as the hypercall server sees it.
 #[derive(Debug)]
 pub struct Incarnation {
@@ -21,6 +18,8 @@ pub struct Incarnation {
     pub peer: Peer,
     /// Which life.
     pub generation: u32,
+    /// Most channels.
+    most: usize,
     channels: Mutex<Channels>,
 }
 
@@ -32,9 +31,9 @@ struct Channels {
 }
 
 impl Incarnation {
-    /// Without a channel yet.
-    pub fn new(peer: Peer, generation: u32) -> Self {
-        Incarnation { peer, generation, channels: Mutex::default() }
+    /// Without a channel yet; it will have at most so many.
+    pub fn new(peer: Peer, generation: u32, most: u32) -> Self {
+        Incarnation { peer, generation, most: most as usize, channels: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Channels> {
@@ -50,7 +49,7 @@ impl Incarnation {
         if channels.ended {
             return Err(Errno::ESTALE);
         }
-        if channels.sockets.len() >= MAX_CHANNELS {
+        if channels.sockets.len() >= self.most {
             return Err(Errno::ENOSPC);
         }
         channels.next += 1;
@@ -159,9 +158,11 @@ mod tests {
 
     #[test]
     fn a_life_that_is_over_takes_no_channel() {
-        let life = Incarnation::new(Peer { domid: 1, instance: 1 }, 1);
+        let life = Incarnation::new(Peer { domid: 1, instance: 1 }, 1, 1);
         let (a, _b) = crate::sys::sock::pair().unwrap();
-        let id = life.add(Arc::new(a)).unwrap();
+        let a = Arc::new(a);
+        let id = life.add(a.clone()).unwrap();
+        assert_eq!(life.add(a), Err(Errno::ENOSPC), "no more than it may have");
         assert!(!life.end(), "a thread is left");
         let (c, _d) = crate::sys::sock::pair().unwrap();
         assert_eq!(life.add(Arc::new(c)), Err(Errno::ESTALE));

@@ -54,6 +54,12 @@ pub struct Limits {
     pub region_pages: u32,
     /// Pages of others mapped.
     pub map_pages: u32,
+    /// Hypercall sockets of one incarnation.
+    pub channels: u32,
+    /// Buffers for grant copies.
+    pub buffers: u32,
+    /// Bytes of all of them.
+    pub buffer_bytes: u64,
 }
 
 impl Default for Limits {
@@ -66,6 +72,9 @@ impl Default for Limits {
             ports: 4095,
             region_pages: 65536,
             map_pages: 65536,
+            channels: 32,
+            buffers: 64,
+            buffer_bytes: 256 << 20,
         }
     }
 }
@@ -112,7 +121,9 @@ pub struct Spec {
 impl Spec {
     /// What differs from `other` and can't be changed in a domain's life. (Of resources: what is approved now can be named.)
     pub fn fixed_field(&self, other: &Spec) -> Option<&'static str> {
-        let quotas = |l: &Limits| (l.fd_store, l.ports, l.region_pages, l.map_pages);
+        let quotas = |l: &Limits| {
+            (l.fd_store, l.ports, l.region_pages, l.map_pages, l.channels, l.buffers, l.buffer_bytes)
+        };
         let same = [
             ("name", self.name == other.name),
             ("uuid", self.uuid == other.uuid),
@@ -378,6 +389,12 @@ impl Spec {
             ports: or_default(wire.ports, default.ports, 65536),
             region_pages: or_default(wire.region_pages, default.region_pages, 1 << 24),
             map_pages: or_default(wire.map_pages, default.map_pages, 1 << 24),
+            channels: or_default(wire.channels, default.channels, 1024),
+            buffers: or_default(wire.buffers, default.buffers, 4096),
+            buffer_bytes: match wire.buffer_bytes {
+                0 => default.buffer_bytes,
+                bytes => bytes.min(64 << 30),
+            },
         };
         Ok(Spec {
             name: r.name.clone(),

@@ -1,11 +1,13 @@
 //! `cargo xtask bench`: builds everything with optimization and runs `bench`, which measures (see docs/benchmarks.md).
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Args;
 
+use crate::cpio::Cpio;
 use crate::guest::{self, Guest};
 use crate::{debian, paths, run, setup};
 
@@ -15,7 +17,7 @@ pub struct BenchArgs {
     /// What to measure (default: all).
     #[arg(value_name = "CASE", value_parser = ["evtchn", "store", "block", "net", "restart", "boot"])]
     pub cases: Vec<String>,
-    /// Writes the result as JSON too.
+    /// Writes the result as JSON too, and beside it a drawing (.svg).
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
     /// Rounds in which ours and the others take turns.
@@ -24,7 +26,8 @@ pub struct BenchArgs {
     /// Measures ours alone, without peers (case store).
     #[arg(long)]
     pub ours: bool,
-    /// Only groups of lines whose names contain this (case store): one-client, in-flight, many-clients, …
+    /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
+    /// pause, many).
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
     /// Leaves out what needs the lab.
@@ -38,6 +41,11 @@ pub struct BenchArgs {
 /// When something does not build or `bench` cannot be started.
 pub fn run(args: &BenchArgs) -> Result<i32> {
     setup::packages(&[("iproute2", "/usr/sbin/ip")])?;
+    let has = |case: &str| args.cases.is_empty() || args.cases.iter().any(|c| c == case);
+    if has("block") && !args.ours {
+        // QEMU's storage daemon is measured beside blkback.
+        setup::packages(&[("qemu-system-common", "/usr/bin/qemu-storage-daemon")])?;
+    }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let alone = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty() && args.ours;
     // Ours alone needs no other part of the system.
@@ -57,7 +65,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }
     if args.ours {
         bench.arg("--ours");
-    } else if args.cases.is_empty() || args.cases.iter().any(|c| c == "store") {
+    } else if has("store") {
         match store_peers() {
             Ok((root, noxen)) => drop(bench.arg("--peers").arg(root).arg("--noxen").arg(noxen)),
             Err(e) => eprintln!("bench: Debian's xenstored daemons are not here: {e:#}"),
@@ -66,14 +74,26 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     if let Some(only) = &args.only {
         bench.arg("--only").arg(only);
     }
-    let boots = args.cases.is_empty() || args.cases.iter().any(|c| c == "boot");
-    if boots && !args.no_lab {
+    let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()));
+    if (has("boot") || (has("block") && lab)) && !args.no_lab {
         let image = guest::image(Guest::Debian13)?;
-        bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(image.initrd);
+        bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(with_load(&image.initrd)?);
         bench.arg("--xtask").arg(std::env::current_exe().context("where is xtask")?);
     }
     let status = bench.status().with_context(|| format!("cannot start {}", run::show(&bench)))?;
     Ok(status.code().unwrap_or(1))
+}
+
+/// The guest's RAM disk with `bench-disk` in it.
+fn with_load(initrd: &Path) -> Result<PathBuf> {
+    let load = paths::target().join(paths::TARGET).join("release/bench-disk");
+    let mut cpio = Cpio::new();
+    cpio.file("bench-disk", 0o755, &guest::stripped(&load)?);
+    let mut bytes = fs::read(initrd).with_context(|| initrd.display().to_string())?;
+    bytes.extend(cpio.finish());
+    let path = paths::lab().join("bench-initrd.img");
+    fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }
 
 /// Debian's two xenstored daemons, unpacked, and the library that stands in for a Xen below them.

@@ -143,14 +143,22 @@ fn agent() -> Result<Vec<u8>> {
     run::loud(
         Command::new(cargo).args(["build", "--quiet", "--package", "guest-agent"]).current_dir(paths::root()),
     )?;
-    let path = paths::bin_dir().join("guest-agent");
-    let stripped = paths::lab().join(format!("guest-agent.{}", std::process::id()));
+    stripped(&paths::bin_dir().join("guest-agent"))
+}
+
+/// A program's bytes without symbols.
+///
+/// # Errors
+/// It cannot be read.
+pub fn stripped(path: &Path) -> Result<Vec<u8>> {
+    let name = path.file_name().unwrap_or_default().display();
+    let stripped = paths::lab().join(format!("{name}.{}", std::process::id()));
     fs::create_dir_all(paths::lab())?;
-    let strip = Command::new("strip").arg("-o").arg(&stripped).arg(&path).status();
+    let strip = Command::new("strip").arg("-o").arg(&stripped).arg(path).status();
     let bytes = match strip {
         Ok(status) if status.success() => fs::read(&stripped),
         // binutils came with the C linker; without it the symbols stay in.
-        _ => fs::read(&path),
+        _ => fs::read(path),
     };
     fs::remove_file(&stripped).ok();
     bytes.with_context(|| format!("cannot read {}", path.display()))

@@ -1,7 +1,6 @@
 //! One connected device: its rings, each with a journal and a thread.
 
 pub mod connection;
-mod poll;
 mod ring;
 
 use std::io;

@@ -11,12 +11,12 @@ use domain_kit::grants::{CopyBuffer, MappedGrants};
 use domain_kit::hypercall::Hypercall;
 use domain_kit::journal::{JournalError, JournaledRing, Slot};
 use domain_kit::mem::SharedMem;
+use domain_kit::poll::Window;
 use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{BackendHandle, DeviceKey};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::{Connection, USER_RECORDS, journal_name, store_limits};
-use super::poll::Window;
 use super::{AttachError, Shared, all_claimed};
 use crate::disk::attachment::{Disk, DiskQueue};
 use crate::engine::{BUFFERS_BYTES, Engine};
@@ -27,6 +27,10 @@ use crate::stats::Stats;
 
 /// Time without requests after which memory is given back.
 const IDLE: Duration = Duration::from_secs(2);
+/// Longest look for the frontend's next request while nothing is under way: its turn-round.
+const LOOK_FOR_REQUESTS: Duration = Duration::from_micros(100);
+/// Longest look while the disk works: a fast disk's time.
+const LOOK_FOR_DISK: Duration = Duration::from_micros(200);
 
 /// What a ring's thread and the control thread share.
 #[derive(Debug)]
@@ -117,7 +121,6 @@ pub struct StartingRing {
     port: Port,
     journal: Arc<SharedMem>,
     user: usize,
-    hv: Hypercall,
     handle: BackendHandle,
     claiming: Arc<AtomicUsize>,
 }
@@ -163,10 +166,8 @@ impl StartingRing {
         let stats = Arc::new(Stats::default());
         stats.drain_us.set(disk.fence().drain.as_micros() as u64);
         let journal = Arc::new(memory);
-        let made = engine(shared, disk, connection, number, &mapped, &journal, &stats, fresh)
-            .and_then(|made| Ok((made, hv.new_channel()?)));
-        match made {
-            Ok(((mut engine, user), channel)) => {
+        match engine(shared, disk, connection, number, &mapped, &journal, &stats, fresh) {
+            Ok((mut engine, user)) => {
                 engine.set_limiter(limiter.clone());
                 Ok(StartingRing {
                     number,
@@ -176,7 +177,6 @@ impl StartingRing {
                     port,
                     journal,
                     user,
-                    hv: channel,
                     handle: shared.handle.clone(),
                     claiming: shared.claiming.clone(),
                 })
@@ -213,7 +213,7 @@ impl StartingRing {
             paused: false.into(),
             in_flight: AtomicU32::new(0),
         });
-        let StartingRing { number, stats, engine, mapped, port, journal, user, hv, handle, claiming } = self;
+        let StartingRing { number, stats, engine, mapped, port, journal, user, handle, claiming } = self;
         let port_number = port.port;
         let theirs = control.clone();
         // Counted down by its thread.
@@ -222,7 +222,7 @@ impl StartingRing {
             .name(journal_name(key, number))
             .stack_size(256 << 10)
             .spawn(move || {
-                if let Err(error) = serve(engine, &port, &theirs, &hv, &claiming, key) {
+                if let Err(error) = serve(engine, &port, &theirs, &claiming, key) {
                     handle.failed(key, error.to_string());
                 }
             })
@@ -282,28 +282,11 @@ fn engine(
     Ok((engine, user))
 }
 
-/// Looks for work for as long as that is worth while; true if there is some.
-fn look(engine: &mut RingEngine, window: Duration, since: Instant) -> Result<bool, JournalError> {
-    loop {
-        if engine.has_work()? {
-            return Ok(true);
-        }
-        if since.elapsed() >= window {
-            return Ok(false);
-        }
-        // A few glances for each look at the clock.
-        for _ in 0..8 {
-            std::hint::spin_loop();
-        }
-    }
-}
-
 /// A ring's thread.
 fn serve(
     mut engine: RingEngine,
     port: &Port,
     control: &RingControl,
-    hv: &Hypercall,
     claiming: &AtomicUsize,
     key: DeviceKey,
 ) -> Result<(), JournalError> {
@@ -311,7 +294,10 @@ fn serve(
     let mut claimed = false;
     // At re-attach and at the start: poll the ring whatever latched, then notify once.
     let mut notify_once = true;
-    let mut window = Window::new(std::thread::available_parallelism().map_or(1, usize::from));
+    // Of an idle disk, and of one that works.
+    let mut windows = [Window::new(LOOK_FOR_REQUESTS), Window::new(LOOK_FOR_DISK)];
+    // Something was taken up and not handed over: where there is no looking, that waits for the call that sleeps.
+    let mut held = false;
     let mut gave_back = false;
     let result = loop {
         if control.stop.load(Relaxed) {
@@ -335,20 +321,25 @@ fn serve(
         }
         if !served && engine.answered() > 0 && all_claimed(claiming) {
             served = true;
-            if let Err(error) = hv.served() {
+            if let Err(error) = engine.guest().served() {
                 tracing::warn!(%error, "telling hv-core of service");
             }
         }
+        let window = &mut windows[usize::from(engine.running() > 0)];
         if polled.more || !claimed {
-            engine.disk().kick();
+            if window.is_open() || held || !claimed {
+                engine.disk().kick();
+            }
+            held = !held && !window.is_open();
             gave_back &= !polled.more;
             continue;
         }
+        held = false;
         let since = Instant::now();
-        if !window.get().is_zero() {
+        if window.is_open() {
             engine.disk().kick();
         }
-        let found = match look(&mut engine, window.get(), since) {
+        let found = match window.look(since, || engine.has_work()) {
             Ok(true) => true,
             Ok(false) => match engine.may_sleep() {
                 Ok(may) => !may,

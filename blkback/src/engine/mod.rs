@@ -244,6 +244,11 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
         self.ring.in_flight()
     }
 
+    /// Requests that the disk works on.
+    pub fn running(&self) -> u32 {
+        self.running
+    }
+
     /// Requests answered by this incarnation.
     pub fn answered(&self) -> u64 {
         self.answered

@@ -68,6 +68,18 @@ pub struct LimitsEntry {
     pub cpu_weight: u32,
     /// Processes and threads.
     pub pids: u32,
+    /// Entries of the fd store.
+    pub fd_store: u32,
+    /// Event-channel ports.
+    pub ports: u32,
+    /// Pages of others mapped at once.
+    pub map_pages: u32,
+    /// Hypercall sockets.
+    pub channels: u32,
+    /// Buffers for grant copies.
+    pub buffers: u32,
+    /// MiB of all of them, taken as used.
+    pub buffer_memory: u64,
 }
 
 /// `[xenstored]`.

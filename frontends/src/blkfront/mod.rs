@@ -16,6 +16,7 @@ use domain_kit::Hypercall;
 use domain_kit::evtchn::Port;
 use domain_kit::grants::Region;
 use domain_kit::mem::SharedMem;
+use domain_kit::poll::Window;
 use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
@@ -103,6 +104,7 @@ pub struct BlkFront {
     port: Port,
     info: DiskInfo,
     progress: Progress,
+    window: Window,
 }
 
 /// The longest time in which something was in flight and nothing completed.
@@ -110,6 +112,16 @@ pub struct BlkFront {
 struct Progress {
     last: Instant,
     longest: Duration,
+}
+
+impl Progress {
+    fn note(&mut self, taken: usize) {
+        if taken > 0 {
+            let now = Instant::now();
+            self.longest = self.longest.max(now - self.last);
+            self.last = now;
+        }
+    }
 }
 
 impl BlkFront {
@@ -187,7 +199,8 @@ impl BlkFront {
         front.publish(&[], Connected)?;
         let info = DiskInfo { sectors, read_only: info & VDISK_READONLY != 0, flush, discard };
         let progress = Progress { last: Instant::now(), longest: Duration::ZERO };
-        Ok(parts.into_iter().map(|(queue, port)| BlkFront { queue, port, info, progress }).collect())
+        let window = Window::new(Duration::ZERO);
+        Ok(parts.into_iter().map(|(queue, port)| BlkFront { queue, port, info, progress, window }).collect())
     }
 
     /// Memory, grants and port of a queue, and the nodes that tell of them.
@@ -268,12 +281,13 @@ impl BlkFront {
     pub fn take(&mut self, each: impl FnMut(Completion<'_, DataPages>)) -> Result<usize, QueueError> {
         self.port.clear();
         let taken = self.queue.take(each)?;
-        if taken > 0 {
-            let now = Instant::now();
-            self.progress.longest = self.progress.longest.max(now - self.progress.last);
-            self.progress.last = now;
-        }
+        self.progress.note(taken);
         Ok(taken)
+    }
+
+    /// For how long [`BlkFront::wait`] looks for responses at most before it sleeps (see [`domain_kit::poll`]); at first not at all.
+    pub fn set_look(&mut self, longest: Duration) {
+        self.window = Window::new(longest);
     }
 
     /// Waits until at least one response was handed to `each`, or `timeout` is over (then 0).
@@ -285,18 +299,31 @@ impl BlkFront {
         timeout: Duration,
         mut each: impl FnMut(Completion<'_, DataPages>),
     ) -> Result<usize, QueueError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            let taken = self.take(&mut each)?;
+        let start = Instant::now();
+        let deadline = start + timeout;
+        // Not asked for an event as long as it looks by itself.
+        let BlkFront { queue, window, .. } = self;
+        let mut taken = 0;
+        if window.is_open() {
+            window.look(start, || -> Result<bool, QueueError> {
+                taken = queue.glance(&mut each)?;
+                Ok(taken > 0)
+            })?;
+        }
+        self.progress.note(taken);
+        while taken == 0 {
+            taken = self.take(&mut each)?;
             let left = deadline.saturating_duration_since(Instant::now());
             if taken > 0 || left.is_zero() {
-                return Ok(taken);
+                break;
             }
             if let Err(error) = self.port.wait(Some(left)) {
                 tracing::error!(%error, "waiting for the block backend");
                 return Ok(0);
             }
         }
+        self.window.learn(start.elapsed());
+        Ok(taken)
     }
 
     /// After a failure: marks of the requests that were in flight and will never be answered.

@@ -81,19 +81,15 @@ pub struct Buffers {
     bytes: u64,
 }
 
-/// Most buffers of one incarnation.
-const MAX_BUFFERS: usize = 64;
-/// Most bytes of all buffers of one incarnation.
-const MAX_BUFFER_BYTES: u64 = 256 << 20;
 /// Largest single buffer (hv-abi, BufferReq::len).
 pub const MAX_BUFFER_LEN: u64 = 64 << 20;
 
 impl Buffers {
-    /// Adds a mapped buffer; gives it back if the quota is used up.
-    pub fn add(&mut self, map: Arc<Shm>) -> Result<u32, Arc<Shm>> {
+    /// Adds a mapped buffer; gives it back if the quota (so many, so many bytes of all) is used up.
+    pub fn add(&mut self, map: Arc<Shm>, most: u32, most_bytes: u64) -> Result<u32, Arc<Shm>> {
         let len = map.len() as u64;
         let Some(next) = self.next.checked_add(1) else { return Err(map) };
-        if self.by_id.len() >= MAX_BUFFERS || self.bytes + len > MAX_BUFFER_BYTES {
+        if self.by_id.len() >= most as usize || self.bytes.saturating_add(len) > most_bytes {
             return Err(map);
         }
         self.next = next;

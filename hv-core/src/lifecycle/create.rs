@@ -212,6 +212,7 @@ impl Lifecycle {
         let program = program::open(&spec.program)?;
         let (ours, theirs) = sock::pair().map_err(|e| format!("socketpair: {e}"))?;
         let is_dom0 = spec.roles & ROLE_DOM0 != 0;
+        let most_channels = spec.limits.channels;
         let stream = if is_dom0 { Some(self.new_control_stream()?) } else { None };
         let mut request = SpawnRequest {
             cgroup: self.cgroup_of(peer.domid, &spec),
@@ -243,7 +244,7 @@ impl Lifecycle {
         drop((theirs, stream));
         self.note_missing(&started.missing);
 
-        let incarnation = Arc::new(Incarnation::new(peer, generation));
+        let incarnation = Arc::new(Incarnation::new(peer, generation, most_channels));
         let restarted = {
             let mut table = self.hv.lock();
             table.by_pid.insert(started.pid, peer.domid);

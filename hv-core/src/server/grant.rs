@@ -283,7 +283,11 @@ pub(super) fn buffer_register(hv: &Hv, c: &Caller, body: &[u8], fd: OwnedFd) -> 
     backend(&mut hv.lock(), c)?;
     check_buffer(&fd, req.len)?;
     let map = Arc::new(Shm::map(&fd, req.len as usize)?);
-    let added = backend(&mut hv.lock(), c)?.buffers.add(map);
+    let added = {
+        let mut table = hv.lock();
+        let own = backend(&mut table, c)?;
+        own.buffers.add(map, own.spec.limits.buffers, own.spec.limits.buffer_bytes)
+    };
     let id = added.map_err(|_unmapped_here| Errno::ENOSPC)?;
     Ok(Reply::of(&BufferRep { id, pad: 0 }))
 }

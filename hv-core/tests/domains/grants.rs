@@ -147,6 +147,24 @@ pub fn claims_and_drops() {
     s.grant_map(front.id, &grefs[2..], 0).unwrap();
     assert!(s.region_create(front.id, 4, 0).unwrap_err().is(Errno::ENOSPC));
     assert!(s.region_create(front.id, MAX_REGION_PAGES + 1, 0).unwrap_err().is(Errno::EINVAL));
+    // Copy buffers by number and by bytes.
+    let mut request = System::request("copies", &[Role::Backend]);
+    let bytes = 5 * PAGE_SIZE as u64;
+    request.limits =
+        Some(proto::hvcore::Limits { buffers: 3, buffer_bytes: bytes, channels: 3, ..Default::default() });
+    let copies = system.create(request);
+    let c = copies.hv();
+    let (first, _) = buffer(&c, 1);
+    let (big, memfd) = SharedMem::create("big", 5 * PAGE_SIZE).unwrap();
+    assert!(c.buffer_register(&memfd, big.len() as u64).unwrap_err().is(Errno::ENOSPC), "six pages");
+    buffer(&c, 2);
+    buffer(&c, 2);
+    assert!(c.buffer_register(&memfd, PAGE_SIZE as u64).unwrap_err().is(Errno::ENOSPC), "the fourth");
+    c.buffer_unregister(first).unwrap();
+    buffer(&c, 1);
+    // As many channels as it may have, its own first.
+    let more: Vec<_> = (0..2).map_while(|_| c.new_channel().ok()).collect();
+    assert!(c.new_channel().unwrap_err().is(Errno::ENOSPC) && !more.is_empty());
 }
 
 /// A batch in which every second piece is wrong in its own way: each has its own status, all wrong ones are negative (XSA-316),

@@ -19,7 +19,7 @@ struct Cli {
     /// What to measure; all if none is named.
     #[arg(value_enum)]
     cases: Vec<Case>,
-    /// Writes the result as JSON too.
+    /// Writes the result as JSON too, and beside it a drawing (.svg).
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Rounds in which ours and the others take turns.
@@ -28,7 +28,8 @@ struct Cli {
     /// Measures ours alone, without peers (case store).
     #[arg(long)]
     ours: bool,
-    /// Only groups of lines whose names contain this (case store): one-client, in-flight, many-clients, …
+    /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
+    /// pause, many).
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Tree with Debian's xenstored daemons.
@@ -159,7 +160,11 @@ fn run(cli: &Cli) -> Result<bool> {
         let lines = match case {
             Case::Evtchn => cases::evtchn::run(&settings),
             Case::Store => cases::store::run(&settings, || up(&mut world, &settings)),
-            Case::Block => cases::block::run(&settings, up(&mut world, &settings)),
+            Case::Block if cli.inside => settings
+                .image
+                .as_ref()
+                .map_or_else(Vec::new, |image| cases::block::lab::here(&settings, image)),
+            Case::Block => cases::block::run(&settings, || up(&mut world, &settings)),
             Case::Net => cases::net::run(&settings, up(&mut world, &settings)),
             Case::Restart => cases::restart::run(&settings, up(&mut world, &settings)),
             Case::Boot if cli.inside => {
@@ -173,6 +178,9 @@ fn run(cli: &Cli) -> Result<bool> {
     if let Some(path) = &cli.report {
         let json = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        let drawing = path.with_extension("svg");
+        std::fs::write(&drawing, bench::svg::draw(&report))
+            .with_context(|| format!("cannot write {}", drawing.display()))?;
     }
     Ok(true)
 }

@@ -45,6 +45,8 @@ pub enum Goal {
     RatioAtMost(f64),
     /// Ours over limit is at least this.
     RatioAtLeast(f64),
+    /// Ours is at most so much more than the limit, in the line's unit.
+    MoreAtMost(f64),
 }
 
 impl Line {
@@ -56,6 +58,9 @@ impl Line {
             Goal::None => (String::new(), None),
             Goal::RatioAtMost(r) => (format!("<= {r:.2} x {}", limit.0), Some(ratio <= r)),
             Goal::RatioAtLeast(r) => (format!(">= {r:.2} x {}", limit.0), Some(ratio >= r)),
+            Goal::MoreAtMost(d) => {
+                (format!("<= {} + {d} {unit}", limit.0), Some(ours.differences(limit.1).median() <= d))
+            }
         };
         Line {
             name: name.into(),
@@ -155,7 +160,7 @@ pub struct Report {
 }
 
 /// A figure with three or four significant digits.
-fn figure(value: f64) -> String {
+pub(crate) fn figure(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),

@@ -53,6 +53,11 @@ impl Series {
     pub fn ratios(&self, other: &Series) -> Series {
         Series(self.0.iter().zip(&other.0).map(|(a, b)| a / b).collect())
     }
+
+    /// Round by round, this less `other`.
+    pub fn differences(&self, other: &Series) -> Series {
+        Series(self.0.iter().zip(&other.0).map(|(a, b)| a - b).collect())
+    }
 }
 
 #[cfg(test)]

@@ -1,20 +1,25 @@
-//! The guest's disk: random 4 KiB requests at a fixed depth.
+//! The guest's disk: any pattern of requests, and a light load.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use domain_kit::Domain;
 use domain_kit::xs::XsClient;
-use frontends::blkfront::{BlkFront, Op, Outcome};
-use serde_json::{Value, json};
+use frontends::blkfront::{BlkFront, MAX_BYTES, Op, Options, Outcome, QueueShape};
+use serde_json::Value;
 
-/// Bytes of a request.
+use crate::disk::{self, Io, Pattern, Places, Target};
+
+/// Bytes of a request of the light load.
 const BLOCK: usize = 4096;
 /// Number of xvda (docs/misc/vbd-interface.txt).
 const XVDA: u32 = 202 << 8;
 /// How long the backend may take to connect, or to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Requests in flight at most: a ring of one page; of up to 1 MiB.
+const SHAPE: QueueShape =
+    QueueShape { abi: xen_abi::io::blkif::Abi::X86_64, ring_pages: 1, depth: 32, segments: 256 };
 
 /// The first disk, connected at first use.
 #[derive(Default)]
@@ -25,7 +30,9 @@ pub struct Block {
 /// A connected disk.
 pub struct Disk {
     front: BlkFront,
-    seed: u64,
+    places: Places,
+    /// What is written, and where what is read goes.
+    buffer: Vec<u8>,
 }
 
 impl Block {
@@ -34,74 +41,98 @@ impl Block {
         if let Some(disk) = &self.disk {
             return Ok(disk.clone());
         }
-        let front = BlkFront::connect(&domain.hv, xs, domain.domid(), XVDA, PATIENCE)?;
-        let disk = Arc::new(Mutex::new(Disk { front, seed: 0x9e37_79b9_7f4a_7c15 }));
-        Ok(self.disk.insert(disk).clone())
+        let options = Options { shape: SHAPE, ..Options::default() };
+        let mut fronts = BlkFront::connect_with(&domain.hv, xs, domain.domid(), XVDA, PATIENCE, &options)?;
+        let Some(front) = fronts.pop() else { anyhow::bail!("xvda has no queue") };
+        ensure!(front.max_bytes() > MAX_BYTES, "the backend takes no indirect requests");
+        let disk = Disk { front, places: Places::default(), buffer: vec![0x3c; SHAPE.segments * 4096] };
+        Ok(self.disk.insert(Arc::new(Mutex::new(disk))).clone())
     }
 
-    /// Requests a second at a depth.
+    /// One turn of a pattern.
     pub fn run(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
+        let pattern: Pattern = serde_json::from_value(command["pattern"].clone())?;
         let disk = self.disk(domain, xs)?;
-        let time = Duration::from_millis(super::number(command, "ms")?);
-        let depth = super::number(command, "depth")? as usize;
-        let write = command["write"].as_bool().unwrap_or(false);
-        let iops = disk.lock().unwrap_or_else(PoisonError::into_inner).run(write, depth, time)?;
-        Ok(json!({"iops": iops}))
+        let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.front.set_look(Duration::from_micros(pattern.look_us));
+        let mut places = std::mem::take(&mut disk.places);
+        let sample = disk::run(&mut *disk, &pattern, &mut places);
+        disk.places = places;
+        Ok(serde_json::to_value(sample?)?)
+    }
+}
+
+impl Target for Disk {
+    fn submit(&mut self, tag: u32, io: Io) -> Result<()> {
+        let sector = io.offset / 512;
+        let op = match io.write {
+            true => Op::Write { sector, data: &self.buffer[..io.len] },
+            false => Op::Read { sector, len: io.len },
+        };
+        Ok(self.front.submit(op, tag.into())?)
+    }
+
+    fn wait(&mut self, each: &mut dyn FnMut(u32)) -> Result<()> {
+        self.front.push();
+        let Disk { front, buffer, .. } = self;
+        let mut failed = 0;
+        let answered = front.wait(PATIENCE, |completion| {
+            // What was read is copied to where it was wanted, as io_uring's limit has it.
+            completion.copy_read(buffer);
+            failed += u32::from(completion.outcome != Outcome::Done);
+            each(completion.mark as u32);
+        })?;
+        ensure!(answered > 0, "the backend does not answer");
+        ensure!(failed == 0, "{failed} requests failed");
+        Ok(())
+    }
+}
+
+/// A load at depth: random, 70 % reads. What is in flight at its end is waited for.
+pub struct Deep {
+    disk: Arc<Mutex<Disk>>,
+    pattern: Pattern,
+}
+
+impl Deep {
+    /// A load of `depth` requests of 4 KiB.
+    pub fn new(disk: Arc<Mutex<Disk>>, depth: u32) -> Deep {
+        let span = disk.lock().unwrap_or_else(PoisonError::into_inner).front.info().sectors * 512;
+        let pattern = Pattern { writes: 30, sequential: false, bytes: BLOCK, depth, span, ms: 0, look_us: 0 };
+        Deep { disk, pattern }
+    }
+
+    /// Fills up to the depth, and waits for what comes next.
+    pub fn step(&mut self) -> Result<()> {
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        while disk.front.in_flight() < self.pattern.depth as usize {
+            let io = disk.places.next(&self.pattern);
+            // Nobody asks which was answered.
+            disk.submit(0, io)?;
+        }
+        disk.wait(&mut |_| ())
+    }
+}
+
+impl Drop for Deep {
+    fn drop(&mut self) {
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        while disk.front.in_flight() > 0 {
+            if let Err(error) = disk.wait(&mut |_| ()) {
+                return tracing::error!("the deep load's end: {error:#}");
+            }
+        }
     }
 }
 
 impl Disk {
-    fn sector(&mut self) -> u64 {
-        self.seed ^= self.seed << 13;
-        self.seed ^= self.seed >> 7;
-        self.seed ^= self.seed << 17;
-        let blocks = self.front.info().sectors / (BLOCK as u64 / 512);
-        (self.seed % blocks) * (BLOCK as u64 / 512)
-    }
-
-    fn run(&mut self, write: bool, depth: usize, time: Duration) -> Result<f64> {
-        ensure!(depth > 0 && depth <= self.front.free(), "depth {depth} is more than the ring has");
-        let data = [0x3c; BLOCK];
-        let mut buffer = [0; BLOCK];
-        let start = Instant::now();
-        let (mut done, mut failed) = (0u64, 0u64);
-        loop {
-            let over = start.elapsed() >= time;
-            if over && self.front.in_flight() == 0 {
-                break;
-            }
-            while !over && self.front.in_flight() < depth {
-                let sector = self.sector();
-                let op =
-                    if write { Op::Write { sector, data: &data } } else { Op::Read { sector, len: BLOCK } };
-                self.front.submit(op, 0)?;
-            }
-            self.front.push();
-            let answered = self.front.wait(PATIENCE, |completion| {
-                // What was read is copied to where it was wanted, as io_uring's limit has it.
-                completion.copy_read(&mut buffer);
-                match completion.outcome {
-                    Outcome::Done => done += 1,
-                    _ => failed += 1,
-                }
-            })?;
-            ensure!(answered > 0, "the backend does not answer");
-        }
-        ensure!(failed == 0, "{failed} requests failed");
-        Ok(done as f64 / start.elapsed().as_secs_f64())
-    }
-
     /// One request of a light load: a write, then a read.
     pub fn load_request(&mut self) -> Result<()> {
-        let sector = self.sector();
-        let data = [0x3d; BLOCK];
-        for op in [Op::Write { sector, data: &data }, Op::Read { sector, len: BLOCK }] {
-            self.front.submit(op, 0)?;
-            self.front.push();
-            let mut fine = false;
-            let answered =
-                self.front.wait(PATIENCE, |completion| fine = completion.outcome == Outcome::Done)?;
-            ensure!(answered == 1 && fine, "a request failed or was not answered");
+        let blocks = self.front.info().sectors / (BLOCK as u64 / 512);
+        let offset = self.places.random() % blocks * BLOCK as u64;
+        for write in [true, false] {
+            self.submit(0, Io { write, offset, len: BLOCK })?;
+            self.wait(&mut |_| ())?;
         }
         Ok(())
     }

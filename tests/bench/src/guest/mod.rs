@@ -116,6 +116,11 @@ impl Guest {
                     let disk = self.block.disk(&self.domain, client)?;
                     load::Load::start(move || locked(&*disk).load_request())?
                 }
+                "block-deep" => {
+                    let client = self.store.client(&self.domain)?;
+                    let mut deep = block::Deep::new(self.block.disk(&self.domain, client)?, DEEP);
+                    load::Load::start(move || deep.step())?
+                }
                 "net" => {
                     let endpoint = self.endpoint()?;
                     let peer = bulkhead_tests::outside::ADDRESS.parse()?;
@@ -132,6 +137,9 @@ impl Guest {
         Ok(json!({}))
     }
 }
+
+/// Requests that the load `block-deep` keeps in flight.
+const DEEP: u32 = 32;
 
 pub(crate) fn number(command: &Value, key: &str) -> Result<u64> {
     command[key].as_u64().with_context(|| format!("{key} is missing"))

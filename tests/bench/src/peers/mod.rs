@@ -5,6 +5,7 @@ pub mod eventfd;
 pub mod helper;
 pub mod memory;
 pub mod sink;
+pub mod storage_daemon;
 pub mod store_echo;
 pub mod store_rings;
 pub mod uring;

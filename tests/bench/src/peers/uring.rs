@@ -1,121 +1,119 @@
-//! Random 4 KiB reads and writes of a file by io_uring with registered file and buffers: what the disk under blkback can do.
+//! A file by io_uring with registered file and buffers: what the disk under blkback can do.
 #![expect(unsafe_code, reason = "io_uring submissions name memory by address")]
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use domain_kit::mem::SharedMem;
+use domain_kit::poll::Window;
 use io_uring::{IoUring, opcode, types};
 use nix::libc;
 
-/// Bytes of each request.
-pub const BLOCK: usize = 4096;
+use crate::disk::{Io, Target};
 
 /// An open file with a ring and buffers.
 pub struct Disk {
     // Dropped before the buffers: closing the ring ends what the kernel may still do with them.
     ring: IoUring,
-    buffers: Vec<[u8; BLOCK]>,
-    /// Offset into `buffers` storage that makes them page-aligned is avoided by over-allocating one.
-    first: usize,
-    depth: u32,
-    blocks: u64,
-    seed: u64,
+    buffers: SharedMem,
+    bytes: usize,
+    window: Window,
 }
 
 impl Disk {
-    /// A ring of `depth` requests on `file`, of whose first `span` bytes any block may be touched.
+    /// A ring of `depth` requests of up to `bytes` on `file`.
     ///
     /// # Errors
     /// io_uring is not allowed here, or no memory may be locked.
-    pub fn new(file: &File, span: u64, depth: u32) -> Result<Disk> {
-        let blocks = span / BLOCK as u64;
-        ensure!(blocks > 0 && depth > 0, "nothing to read");
+    pub fn new(file: &File, depth: u32, bytes: usize) -> Result<Disk> {
+        ensure!(depth > 0 && bytes > 0, "nothing to read");
         let ring = IoUring::new(depth.next_power_of_two()).context("io_uring")?;
-        let buffers = vec![[0u8; BLOCK]; depth as usize + 1];
-        let first = buffers.as_ptr().cast::<u8>().align_offset(BLOCK);
-        let disk = Disk { ring, buffers, first, depth, blocks, seed: 0x1234_5678_9abc_def1 };
+        let (buffers, _fd) = SharedMem::create("bench-uring", depth as usize * bytes)?;
+        buffers.zero(0, buffers.len());
+        let disk = Disk { ring, buffers, bytes, window: Window::new(Duration::ZERO) };
         let vecs: Vec<libc::iovec> =
-            (0..depth).map(|i| libc::iovec { iov_base: disk.buffer(i).cast(), iov_len: BLOCK }).collect();
-        // SAFETY: the buffers live as long as the ring (same struct, ring dropped first) and their storage never moves.
+            (0..depth).map(|i| libc::iovec { iov_base: disk.buffer(i).cast(), iov_len: bytes }).collect();
+        // SAFETY: the buffers live as long as the ring (same struct, ring dropped first) and never move.
         unsafe { disk.ring.submitter().register_buffers(&vecs) }.context("registering buffers")?;
         disk.ring.submitter().register_files(&[file.as_raw_fd()]).context("registering the file")?;
         Ok(disk)
     }
 
-    fn buffer(&self, index: u32) -> *mut u8 {
-        // One buffer more than used is allocated, so a page-aligned start leaves room for all.
-        self.buffers.as_ptr().cast::<u8>().wrapping_add(self.first + index as usize * BLOCK).cast_mut()
+    /// Looks for completions so long at most before it sleeps; at first not at all.
+    pub fn set_look(&mut self, longest: Duration) {
+        self.window = Window::new(longest);
     }
 
-    fn random_block(&mut self) -> u64 {
-        self.seed ^= self.seed << 13;
-        self.seed ^= self.seed >> 7;
-        self.seed ^= self.seed << 17;
-        self.seed % self.blocks
+    fn buffer(&self, tag: u32) -> *mut u8 {
+        self.buffers.as_ptr().wrapping_add(tag as usize * self.bytes)
+    }
+}
+
+impl Target for Disk {
+    fn submit(&mut self, tag: u32, io: Io) -> Result<()> {
+        ensure!(io.len <= self.bytes, "{} bytes in a buffer of {}", io.len, self.bytes);
+        let (fd, at, len) = (types::Fixed(0), self.buffer(tag), io.len as u32);
+        let entry = match io.write {
+            true => opcode::WriteFixed::new(fd, at, len, tag as u16).offset(io.offset).build(),
+            false => opcode::ReadFixed::new(fd, at, len, tag as u16).offset(io.offset).build(),
+        };
+        // The length comes back with it, to be compared.
+        let data = u64::from(tag) << 32 | io.len as u64;
+        // SAFETY: the buffer is registered, belongs to this tag alone, and outlives the request: closing the ring, which comes
+        // first, ends it.
+        unsafe { self.ring.submission().push(&entry.user_data(data)) }.context("submission ring is full")
     }
 
-    /// Requests a second with `depth` in flight for about `time`.
-    ///
-    /// # Errors
-    /// A request that failed or was short.
-    pub fn run(&mut self, write: bool, time: Duration) -> Result<f64> {
+    fn wait(&mut self, each: &mut dyn FnMut(u32)) -> Result<()> {
+        let Disk { ring, window, .. } = self;
         let start = Instant::now();
-        let mut done = 0u64;
-        let mut free: Vec<u32> = (0..self.depth).collect();
-        let mut failed = None;
-        loop {
-            let over = start.elapsed() >= time || failed.is_some();
-            if over && free.len() == self.depth as usize {
-                break;
-            }
-            if !over {
-                while let Some(index) = free.pop() {
-                    let offset = self.random_block() * BLOCK as u64;
-                    let (fd, at, len) = (types::Fixed(0), self.buffer(index), BLOCK as u32);
-                    let entry = match write {
-                        true => opcode::WriteFixed::new(fd, at, len, index as u16).offset(offset).build(),
-                        false => opcode::ReadFixed::new(fd, at, len, index as u16).offset(offset).build(),
-                    };
-                    // SAFETY: the buffer is registered, belongs to this slot alone, and outlives the request (run() ends only when
-                    // all have completed, and on unwinding the ring is dropped first).
-                    unsafe { self.ring.submission().push(&entry.user_data(index.into())) }
-                        .context("submission ring is full")?;
-                }
-            }
-            self.ring.submit_and_wait(1).context("io_uring_enter")?;
-            for completion in self.ring.completion() {
-                free.push(completion.user_data() as u32);
-                match completion.result() {
-                    n if n == BLOCK as i32 => done += 1,
-                    n => failed = Some(n),
-                }
-            }
+        let mut found = false;
+        if window.is_open() {
+            ring.submit().context("io_uring_enter")?;
+            found =
+                window.look(start, || Ok::<_, Infallible>(!ring.completion().is_empty())).unwrap_or_default();
         }
-        let seconds = start.elapsed().as_secs_f64();
-        match failed {
-            Some(n) if n < 0 => Err(std::io::Error::from_raw_os_error(-n)).context("a disk request"),
-            Some(n) => anyhow::bail!("a disk request moved only {n} bytes"),
-            None => Ok(done as f64 / seconds),
+        if !found {
+            ring.submit_and_wait(1).context("io_uring_enter")?;
         }
+        window.learn(start.elapsed());
+        for completion in ring.completion() {
+            let (tag, len) = ((completion.user_data() >> 32) as u32, completion.user_data() as u32);
+            let result = completion.result();
+            if result < 0 {
+                return Err(std::io::Error::from_raw_os_error(-result)).context("a disk request");
+            }
+            ensure!(result.cast_unsigned() == len, "a disk request moved only {result} bytes of {len}");
+            each(tag);
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::tests::PATTERN;
+    use crate::disk::{Pattern, Places, run};
 
     #[test]
     fn reads_and_writes_a_file() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        let mut disk = match Disk::new(&file, 1 << 20, 8) {
+        let mut disk = match Disk::new(&file, 4, 4096) {
             Ok(disk) => disk,
             // Some machines forbid io_uring; then there is nothing to test.
             Err(e) => return eprintln!("no io_uring here: {e:#}"),
         };
-        assert!(disk.run(true, Duration::from_millis(20)).unwrap() > 0.0);
-        assert!(disk.run(false, Duration::from_millis(20)).unwrap() > 0.0);
+        for (writes, look) in [(0, 0), (100, 50), (30, 50)] {
+            disk.set_look(Duration::from_micros(look));
+            let sample = run(&mut disk, &Pattern { writes, ..PATTERN }, &mut Places::default()).unwrap();
+            assert!(sample.requests > 0);
+        }
+        file.set_len(0).unwrap();
+        assert!(run(&mut disk, &PATTERN, &mut Places::default()).is_err(), "a read of nothing");
     }
 }

@@ -6,8 +6,8 @@
 mod io;
 mod memory;
 mod size;
-mod start;
-mod terminal;
+pub(crate) mod start;
+pub(crate) mod terminal;
 mod timeline;
 
 use std::path::Path;
@@ -48,7 +48,7 @@ pub fn run(settings: &Settings) -> Vec<Line> {
     if hardware(&settings.bin_dir) {
         lines.extend(here(settings, image));
     } else {
-        lines.extend(or_missing(NAMES, in_lab(settings, image)));
+        lines.extend(or_missing(NAMES, in_lab(settings, image, &["boot"], &[])));
     }
     lines
 }
@@ -60,7 +60,8 @@ pub fn here(settings: &Settings, image: &Image) -> Vec<Line> {
     lines
 }
 
-fn hardware(bin_dir: &Path) -> bool {
+/// Whether guests run here as they are.
+pub(crate) fn hardware(bin_dir: &Path) -> bool {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|l| l.starts_with("flags")).unwrap_or_default();
     // A /dev/kvm without either flag is a slow emulation and of no use.
@@ -68,17 +69,26 @@ fn hardware(bin_dir: &Path) -> bool {
         && Command::new(bin_dir.join("hv-vcpu")).arg("--probe").output().is_ok_and(|o| o.status.success())
 }
 
-fn in_lab(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
+/// What `bench` with these words measures inside the lab, which is started with these options.
+pub(crate) fn in_lab(
+    settings: &Settings,
+    image: &Image,
+    words: &[&str],
+    options: &[&str],
+) -> Result<Vec<Line>> {
     let Some(xtask) = &image.xtask else {
         bail!("there is no hardware virtualization here and no lab was named")
     };
-    println!("No hardware virtualization here: booting is measured inside the lab (an emulated machine).");
+    println!("No hardware virtualization here: it is measured inside the lab (an emulated machine).");
     // Only the working tree and cargo's target directory are writable from inside.
     let report = settings.bin_dir.join(format!("bench-lab.{}.json", std::process::id()));
     let status = Command::new(xtask)
-        .args(["lab", "--timeout", "1500", "--"])
+        .args(["lab", "--timeout", "1500"])
+        .args(options)
+        .arg("--")
         .arg(settings.bin_dir.join("bench"))
-        .args(["boot", "--inside"])
+        .args(words)
+        .arg("--inside")
         .arg("--kernel")
         .arg(&image.kernel)
         .arg("--initrd")

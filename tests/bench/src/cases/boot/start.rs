@@ -20,11 +20,11 @@ use crate::stats::Series;
 /// Boots counted, after one that warms up: an emulated boot takes ten seconds and more.
 const ROUNDS: usize = 3;
 /// RAM of the guests, MiB.
-const MEMORY: u32 = 256;
+pub(crate) const MEMORY: u32 = 256;
 /// What the guest's first process prints first.
-pub(super) const USERSPACE: &str = "BH: {\"ev\":\"boot\"";
+pub(crate) const USERSPACE: &str = "BH: {\"ev\":\"boot\"";
 /// Longest boot.
-pub(super) const BOOT: Duration = Duration::from_secs(120);
+pub(crate) const BOOT: Duration = Duration::from_secs(120);
 /// The goal for hv-vcpu, MiB.
 const RESIDENT: f64 = 5.0;
 
@@ -113,7 +113,7 @@ memory = {MEMORY}
 }
 
 /// A guest's console, `mark` having been seen on it. It is not there yet when a guest has just been made.
-pub(super) fn console(system: &System, guest: &str, mark: &str) -> Result<Terminal> {
+pub(crate) fn console(system: &System, guest: &str, mark: &str) -> Result<Terminal> {
     let deadline = Instant::now() + BOOT;
     loop {
         let mut terminal = Terminal::start(system.bh_command(&["console", guest]))?;
@@ -134,7 +134,7 @@ fn uptime(console: &mut Terminal) -> Result<f64> {
 }
 
 /// A QEMU microvm without anything but a serial console.
-pub(super) fn microvm_command(image: &Image, words: &str) -> Command {
+pub(crate) fn microvm_command(image: &Image, words: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-M", "microvm,accel=kvm,x-option-roms=off,isa-serial=on,rtc=on"])
