@@ -91,11 +91,13 @@ impl Workload {
     }
 }
 
+type Turn<'a> = Box<dyn FnMut(&Pattern) -> Result<Sample> + 'a>;
+
 /// One way to the disk: which processes are on it, and how to run a turn.
 struct Way<'a> {
     name: &'static str,
     pids: Vec<i32>,
-    turn: Box<dyn FnMut(&Pattern) -> Result<Sample> + 'a>,
+    turn: Turn<'a>,
 }
 
 impl<'a> Way<'a> {
