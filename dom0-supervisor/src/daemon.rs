@@ -158,7 +158,7 @@ fn own_dir() -> anyhow::Result<PathBuf> {
 fn toolstack_listener(me: &Domain) -> anyhow::Result<StdListener> {
     let (_, fd) = me.hv.resource_open("toolstack").context("the socket for bh (resource \"toolstack\")")?;
     let listener = StdListener::from(fd);
-    listener.set_nonblocking(true)?;
+    domain_kit::os::set_nonblocking(&listener)?;
     Ok(listener)
 }
 

@@ -39,7 +39,7 @@ impl GrpcHv {
     /// # Errors
     /// The stream can't be used.
     pub fn new(fd5: StdStream, me: Arc<Me>) -> io::Result<GrpcHv> {
-        fd5.set_nonblocking(true)?;
+        domain_kit::os::set_nonblocking(&fd5)?;
         let once = Mutex::new(Some(UnixStream::from_std(fd5)?));
         // The name is never resolved: the connector hands out the one stream that there is.
         let channel =

@@ -97,7 +97,7 @@ pub fn serve_with(
     routes: Routes,
 ) -> io::Result<ControlHandle> {
     let listener = std::os::unix::net::UnixListener::from(crate::os::take_inherited(CONTROL_LISTENER_FD)?);
-    listener.set_nonblocking(true)?;
+    crate::os::set_nonblocking(&listener)?;
     let (serving, mut changes) = watch::channel(false);
     let api = Api { domain: domain.clone(), control };
     let reflection = tonic_reflection::server::Builder::configure()

@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// One end of an event channel. Underneath, two eventfds that hv-core made (non-blocking, counting): a kick sent while
-/// nobody waits stays latched, also across a restart of the receiver.
+/// nobody waits stays latched, also across a restart of the receiver. Both ends share each eventfd's flags; that no peer can make it
+/// a blocking one, and then its writes wait for ever, is the sandbox's filter (hv-core's `seccomp` module).
 #[derive(Debug)]
 pub struct Port {
     /// Its number in this domain's space.

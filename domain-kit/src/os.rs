@@ -29,6 +29,18 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Makes a descriptor non-blocking. By fcntl(2): in the sandbox FIONBIO, which the standard library uses, is refused, because it
+/// can also turn an event channel's eventfd, whose flags both ends share, into one that blocks.
+///
+/// # Errors
+/// As fcntl(2).
+pub fn set_nonblocking(fd: impl std::os::fd::AsFd) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
 /// Owns a descriptor that the kernel just installed for an SCM_RIGHTS message.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: recvmsg(2) made this descriptor for us alone.

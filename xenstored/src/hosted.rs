@@ -72,7 +72,7 @@ pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
     let listener = match domain.hv.resource_open(SOCKET) {
         Ok((_, fd)) => {
             let listener = UnixListener::from(fd);
-            listener.set_nonblocking(true)?;
+            domain_kit::os::set_nonblocking(&listener)?;
             Some(listener)
         }
         Err(e) if e.is(Errno::ENOENT) => {

@@ -220,7 +220,7 @@ impl Transport for SocketTransport {
             self.stop.check()?;
             match UnixStream::connect(path) {
                 Ok(stream) => {
-                    stream.set_nonblocking(true)?;
+                    crate::os::set_nonblocking(&stream)?;
                     *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(stream));
                     return Ok(());
                 }

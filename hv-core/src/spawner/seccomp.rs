@@ -1,8 +1,8 @@
 //! System-call filters: an allow-list for each kind of process. Anything else kills the process.
 //!
-//! Two filters are stacked and the stricter answer wins: the first turns clone3 into `ENOSYS`, so that libc falls back to
-//! clone, whose flags a filter can see; the second is the allow-list, in which clone makes threads only. io_uring's own
-//! operations pass no filter; namespaces and Landlock bound what they can reach.
+//! Three filters are stacked and the stricter answer wins: the first turns clone3 into `ENOSYS`, so that libc falls back to
+//! clone, whose flags a filter can see; the second keeps non-blocking descriptors so; the last is the allow-list, in which clone
+//! makes threads only. io_uring's own operations pass no filter; namespaces and Landlock bound what they can reach.
 
 use std::collections::BTreeMap;
 
@@ -74,7 +74,7 @@ const SERVICE: &[c_long] = &[
     libc::SYS_fchmodat,
     libc::SYS_umask,
     libc::SYS_flock,
-    libc::SYS_fcntl,
+    libc::SYS_fcntl, // Its F_SETFL by `keep_nonblocking` too.
     libc::SYS_dup,
     libc::SYS_dup2,
     libc::SYS_dup3,
@@ -318,6 +318,16 @@ fn rules(profile: SeccompProfile) -> Result<Rules, seccompiler::BackendError> {
     Ok(rules)
 }
 
+/// The two ends of an event channel share one open file, flags included. A domain that could clear `O_NONBLOCK` of it and fill the
+/// counter would make the other's next write wait for ever; so that flag is never cleared, by either of the calls that can.
+fn keep_nonblocking() -> Result<Rules, seccompiler::BackendError> {
+    let clears = SeccompCondition::new(2, Len::Dword, Cmp::MaskedEq(libc::O_NONBLOCK as u64), 0)?;
+    Ok(BTreeMap::from([
+        (libc::SYS_fcntl, vec![rule(vec![equals(1, libc::F_SETFL as u64)?, clears])?]),
+        (libc::SYS_ioctl, vec![rule(vec![equals(1, libc::FIONBIO)?])?]),
+    ]))
+}
+
 fn compile(filter: SeccompFilter) -> Result<BpfProgram, seccompiler::BackendError> {
     filter.try_into()
 }
@@ -326,6 +336,7 @@ fn compile(filter: SeccompFilter) -> Result<BpfProgram, seccompiler::BackendErro
 #[derive(Debug)]
 pub struct Filters {
     no_clone3: BpfProgram,
+    keep_nonblocking: BpfProgram,
     profiles: [(SeccompProfile, BpfProgram); 4],
 }
 
@@ -342,6 +353,12 @@ impl Filters {
             SeccompAction::Errno(libc::ENOSYS as u32),
             arch,
         )?)?;
+        let keep_nonblocking = compile(SeccompFilter::new(
+            keep_nonblocking()?,
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::EPERM as u32),
+            arch,
+        )?)?;
         let profile = |p| -> Result<_, seccompiler::BackendError> {
             let filter =
                 SeccompFilter::new(rules(p)?, SeccompAction::KillProcess, SeccompAction::Allow, arch)?;
@@ -349,6 +366,7 @@ impl Filters {
         };
         Ok(Filters {
             no_clone3,
+            keep_nonblocking,
             profiles: [
                 profile(SeccompProfile::Service)?,
                 profile(SeccompProfile::Net)?,
@@ -367,6 +385,7 @@ impl Filters {
         // Every profile is in the array; an empty program is refused by seccompiler, never applied as "no filter".
         // The allow-list comes last: it has no call to add another filter.
         seccompiler::apply_filter(&self.no_clone3)
+            .and_then(|()| seccompiler::apply_filter(&self.keep_nonblocking))
             .and_then(|()| seccompiler::apply_filter(list.map_or(&[][..], Vec::as_slice)))
     }
 }

@@ -135,6 +135,15 @@ fn look() -> String {
         "host {}",
         nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default()
     ));
+    let event =
+        nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK).expect("eventfd");
+    let set = |flags| nix::fcntl::fcntl(&event, nix::fcntl::FcntlArg::F_SETFL(flags));
+    say(format!("set-nonblocking {:?}", set(nix::fcntl::OFlag::O_NONBLOCK)));
+    say(format!("clear-nonblocking {:?}", set(nix::fcntl::OFlag::empty())));
+    // FIONBIO, to clear as to set.
+    let stream = UnixStream::from(OwnedFd::from(event));
+    say(format!("fionbio {:?}", stream.set_nonblocking(false).map_err(|e| e.kind())));
+    drop(stream);
     let mut null = [0; 1];
     say(format!("stdin {}", io::stdin().read(&mut null).unwrap_or(9)));
     text

@@ -20,6 +20,9 @@ pub fn sandbox_holds_nothing_else() {
     // 0 to 4, and the connection by which we ask. (Where the agent keeps the listener and the hypercall socket.)
     let fds: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("fd ")).collect();
     assert_eq!(fds, ["0", "1", "2", "3", "4", "5"], "{text}");
+    // The flags of an event channel, which both ends share.
+    let flags = "set-nonblocking Ok(0)\nclear-nonblocking Err(EPERM)\nfionbio Err(PermissionDenied)\n";
+    assert!(text.contains(flags), "{text}");
     let pid = system.get(&dom).unwrap().host_pid;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = |name: &str| {

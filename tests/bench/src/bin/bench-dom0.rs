@@ -16,7 +16,7 @@ fn main() -> Result<()> {
     let program = std::env::args().nth(1).context("usage: bench-dom0 PATH-OF-BENCH-GUEST")?;
     let control = domain_kit::os::take_inherited(hv_abi::HVCORE_CONTROL_FD).context("descriptor 5")?;
     let control = std::os::unix::net::UnixStream::from(control);
-    control.set_nonblocking(true)?;
+    domain_kit::os::set_nonblocking(&control)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
         let mut stream = Some(tokio::net::UnixStream::from_std(control)?);
