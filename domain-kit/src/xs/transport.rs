@@ -145,7 +145,7 @@ impl SocketTransport {
     /// # Errors
     /// When no eventfd can be made.
     pub fn connected(stream: UnixStream) -> Result<Self, XsError> {
-        stream.set_nonblocking(true)?;
+        crate::os::set_nonblocking(&stream)?;
         Ok(Self {
             path: None,
             stream: Mutex::new(Some(Arc::new(stream))),

@@ -74,7 +74,7 @@ fn xenstored_domain(program: &str, socket: &str) -> CreateDomainRequest {
 async fn connect() -> Result<HvCoreClient<Channel>> {
     let control = domain_kit::os::take_inherited(hv_abi::HVCORE_CONTROL_FD).context("descriptor 5")?;
     let control = UnixStream::from(control);
-    control.set_nonblocking(true)?;
+    domain_kit::os::set_nonblocking(&control)?;
     let mut stream = Some(tokio::net::UnixStream::from_std(control)?);
     let connector = tower::service_fn(move |_: Uri| {
         let stream = stream.take().map(TokioIo::new);
