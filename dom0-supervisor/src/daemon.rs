@@ -1,6 +1,6 @@
 //! The daemon: joins, adopts what runs, serves.
 
-use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::Context;
 use domain_kit::control::ServiceControl;
 use domain_kit::{Domain, control};
-use hv_abi::HVCORE_CONTROL_FD;
 use nix::errno::Errno;
 use proto::hvcore::event::Kind;
 use proto::service::Counter;
@@ -73,8 +72,7 @@ pub fn run(host_file: &Path) -> anyhow::Result<()> {
     let me = Domain::join("dom0-supervisor")?;
     let source = host_file.display().to_string();
     let host = read_host(host_file)?;
-    let fd5 =
-        domain_kit::os::take_inherited(HVCORE_CONTROL_FD).context("descriptor 5, the stream to hv-core")?;
+    let fd5 = domain_kit::os::control_stream().context("descriptor 5, the stream to hv-core")?;
     let (file, mut state, damage) = StateFile::open(&host.state_dir)?;
     let first_run = first_of_hv_core(&me)?;
     if first_run {
@@ -88,7 +86,7 @@ pub fn run(host_file: &Path) -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let guard = runtime.enter();
-    let hv = Arc::new(GrpcHv::new(StdStream::from(fd5), Arc::clone(&me))?);
+    let hv = Arc::new(GrpcHv::new(fd5, Arc::clone(&me))?);
     let store = Arc::new(RingStore::new(Arc::clone(&me)));
     let manager = Arc::new(Manager::new(
         Arc::clone(&hv) as Arc<dyn crate::hv::Hv>,

@@ -2,11 +2,10 @@
 
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use domain_kit::Domain as Me;
-use hyper_util::rt::TokioIo;
 use proto::blkback::disk_client::DiskClient;
 use proto::blkback::{DescribeRequest, GrowRequest, SettleRequest};
 use proto::hvcore::hv_core_client::HvCoreClient;
@@ -18,7 +17,7 @@ use proto::service::DrainRequest;
 use proto::service::service_client::ServiceClient;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use crate::hv::{Hv, HvError};
@@ -39,18 +38,7 @@ impl GrpcHv {
     /// # Errors
     /// The stream can't be used.
     pub fn new(fd5: StdStream, me: Arc<Me>) -> io::Result<GrpcHv> {
-        domain_kit::os::set_nonblocking(&fd5)?;
-        let once = Mutex::new(Some(UnixStream::from_std(fd5)?));
-        // The name is never resolved: the connector hands out the one stream that there is.
-        let channel =
-            Endpoint::from_static("http://hv-core").connect_with_connector_lazy(tower::service_fn(
-                move |_: tonic::codegen::http::Uri| {
-                    let stream = once.lock().ok().and_then(|mut slot| slot.take());
-                    async move {
-                        stream.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
-                    }
-                },
-            ));
+        let channel = proto::unix::over(UnixStream::from_std(fd5)?);
         Ok(GrpcHv { runtime: Handle::current(), client: HvCoreClient::new(channel), me })
     }
 

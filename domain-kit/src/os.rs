@@ -41,6 +41,16 @@ pub fn set_nonblocking(fd: impl std::os::fd::AsFd) -> io::Result<()> {
     Ok(())
 }
 
+/// dom0's stream to hv-core's control API (descriptor 5), non-blocking, as an event loop wants it.
+///
+/// # Errors
+/// `EBADF`: this is not dom0, or it has been taken before.
+pub fn control_stream() -> io::Result<std::os::unix::net::UnixStream> {
+    let stream = take_inherited(hv_abi::HVCORE_CONTROL_FD)?;
+    set_nonblocking(&stream)?;
+    Ok(stream.into())
+}
+
 /// Owns a descriptor that the kernel just installed for an SCM_RIGHTS message.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: recvmsg(2) made this descriptor for us alone.

@@ -63,10 +63,13 @@ fn connect(path: &str) -> io::Result<OwnedFd> {
     }
 }
 
-/// Longest path of a Unix socket (sockaddr_un), without the final NUL.
-const SUN_PATH_MAX: usize = 107;
+/// What a socket is called until it listens.
+const UNFINISHED: &str = ".new";
+/// Longest path of a Unix socket (sockaddr_un), without the final NUL, with room for [`UNFINISHED`].
+const SUN_PATH_MAX: usize = 107 - UNFINISHED.len();
 
-/// Listens at a path; a socket that an earlier owner left there is replaced, anything else is not.
+/// Listens at a path; a socket that an earlier owner left there is replaced, anything else is not. The path is there from the moment at
+/// which it can be connected to, with its mode.
 ///
 /// # Errors
 /// In one line.
@@ -74,16 +77,20 @@ pub fn listen(path: &str, mode: u32) -> Result<OwnedFd, String> {
     if path.len() > SUN_PATH_MAX {
         return Err(format!("{path}: longer than a socket's path may be ({SUN_PATH_MAX} bytes)"));
     }
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if meta.file_type().is_socket() => {
-            std::fs::remove_file(path).map_err(|e| format!("{path}: {e}"))?;
-        }
-        Ok(_) => return Err(format!("{path}: exists and is not a socket")),
-        Err(_) => {}
+    let stale = |path: &str| match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => Err(format!("{path}: exists and is not a socket")),
+        Ok(_) => Ok(true),
+        Err(_) => Ok(false),
+    };
+    stale(path)?;
+    let unfinished = format!("{path}{UNFINISHED}");
+    if stale(&unfinished)? {
+        std::fs::remove_file(&unfinished).map_err(|e| format!("{unfinished}: {e}"))?;
     }
     // hv-core's umask lets nobody else in before the mode is set.
-    let listener = UnixListener::bind(path).map_err(|e| format!("{path}: {e}"))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o777))
+    let listener = UnixListener::bind(&unfinished).map_err(|e| format!("{path}: {e}"))?;
+    std::fs::set_permissions(&unfinished, std::fs::Permissions::from_mode(mode & 0o777))
+        .and_then(|()| std::fs::rename(&unfinished, path))
         .map_err(|e| format!("{path}: {e}"))?;
     Ok(listener.into())
 }

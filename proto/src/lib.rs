@@ -4,6 +4,10 @@
 //! and what its errors mean. Data never travels by gRPC.
 #![allow(missing_docs, reason = "generated code; the schemas carry the documentation")]
 
+/// Channels over Unix sockets.
+#[cfg(feature = "client")]
+pub mod unix;
+
 /// hv-core's control API, for dom0 only.
 pub mod hvcore {
     tonic::include_proto!("bulkhead.hvcore.v1");

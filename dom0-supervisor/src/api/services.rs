@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use proto::service::StatisticsRequest;
 use proto::service::service_client::ServiceClient;
 use proto::toolstack::{Counter, ServiceInfo};
-use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 use super::Api;
@@ -18,12 +17,7 @@ const MOST: usize = 512;
 
 /// The connection to a service's own socket. Connecting happens at the first call.
 pub(crate) fn channel(path: String) -> Channel {
-    Endpoint::from_static("http://service").connect_timeout(ASK).connect_with_connector_lazy(
-        tower::service_fn(move |_: tonic::codegen::http::Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
-        }),
-    )
+    proto::unix::at_with(path, Endpoint::from_static("http://service").connect_timeout(ASK))
 }
 
 impl Api {

@@ -8,7 +8,6 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use domain_kit::Hypercall;
-use hyper_util::rt::TokioIo;
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::*;
 use tonic::transport::{Channel, Endpoint};
@@ -52,31 +51,31 @@ pub fn hv_core_command(run_dir: &Path) -> Command {
     command
 }
 
-fn connect(runtime: &tokio::runtime::Runtime, path: PathBuf) -> HvCoreClient<Channel> {
-    until("dom0's socket", || path.exists());
-    runtime.block_on(async {
-        let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-            let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(path).await?)) }
-        });
-        let endpoint = Endpoint::from_static("http://hv-core").timeout(SOON);
-        HvCoreClient::new(endpoint.connect_with_connector(connector).await.expect("dom0's socket"))
-    })
+/// hv-core makes it for dom0's control listener.
+const DOM0_SOCKET: &str = "dom0.sock";
+
+fn client(runtime: &tokio::runtime::Runtime, run_dir: &Path) -> HvCoreClient<Channel> {
+    let _in_runtime = runtime.enter();
+    let endpoint = Endpoint::from_static("http://hv-core").timeout(SOON);
+    HvCoreClient::new(proto::unix::at_with(run_dir.join(DOM0_SOCKET), endpoint))
 }
 
 impl System {
     /// Starts one.
     pub fn start() -> System {
         let dir = tempfile::tempdir().expect("a directory");
-        let hv_core = hv_core_command(dir.path()).spawn().expect("hv-core");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        let client = connect(&runtime, dir.path().join("dom0.sock"));
-        System { hv_core, dir, runtime, client }
+        let client = client(&runtime, dir.path());
+        let hv_core = hv_core_command(dir.path()).spawn().expect("hv-core");
+        // Ends hv-core, should what follows fail.
+        let system = System { hv_core, dir, runtime, client };
+        until("dom0's socket", || system.dir.path().join(DOM0_SOCKET).exists());
+        system
     }
 
     /// To the next incarnation of dom0.
     pub fn reconnect(&mut self) {
-        self.client = connect(&self.runtime, self.dir.path().join("dom0.sock"));
+        self.client = client(&self.runtime, self.dir.path());
     }
 
     /// A path in the run directory.

@@ -4,10 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use hyper_util::rt::TokioIo;
 use proto::toolstack::PingRequest;
 use proto::toolstack::toolstack_client::ToolstackClient;
-use tonic::transport::{Endpoint, Uri};
 
 /// Where dom0 listens.
 #[derive(Debug)]
@@ -35,20 +33,10 @@ impl Dom0 {
     /// dom0 is not there, or died meanwhile.
     pub fn ping(&self) -> Result<()> {
         self.runtime.block_on(async {
-            let path = self.socket.clone();
-            let connector = tower::service_fn(move |_: Uri| {
-                let path = path.clone();
-                async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
-            });
-            let call = async {
-                let channel = Endpoint::from_static("http://dom0")
-                    .connect_with_connector(connector)
-                    .await
-                    .context("dom0")?;
-                ToolstackClient::new(channel).ping(PingRequest {}).await.context("dom0")?;
-                Ok(())
-            };
-            tokio::time::timeout(TIMEOUT, call).await.context("dom0 does not answer")?
+            let mut client = ToolstackClient::new(proto::unix::at(&self.socket));
+            let answer = tokio::time::timeout(TIMEOUT, client.ping(PingRequest {})).await;
+            answer.context("dom0 does not answer")?.context("dom0")?;
+            Ok(())
         })
     }
 }

@@ -5,10 +5,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
 use proto::toolstack::toolstack_client::ToolstackClient;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
 /// How long a lost dom0 is waited for.
@@ -114,11 +113,6 @@ impl Dom0 {
     async fn channel(&self) -> Result<Channel, Failure> {
         let end = Instant::now() + Duration::from_secs(2);
         loop {
-            let path = self.path.clone();
-            let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            });
             // hv-core holds the socket: connecting succeeds while dom0 is between two lives.
             match UnixStream::connect(&self.path).await {
                 Ok(_probe) => {}
@@ -136,8 +130,7 @@ impl Dom0 {
                     return Err(Failure::NoDom0(self.path.clone(), why));
                 }
             }
-            let channel = Endpoint::from_static("http://dom0").connect_with_connector_lazy(connector);
-            return Ok(channel);
+            return Ok(proto::unix::at(&self.path));
         }
     }
 

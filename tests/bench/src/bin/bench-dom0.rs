@@ -6,29 +6,17 @@
 use anyhow::{Context, Result};
 use bench::cases::pair::{GRANTER, TAKER};
 use domain_kit::Domain;
-use hyper_util::rt::TokioIo;
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::{CreateDomainRequest, RestartPolicy, Role};
-use tonic::transport::{Endpoint, Uri};
 
 fn main() -> Result<()> {
     let domain = Domain::join("bench-dom0")?;
     let program = std::env::args().nth(1).context("usage: bench-dom0 PATH-OF-BENCH-GUEST")?;
-    let control = domain_kit::os::take_inherited(hv_abi::HVCORE_CONTROL_FD).context("descriptor 5")?;
-    let control = std::os::unix::net::UnixStream::from(control);
-    domain_kit::os::set_nonblocking(&control)?;
+    let control = domain_kit::os::control_stream().context("descriptor 5")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
-        let mut stream = Some(tokio::net::UnixStream::from_std(control)?);
-        let connector = tower::service_fn(move |_: Uri| {
-            let stream = stream.take().map(TokioIo::new);
-            async move { stream.ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected)) }
-        });
-        let channel = Endpoint::from_static("http://hv-core")
-            .connect_with_connector(connector)
-            .await
-            .context("hv-core")?;
-        let mut hv_core = HvCoreClient::new(channel);
+        let control = tokio::net::UnixStream::from_std(control)?;
+        let mut hv_core = HvCoreClient::new(proto::unix::over(control));
         let mut pids = serde_json::Map::new();
         for (domid, name, role) in
             [(GRANTER, "bench-granter", Role::ProcessGuest), (TAKER, "bench-taker", Role::Backend)]

@@ -8,11 +8,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use anyhow::{Context, Result};
 use domain_kit::Domain;
-use hyper_util::rt::TokioIo;
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::{CreateDomainRequest, DomainRef, Limits, Resource, RestartPolicy, Role, resource::Kind};
 use store_soak::world::{FIRST_GUEST, XENSTORED};
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 fn main() -> Result<()> {
     let domain = Domain::join("store-soak-dom0")?;
@@ -71,16 +70,8 @@ fn xenstored_domain(program: &str, socket: &str) -> CreateDomainRequest {
     }
 }
 
+/// Inside the runtime: the channel's task is started here.
 async fn connect() -> Result<HvCoreClient<Channel>> {
-    let control = domain_kit::os::take_inherited(hv_abi::HVCORE_CONTROL_FD).context("descriptor 5")?;
-    let control = UnixStream::from(control);
-    domain_kit::os::set_nonblocking(&control)?;
-    let mut stream = Some(tokio::net::UnixStream::from_std(control)?);
-    let connector = tower::service_fn(move |_: Uri| {
-        let stream = stream.take().map(TokioIo::new);
-        async move { stream.ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected)) }
-    });
-    let channel =
-        Endpoint::from_static("http://hv-core").connect_with_connector(connector).await.context("hv-core")?;
-    Ok(HvCoreClient::new(channel))
+    let control = domain_kit::os::control_stream().context("descriptor 5")?;
+    Ok(HvCoreClient::new(proto::unix::over(tokio::net::UnixStream::from_std(control)?)))
 }
