@@ -114,14 +114,20 @@ fn wait_state(xs: &XsClient, id: u32, state: XenbusState) {
     wait(xs, &format!("{}/state", back(id)), Some(state.as_str()));
 }
 
+/// A client, and a backend that has offered device 1.
+fn offered(daemon: &Daemon) -> (XsClient, Running) {
+    let xs = client(daemon);
+    let backend = Running::start(daemon, true);
+    add(&xs, 1);
+    wait_state(&xs, 1, XenbusState::InitWait);
+    (xs, backend)
+}
+
 #[test]
 fn a_device_comes_goes_and_comes_back() {
     use XenbusState::*;
     let daemon = Daemon::start();
-    let xs = client(&daemon);
-    let backend = Running::start(&daemon, true);
-    add(&xs, 1);
-    wait_state(&xs, 1, InitWait);
+    let (xs, backend) = offered(&daemon);
     wait(&xs, &format!("{}/feature-x", back(1)), Some("1"));
     say(&xs, 1, Initialised);
     wait_state(&xs, 1, Connected);
@@ -152,10 +158,7 @@ fn a_device_comes_goes_and_comes_back() {
 fn an_own_restart_touches_no_state() {
     use XenbusState::*;
     let daemon = Daemon::start();
-    let xs = client(&daemon);
-    let backend = Running::start(&daemon, true);
-    add(&xs, 1);
-    wait_state(&xs, 1, InitWait);
+    let (xs, backend) = offered(&daemon);
     say(&xs, 1, Initialised);
     wait_state(&xs, 1, Connected);
     say(&xs, 1, Connected);
@@ -192,10 +195,7 @@ fn what_is_not_ready_says_so_and_is_tried_again() {
 fn a_failed_device_is_closed_and_can_begin_again() {
     use XenbusState::*;
     let daemon = Daemon::start();
-    let xs = client(&daemon);
-    let backend = Running::start(&daemon, true);
-    add(&xs, 1);
-    wait_state(&xs, 1, InitWait);
+    let (xs, backend) = offered(&daemon);
     say(&xs, 1, Connected);
     wait_state(&xs, 1, Connected);
     backend.handle.failed(DeviceKey { frontend: 5, id: 1 }, "the ring is broken".into());
@@ -211,10 +211,7 @@ fn a_failed_device_is_closed_and_can_begin_again() {
 fn xsa_349_watch_storm() {
     use XenbusState::*;
     let daemon = Daemon::start();
-    let xs = client(&daemon);
-    let backend = Running::start(&daemon, true);
-    add(&xs, 1);
-    wait_state(&xs, 1, InitWait);
+    let (xs, backend) = offered(&daemon);
     say(&xs, 1, Connected);
     wait_state(&xs, 1, Connected);
     let writes: u32 = std::env::var("BH_STORM").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000);

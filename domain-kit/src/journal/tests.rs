@@ -48,6 +48,15 @@ impl Setup {
         (s, front, back)
     }
 
+    /// With `requests` sent, ids 0 and on, and taken.
+    fn taken(requests: u16) -> (Self, FrontRing<Arc<HeapMem>>, Ring, Vec<Slot>) {
+        let (s, mut front, mut back) = Setup::new();
+        (0..requests).for_each(|id| send(&mut front, id));
+        let mut slots = Vec::new();
+        back.take(9, &mut slots).unwrap();
+        (s, front, back, slots)
+    }
+
     fn reattach(&self, own_fault: bool) -> Result<(Ring, Vec<Slot>), JournalError> {
         JournaledRing::reattach(
             self.ring.clone(),
@@ -107,10 +116,7 @@ fn unanswered_come_back_in_order_answered_do_not() {
 
 #[test]
 fn only_what_ran_is_blamed_and_only_for_an_own_fault() {
-    let (s, mut front, mut back) = Setup::new();
-    (0..2).for_each(|id| send(&mut front, id));
-    let mut slots = Vec::new();
-    back.take(9, &mut slots).unwrap();
+    let (s, _front, mut back, mut slots) = Setup::taken(2);
     for (round, own_fault) in [false, true, true, false, true].into_iter().enumerate() {
         back.start(slots[0]);
         drop(back);
@@ -126,10 +132,7 @@ fn only_what_ran_is_blamed_and_only_for_an_own_fault() {
 
 #[test]
 fn a_foreign_rsp_prod_fails_the_ring_for_good() {
-    let (s, mut front, mut back) = Setup::new();
-    (0..3).for_each(|id| send(&mut front, id));
-    let mut slots = Vec::new();
-    back.take(9, &mut slots).unwrap();
+    let (s, _front, mut back, slots) = Setup::taken(3);
     back.respond(slots[0], 0, 0);
     back.push();
     s.ring.store_u32(RSP_PROD_OFFSET, 3);
@@ -140,10 +143,7 @@ fn a_foreign_rsp_prod_fails_the_ring_for_good() {
 
 #[test]
 fn rsp_prod_taken_back_by_the_frontend_fails_the_ring() {
-    let (s, mut front, mut back) = Setup::new();
-    (0..3).for_each(|id| send(&mut front, id));
-    let mut slots = Vec::new();
-    back.take(9, &mut slots).unwrap();
+    let (s, _front, mut back, slots) = Setup::taken(3);
     back.respond(slots[0], 0, 0);
     back.push();
     s.ring.store_u32(RSP_PROD_OFFSET, 0);
