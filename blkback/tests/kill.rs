@@ -1,7 +1,7 @@
 //! Real kills of the real data path: a child process runs engines, rings, journals and io_uring over shared memory, one thread a
 //! ring; a parent is its frontend with a verifying load and kills it with SIGKILL at random moments. Three rings of two pages,
-//! indirect requests, barriers, flushes, discards, queue depth up to 40. `BLKBACK_KILLS` sets the number (default 300);
-//! `cargo xtask soak block` does 10,000.
+//! indirect requests, barriers, flushes, discards, queue depth up to 40. `BLKBACK_KILLS` sets the number (default 300) and
+//! `BLKBACK_SEED` the seed; `cargo xtask soak block` does 10,000.
 
 mod common;
 
@@ -73,7 +73,7 @@ fn kills_lose_nothing_in(kills: u32, seed: u64) {
     }
     pauses.sort();
     println!(
-        "{kills} kills, {} requests answered, {} bytes verified, pause p50 {:?} p99 {:?} max {:?}",
+        "seed {seed}: {kills} kills, {} requests answered, {} bytes verified, pause p50 {:?} p99 {:?} max {:?}",
         answered(&fronts),
         fronts.iter().map(|f| f.load.verified()).sum::<u64>(),
         pauses.get(pauses.len() / 2),
@@ -84,14 +84,15 @@ fn kills_lose_nothing_in(kills: u32, seed: u64) {
 
 #[test]
 fn kills_lose_nothing() {
-    let kills = std::env::var("BLKBACK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
-    kills_lose_nothing_in(kills, 1);
+    let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    kills_lose_nothing_in(number("BLKBACK_KILLS").unwrap_or(300), number("BLKBACK_SEED").unwrap_or(1).into());
 }
 
 #[test]
 #[ignore = "long: cargo xtask soak block"]
 fn soak_block_kills() {
-    kills_lose_nothing_in(if std::env::var_os("BH_SOAK").is_some() { 10_000 } else { 1000 }, 7);
+    let kills = if std::env::var_os("BH_SOAK").is_some() { 2500 } else { 250 };
+    (7..11).for_each(|seed| kills_lose_nothing_in(kills, seed));
 }
 
 /// A request that makes the service crash is run three times, then answered with an error; all others are served.
