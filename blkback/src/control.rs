@@ -56,6 +56,12 @@ fn describe(disk: &dyn Disk) -> DescribeReply {
         bytes: geometry.sectors * 512,
         read_only: geometry.read_only,
         fence: disk.fence().how.into(),
+        commit: disk.commit().map(|commit| proto::blkback::Commit {
+            done: commit.done,
+            total: commit.total,
+            finished: commit.finished,
+            failed: commit.failed.unwrap_or_default(),
+        }),
     }
 }
 

@@ -299,6 +299,8 @@ impl BackendDriver for Vbd {
         let mode = self.mode(node, &*disk)?;
         self.sole_writer(node.key, mode)?;
         let mut features = vec![
+            // As Linux's hotplug scripts say it, which toolstacks wait for.
+            (node::HOTPLUG_STATUS, "connected".into()),
             (node::FEATURE_FLUSH_CACHE, "1".into()),
             (node::FEATURE_BARRIER, "1".into()),
             (node::FEATURE_PERSISTENT, "1".into()),

@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::Context;
 use blkback::device::{self, Shared};
 use blkback::disk::attachment::Disk;
-use blkback::disk::chain::{self, Approved, Chain, FileSpec};
+use blkback::disk::chain::{self, Approved, Chain, FileSpec, Logs};
+use blkback::disk::commit;
+use blkback::disk::pool::LayeredDisk;
 use blkback::disk::qcow2::log::LOG_BYTES;
 use blkback::disk::source::{self, Cache, SourceError};
 use blkback::driver::{DiskState, Registry, Vbd};
@@ -15,10 +17,14 @@ use blkback::engine::NoSpace;
 use blkback::fault;
 use clap::{Parser, ValueEnum};
 use domain_kit::control::{self, ControlHandle};
+use domain_kit::mem::SharedMem;
 use domain_kit::xenbus::{Backend, BackendHandle, connect_store};
 use domain_kit::{Domain, Hypercall, fdstore};
 use hv_abi::resource_kind;
 
+/// The fd store's names of a commit's log, and of the mark that it was finished.
+const COMMIT_LOG: &str = "commit-log";
+const COMMIT_MARK: &str = "commit-mark";
 /// The approved resource that is the disk.
 const RESOURCE: &str = "disk";
 /// How long a predecessor's I/O may take to drain before the disk is said to be in use.
@@ -45,6 +51,18 @@ struct Args {
     /// The disk's file, as FORMAT:NAME, and then each of its backing files. The resource `disk`, raw, if there is none.
     #[arg(long, value_name = "FORMAT:NAME")]
     disk: Vec<FileSpec>,
+    /// The disk's file goes into its first backing file while it is served.
+    #[arg(long)]
+    commit: bool,
+    /// The disk is what another was committed to: served only if that was finished.
+    #[arg(long)]
+    committed: bool,
+    /// A drive without a medium.
+    #[arg(long, conflicts_with = "disk")]
+    empty: bool,
+    /// Bytes of the logical sectors that the guest sees, 512 or 4096. Without it a device's own, and 512 for all else.
+    #[arg(long, value_parser = sector_size)]
+    sector_size: Option<u32>,
     /// How the host's page cache is used.
     #[arg(long, value_enum, default_value = "none")]
     cache: Cache,
@@ -56,32 +74,44 @@ struct Args {
     fault: Option<u64>,
 }
 
+fn sector_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("must be 512 or 4096".into()),
+    }
+}
+
 /// Which disk, and how.
 #[derive(Clone, Debug)]
 struct Wanted {
-    chain: Chain,
+    /// `None`: an empty drive.
+    chain: Option<Chain>,
     cache: Cache,
+    sector_size: Option<u32>,
+    committed: bool,
 }
 
 fn open(hv: &Arc<Hypercall>, wanted: &Wanted) -> Result<Arc<dyn Disk>, SourceError> {
-    let Wanted { chain, cache } = wanted;
+    let Wanted { chain, cache, sector_size, .. } = wanted;
+    let Some(chain) = chain else { return Ok(Arc::new(LayeredDisk::empty())) };
+    if wanted.committed && !log(hv, COMMIT_MARK, false)?.is_some_and(|mark| commit::is_marked(&mark)) {
+        return Err(SourceError::Open("the commit was cut short; the overlay must be served again".into()));
+    }
     let found: Arc<dyn Disk> = if chain.is_plain() {
         let (kind, fd) = hv.open(RESOURCE).map_err(SourceError::Open)?;
         let read_only = chain.read_only || kind == resource_kind::FILE_RO;
-        Arc::new(source::open(fd, read_only, *cache, PATIENCE)?)
+        Arc::new(source::open_sectors(fd, read_only, *cache, *sector_size, PATIENCE)?)
     } else {
-        // Kept by hv-core: a write that was answered is not lost with the process.
-        let log = match chain.wants_log() && !chain.read_only {
-            true => Some(
-                fdstore::kept_memory(hv, "disk-log", LOG_BYTES)
-                    .map_err(|e| SourceError::Open(format!("the log of its tables: {e}")))?
-                    .0,
-            ),
-            false => None,
+        let logs = Logs {
+            main: log(hv, "disk-log", chain.wants_log() && !chain.read_only)?,
+            commit: log(hv, COMMIT_LOG, chain.commit)?,
+            mark: log(hv, COMMIT_MARK, chain.commit)?,
         };
         let approved: Arc<dyn Approved> = hv.clone();
         let through = *cache == Cache::Writethrough;
-        Arc::new(chain::open(chain, &approved, log.map(Arc::new), PATIENCE)?.with_writethrough(through))
+        let disk = chain::open(chain, &approved, &logs, PATIENCE)?;
+        Arc::new(disk.with_writethrough(through).with_sectors(sector_size.unwrap_or(512)))
     };
     let fence = found.fence();
     tracing::info!(
@@ -91,6 +121,20 @@ fn open(hv: &Arc<Hypercall>, wanted: &Wanted) -> Result<Arc<dyn Disk>, SourceErr
         "disk opened"
     );
     Ok(found)
+}
+
+/// Memory for changes of tables, kept by hv-core: a write that was answered is not lost with the process. If it is not wanted, what a
+/// predecessor left.
+fn log(hv: &Arc<Hypercall>, name: &str, wanted: bool) -> Result<Option<Arc<SharedMem>>, SourceError> {
+    let failed = |e: String| SourceError::Open(format!("the log of its tables: {e}"));
+    let there = || {
+        Ok(hv.fd_list().map_err(|e| failed(e.to_string()))?.iter().any(|fd| fd.name.as_str() == Some(name)))
+    };
+    if !wanted && !there()? {
+        return Ok(None);
+    }
+    let (memory, _) = fdstore::kept_memory(hv, name, LOG_BYTES).map_err(|e| failed(e.to_string()))?;
+    Ok(Some(Arc::new(memory)))
 }
 
 /// Tries until there is a disk; each failure's line goes to the devices' error nodes by way of the state.
@@ -139,8 +183,15 @@ fn main() -> anyhow::Result<()> {
     let domain = Domain::join("blkback")?;
     let disk = Arc::new(DiskState::new());
     // The fence comes first: nothing of a predecessor's is touched before its I/O is over.
-    let chain = Chain::new(args.disk.clone(), args.mode == Mode::R).map_err(anyhow::Error::msg)?;
-    let wanted = Wanted { chain, cache: args.cache };
+    let chain = match args.empty {
+        true => None,
+        false => {
+            let chain = Chain::new(args.disk.clone(), args.mode == Mode::R).map_err(anyhow::Error::msg)?;
+            Some(if args.commit { chain.with_commit().map_err(anyhow::Error::msg)? } else { chain })
+        }
+    };
+    let wanted =
+        Wanted { chain, cache: args.cache, sector_size: args.sector_size, committed: args.committed };
     // Its own channel: an NBD connection that is made anew does not wait for others.
     let hv = Arc::new(domain.hv.new_channel()?);
     match open(&hv, &wanted) {

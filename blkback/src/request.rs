@@ -178,6 +178,10 @@ impl Prepared {
         for segment in segments {
             let count = segment.sectors().ok_or(Refusal::Invalid("a segment leaves its page"))?;
             sectors += u64::from(count);
+            let unit = disk.logical / SECTOR as u32;
+            if !u32::from(segment.first_sect).is_multiple_of(unit) || !count.is_multiple_of(unit) {
+                return Err(Refusal::Invalid("a segment of other than whole sectors of the disk"));
+            }
             self.segments.push(Segment {
                 gref: segment.gref,
                 offset: u16::from(segment.first_sect) * SECTOR as u16,
@@ -343,6 +347,23 @@ mod tests {
         assert!(try_it(indirect(BLKIF_OP_READ, 2, 8), &torn).is_err());
     }
 
+    /// blkif.h: all numbers are in units of 512 bytes, aligned to the disk's sectors.
+    #[test]
+    fn sectors_of_4096_bytes() {
+        let disk = Geometry { logical: 4096, physical: 4096, sectors: 1000, ..DISK };
+        let fine = check(request(BLKIF_OP_WRITE, 8, &[(0, 7), (0, 7)]), &disk).unwrap();
+        assert_eq!((fine.offset, fine.len), (4096, 8192));
+        for bad in [
+            request(BLKIF_OP_READ, 1, &[(0, 7)]),
+            request(BLKIF_OP_READ, 8, &[(0, 3)]),
+            request(BLKIF_OP_READ, 8, &[(0, 3), (4, 7)]),
+            request(BLKIF_OP_WRITE_BARRIER, 12, &[(0, 7)]),
+            request(BLKIF_OP_FLUSH_DISKCACHE, 8, &[(0, 0)]),
+        ] {
+            assert_eq!(check(bad, &disk).unwrap_err().status(), BLKIF_RSP_ERROR);
+        }
+    }
+
     #[test]
     fn discards() {
         let offered = Some(Discard { granularity: 512, alignment: 0, secure: false });
@@ -373,6 +394,88 @@ mod tests {
         let secure = Some(Discard { granularity: 512, alignment: 0, secure: true });
         let fine = try_it(0, 8, 1, &Geometry { discard: secure, ..DISK }).unwrap();
         assert_eq!(fine.kind, Kind::Discard { secure: true });
+    }
+
+    /// Every combination of the values at the edges of every field, in both layouts and with both sizes of sectors: what passes lies on
+    /// the disk and in its pages, to the byte.
+    #[test]
+    fn every_small_field() {
+        let discard = Some(Discard { granularity: 512, alignment: 0, secure: true });
+        let sectors = [0, 1, 7, 8, 991, 992, 999, 1000, u64::MAX - 7, u64::MAX];
+        let edges = [0, 1, 3, 4, 7, 8, 255];
+        let (mut passed, mut refused) = (0, 0);
+        let mut prepared = Prepared::default();
+        let mut judge = |slot: &[u8], abi: Abi, extra: &[u8], disk: &Geometry| {
+            if prepared.check(abi, slot, extra, disk).is_err() {
+                assert!(!prepared.has_data());
+                refused += 1;
+                return;
+            }
+            passed += 1;
+            let unit = u64::from(disk.logical);
+            assert!(
+                prepared.offset.checked_add(prepared.len).is_some_and(|end| end <= disk.sectors * SECTOR)
+            );
+            assert!(prepared.offset.is_multiple_of(unit) && prepared.len.is_multiple_of(unit));
+            for segment in &prepared.segments {
+                let (offset, len) = (u64::from(segment.offset), u64::from(segment.len));
+                assert!(
+                    len > 0
+                        && offset + len <= 4096
+                        && offset.is_multiple_of(unit)
+                        && len.is_multiple_of(unit)
+                );
+            }
+        };
+        for abi in [Abi::X86_64, Abi::X86_32] {
+            for logical in [512, 4096] {
+                let disk = Geometry { logical, physical: logical, discard, ..DISK };
+                for operation in 0..=8 {
+                    for sector_number in sectors {
+                        for (first, last) in edges.iter().flat_map(|f| edges.iter().map(move |l| (*f, *l))) {
+                            for nr_segments in [0, 1, 2, 11, 12, 255] {
+                                let mut direct = request(operation, sector_number, &[(0, 7); 11]);
+                                direct.nr_segments = nr_segments;
+                                direct.seg[usize::from(nr_segments).clamp(1, 11) - 1] =
+                                    BlkifRequestSegment::new(7, first, last);
+                                judge(
+                                    &abi.encode(&Request::Direct(direct))[..abi.entry_size()],
+                                    abi,
+                                    &[],
+                                    &disk,
+                                );
+                            }
+                        }
+                        for nr_sectors in sectors {
+                            for flag in [0, 1, 2, 255] {
+                                let discard = BlkifRequestDiscard {
+                                    operation: blkif::BLKIF_OP_DISCARD,
+                                    flag,
+                                    sector_number,
+                                    nr_sectors,
+                                    ..Default::default()
+                                };
+                                judge(
+                                    &abi.encode(&Request::Discard(discard))[..abi.entry_size()],
+                                    abi,
+                                    &[],
+                                    &disk,
+                                );
+                            }
+                        }
+                        for nr_segments in [0, 1, 2, 255, 256, 257, u16::MAX] {
+                            for there in [0usize, 8, 16, 2040, 2048] {
+                                let request = indirect(operation, nr_segments, sector_number);
+                                let slot = abi.encode(&Request::Indirect(request));
+                                let extra = [5, 0, 0, 0, 0, 7, 0, 0].repeat(there / 8);
+                                judge(&slot[..abi.entry_size()], abi, &extra, &disk);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(passed > 1000 && refused > 10_000, "{passed} passed, {refused} refused");
     }
 
     proptest! {

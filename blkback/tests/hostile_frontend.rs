@@ -201,6 +201,55 @@ fn xsa_155_double_fetch() {
     assert_eq!(world.engine.disk().data[8 * 512..16 * 512], [0x11; 4096]);
 }
 
+/// blkfront's rules: whatever bytes are in a slot, it gets one response with its id, of the operation that it stands for, and the ring
+/// goes on. (Any other response makes Linux's blkfront give the disk up.)
+#[test]
+fn every_slot_is_answered_once_whatever_is_in_it() {
+    let mut world = world();
+    let mut x = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x
+    };
+    let mut statuses = std::collections::BTreeSet::new();
+    for round in 0..2000u64 {
+        let mut asked = std::collections::BTreeMap::new();
+        for n in 0..1 + random() % 32 {
+            let mut slot = [0; MAX_ENTRY_SIZE];
+            slot.chunks_mut(8)
+                .for_each(|chunk| chunk.copy_from_slice(&random().to_le_bytes()[..chunk.len()]));
+            // Mostly known operations and small numbers: they get further.
+            if !random().is_multiple_of(4) {
+                (slot[0], slot[1]) = ((random() % 7) as u8, (random() % 12) as u8);
+                slot[16..24].copy_from_slice(&(random() % (SECTORS + 8)).to_le_bytes());
+                for segment in slot[24..].chunks_exact_mut(8) {
+                    segment.copy_from_slice(&[(random() % 20) as u8, 0, 0, 0, (random() % 9) as u8, 7, 0, 0]);
+                }
+            }
+            let id = round << 8 | n;
+            slot[8..16].copy_from_slice(&id.to_le_bytes());
+            asked.insert(id, ABI.decode(&slot).operation());
+            world.front.put(&slot);
+        }
+        world.front.push();
+        while world.engine.poll().unwrap().more {}
+        while world.front.unconsumed().unwrap() > 0 {
+            let mut bytes = [0; 16];
+            world.front.take(&mut bytes);
+            let response = ABI.decode_response(&bytes);
+            assert_eq!(asked.remove(&response.id), Some(response.operation), "{response:?}");
+            statuses.insert(response.status);
+        }
+        assert!(asked.is_empty(), "not answered: {asked:?}");
+    }
+    assert_eq!(
+        statuses.into_iter().collect::<Vec<_>>(),
+        [BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY]
+    );
+}
+
 /// XSA-216: the slot is poisoned, and no byte of it stays in the response.
 #[test]
 fn xsa_216_no_unwritten_byte_leaves() {
@@ -255,6 +304,26 @@ fn xsa_391_no_event_without_a_response() {
         }
     }
     assert_eq!(events, 1, "the frontend has not asked for a second one");
+}
+
+/// XSA-391: a frontend that asks for an event for each response gets no more than that, however it wakes the backend.
+#[test]
+fn xsa_391_no_more_events_than_responses() {
+    let mut world = world();
+    let (mut events, mut responses) = (0, 0);
+    for id in 0..500 {
+        world.write(id, id * 8 % SECTORS, id as u32 % PAGES as u32);
+        for _ in 0..10 {
+            events += u32::from(world.engine.poll().unwrap().notify);
+        }
+        while world.front.unconsumed().unwrap() > 0 {
+            world.front.take(&mut [0; 16]);
+            responses += 1;
+        }
+        // Asks for the next one.
+        assert!(!world.front.final_check().unwrap());
+    }
+    assert!(responses == 500 && events <= responses, "{events} events for {responses} responses");
 }
 
 /// An error of the medium is that request's alone.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use proto::blkback::Commit;
 use proto::hvcore::{CreateDomainRequest, Domain, Resource, VersionReply};
 
 /// Why hv-core did not do it.
@@ -72,6 +73,11 @@ pub trait Hv: Send + Sync {
     /// # Errors
     /// [`HvError::Busy`] it does not answer; [`HvError::Refused`] it has no disk, and why.
     fn settle_disk(&self, control_socket: &str) -> Result<(), HvError>;
+    /// Asks the blkback at this socket how far a commit is; all zero if none is under way.
+    ///
+    /// # Errors
+    /// As [`Hv::settle_disk`].
+    fn disk_commit(&self, control_socket: &str) -> Result<Commit, HvError>;
     /// Asks the blkback at this socket how long its disk is, after making it `grow` bytes long if that is not 0.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use domain_kit::Domain as Me;
 use proto::blkback::disk_client::DiskClient;
-use proto::blkback::{DescribeRequest, GrowRequest, SettleRequest};
+use proto::blkback::{Commit, DescribeRequest, GrowRequest, SettleRequest};
 use proto::hvcore::hv_core_client::HvCoreClient;
 use proto::hvcore::{
     CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, Resource, SetResourcesRequest,
@@ -154,6 +154,12 @@ impl Hv for GrpcHv {
             }
         };
         self.ask(asked).map(|reply| reply.bytes)
+    }
+
+    fn disk_commit(&self, control_socket: &str) -> Result<Commit, HvError> {
+        let mut client = DiskClient::new(crate::api::channel(control_socket.to_owned()));
+        let asked = async move { client.describe(DescribeRequest {}).await };
+        self.ask(asked).map(|reply| reply.commit.unwrap_or_default())
     }
 
     fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError> {

@@ -151,6 +151,8 @@ pub(crate) struct Known {
     pub served: HashSet<(u16, u64)>,
     /// The host's own nodes were made.
     pub dom0_nodes: bool,
+    /// Guests for which somebody waits that an operation on a disk ends.
+    pub stopping_disks: HashSet<String>,
 }
 
 /// See the module.

@@ -44,8 +44,8 @@ fn made_of(instance: u64, service: &Service) -> MadeOf {
     };
     life.resources.retain(|r| r.kind() != resource::Kind::Listener);
     if service.kind != ServiceKind::Netback {
-        // netback's say what its namespace looks like, which its guests depend on.
-        life.args.clear();
+        // netback's say what its namespace looks like, which its guests depend on; of blkback's, guests know the size of sectors.
+        life.args.retain(|arg| arg.starts_with("--sector-size="));
     }
     let print = |request: &CreateDomainRequest| Uuid::new_v5(&FINGERPRINTS, &request.encode_to_vec());
     MadeOf { instance, life: print(&life), all: print(whole) }
@@ -127,9 +127,9 @@ impl Manager {
 
     fn make_service(&self, service: &Service) -> Result<RunningDomain, OpError> {
         if self.sees_host
-            && let Some((disk, writable)) = &service.disk
+            && let Some(disk) = &service.disk
         {
-            crate::config::check_disk("disk", disk, *writable).map_err(|e| OpError::Invalid(e.0))?;
+            crate::config::check_disk_files("", disk).map_err(|e| OpError::Invalid(e.0))?;
         }
         let domain = match self.hv.create(service.request.clone()) {
             // Someone who asked for it was quicker.

@@ -1,6 +1,6 @@
 //! From configuration to hv-core's `CreateDomainRequest`: which program, which role, which resources. Pure.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use domain_kit::resource_of;
 use proto::hvcore::resource::Kind;
@@ -46,8 +46,8 @@ pub struct Service {
     pub kind: ServiceKind,
     /// How hv-core makes it.
     pub request: CreateDomainRequest,
-    /// A disk to look at before it is made: path and whether it is written.
-    pub disk: Option<(PathBuf, bool)>,
+    /// A disk whose files are to be looked at before it is made.
+    pub disk: Option<DiskEntry>,
 }
 
 /// All services of the host file, in the order in which they are made.
@@ -118,11 +118,6 @@ fn resource(name: &str, kind: Kind, path: &Path) -> Resource {
     Resource { name: name.into(), kind: kind.into(), path: path.display().to_string(), mode: 0 }
 }
 
-fn disk_resource(path: &Path, mode: AccessMode) -> Resource {
-    let kind = if mode != AccessMode::ReadOnly { Kind::FileRw } else { Kind::FileRo };
-    resource("disk", kind, path)
-}
-
 /// What blkback is told of a disk of its own, and what it may open. Names and resources belong together by a hash of the name, so that
 /// the one can be changed before the other (see [`disk_resources`]).
 fn disk_files(disk: &DiskEntry, request: &mut CreateDomainRequest) {
@@ -130,7 +125,9 @@ fn disk_files(disk: &DiskEntry, request: &mut CreateDomainRequest) {
         request.args.extend(["--mode".into(), "r".into()]);
     }
     request.args.extend(disk.options().args());
-    if !disk.is_plain() {
+    if disk.is_empty_drive() {
+        request.args.push("--empty".into());
+    } else if !disk.is_plain() {
         for file in disk.files() {
             request.args.extend(["--disk".into(), format!("{}:{}", file.format, file.name)]);
         }
@@ -172,16 +169,10 @@ fn console(host: &HostFile) -> Service {
 fn blkback(host: &HostFile, entry: &BlkbackEntry) -> Service {
     let name = entry.name.as_str();
     let mut request = service(host, name, Role::Backend, "blkback", entry.restart, entry.limits);
-    request.resources.push(disk_resource(&entry.disk, entry.mode));
-    request.args = entry.options().args();
+    let disk = entry.as_disk();
+    disk_files(&disk, &mut request);
     request.args.extend(entry.args.iter().cloned());
-    let writable = entry.mode != AccessMode::ReadOnly;
-    Service {
-        name: name.into(),
-        kind: ServiceKind::Blkback,
-        request,
-        disk: Some((entry.disk.clone(), writable)),
-    }
+    Service { name: name.into(), kind: ServiceKind::Blkback, request, disk: Some(disk) }
 }
 
 fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
@@ -280,7 +271,7 @@ mod tests {
         let host = HostFile::parse(include_str!("../../deploy/examples/host.toml"), "h").unwrap();
         let services = services(&host);
         let kinds: Vec<_> = services.iter().map(|s| s.kind.word()).collect();
-        assert_eq!(kinds, ["xenstored", "console", "blkback", "netback"]);
+        assert_eq!(kinds, ["xenstored", "console", "blkback", "blkback", "blkback", "netback"]);
         for service in &services {
             let r = &service.request;
             assert_eq!(r.roles.len(), 1);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use proto::blkback::Commit;
 use proto::hvcore::{CreateDomainRequest, Domain, DomainState, VersionReply};
 
 use crate::config::HostFile;
@@ -246,6 +247,21 @@ impl Hv for World {
                     return Err(HvError::Refused("this is no qcow2 image".into()));
                 }
                 Ok(grow.max(4096))
+            },
+        )
+    }
+
+    fn disk_commit(&self, control_socket: &str) -> Result<Commit, HvError> {
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let domain = w.domains.iter().find(|d| d.control_socket == control_socket);
+                let request = domain.and_then(|d| w.requests.get(&d.instance)).ok_or(HvError::NotFound)?;
+                let commits = request.args.iter().any(|arg| arg == "--commit");
+                // A backing file of this name has no room.
+                let full = request.args.iter().any(|arg| arg.contains("full"));
+                let failed = if full { "no space left".into() } else { String::new() };
+                Ok(Commit { finished: commits && !full, failed, ..Commit::default() })
             },
         )
     }

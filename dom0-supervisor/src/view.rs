@@ -7,7 +7,7 @@ use crate::config::GuestType;
 use crate::manager::{Manager, OpError};
 use crate::specs;
 use crate::state::{Guest, Phase, SagaKind, State, private_backend_name, private_backend_uuid};
-use crate::xs_layout::{XenbusState, device_paths};
+use crate::xs_layout::{self, XenbusState, device_paths};
 
 /// Failed operations that are told at a glance.
 const FAILURES: usize = 5;
@@ -113,10 +113,27 @@ impl Manager {
                 bytes: *length.as_ref().unwrap_or(&0),
                 frontend_state: device.map(|d| d.frontend_state.clone()).unwrap_or_default(),
                 backend_state: device.map(|d| d.backend_state.clone()).unwrap_or_default(),
-                note: length.err().map(|e| e.to_string()).unwrap_or_default(),
+                note: self.disk_note(guest, disk.vdev.number(), length.err()),
             }
         });
         Ok(disks.collect())
+    }
+
+    /// What is wrong with a disk, as its backend's error node, the guest's, or the backend itself says.
+    fn disk_note(&self, guest: &Guest, number: u32, unknown_length: Option<OpError>) -> String {
+        let devices = device_paths(guest);
+        let device = devices.iter().find(|d| d.kind == "vbd" && d.id == number);
+        let said = |path: String| self.store.read(&path).ok().flatten().filter(|text| !text.is_empty());
+        let by_backend = device.and_then(|d| said(xs_layout::device_error_path(d)));
+        let by_guest = device
+            .and_then(|d| said(xs_layout::frontend_error_path(d)))
+            // The guest's own words: one line of them.
+            .map(|text| {
+                format!("the guest says: {}", text.chars().take(200).collect::<String>())
+                    .replace(char::is_control, " ")
+            });
+        let length = unknown_length.map(|e| e.to_string());
+        by_backend.or(length).or(by_guest).unwrap_or_default()
     }
 
     fn device_views(&self, guest: &Guest) -> Vec<Device> {
@@ -267,6 +284,8 @@ fn describe(saga: &crate::state::Saga) -> String {
         (Phase::Do, SagaKind::AttachDisk) => "attaching a disk to",
         (_, SagaKind::DetachDisk) => "detaching a disk from",
         (_, SagaKind::SnapshotDisk) => "making a snapshot for",
+        (_, SagaKind::CommitDisk) => "committing an image of",
+        (_, SagaKind::ChangeMedium) => "changing a medium of",
         (_, SagaKind::Create) => "creating",
         (_, SagaKind::Destroy) => "destroying",
         (_, SagaKind::Reboot) => "rebooting",

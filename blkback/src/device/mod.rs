@@ -21,7 +21,7 @@ use crate::limit::{Limiter, Limits};
 use crate::pages::Tags;
 use crate::stats::Stats;
 use connection::{Connection, Kept, find, journal_name};
-use ring::{Ring, RingControl, StartingRing};
+use ring::{Common, Ring, RingControl, StartingRing};
 
 /// Why a device cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -186,16 +186,17 @@ impl Device {
     ) -> Result<Starting, AttachError> {
         let hv = &shared.domain.hv;
         forget(hv, connection.key)?;
+        let common = Common::new(connection.rings.len())?;
         let made = (|| {
-            let mut starting = Starting { connection, limiter: Arc::default(), rings: Vec::new() };
-            let (connection, limiter) = (&starting.connection, &starting.limiter);
+            let mut starting = Starting { connection, common, rings: Vec::new() };
+            let (connection, common) = (&starting.connection, &starting.common);
             // The first ring's journal says that there are others: it is made last.
             for ring in (0..connection.rings.len() as u32).rev() {
                 let name = journal_name(connection.key, ring);
                 let memory =
                     fdstore::kept_memory(hv, &name, connection.shape().bytes()).map(|(memory, _)| memory);
                 let made = memory.map_err(AttachError::from).and_then(|memory| {
-                    StartingRing::new(shared, disk, connection, ring, memory, limiter, true)
+                    StartingRing::new(shared, disk, connection, ring, memory, common, true)
                 });
                 match made {
                     Ok(ring) => starting.rings.insert(0, ring),
@@ -221,11 +222,12 @@ impl Device {
     pub fn reattach(shared: &Shared, disk: &Arc<dyn Disk>, key: DeviceKey) -> Result<Device, AttachError> {
         let kept = find(&shared.domain.hv, key)?.ok_or(AttachError::NothingKept)?;
         let Kept { connection, journals, limits, .. } = kept;
-        let mut starting = Starting { connection, limiter: Arc::default(), rings: Vec::new() };
-        starting.limiter.set(limits);
+        let common = Common::new(connection.rings.len())?;
+        common.limiter.set(limits);
+        let mut starting = Starting { connection, common, rings: Vec::new() };
         for (ring, memory) in (0..).zip(journals) {
-            let Starting { connection, limiter, .. } = &starting;
-            match StartingRing::new(shared, disk, connection, ring, memory, limiter, false) {
+            let Starting { connection, common, .. } = &starting;
+            match StartingRing::new(shared, disk, connection, ring, memory, common, false) {
                 Ok(ring) => starting.rings.push(ring),
                 Err(e) => {
                     starting.abandon(&shared.domain.hv);
@@ -282,7 +284,7 @@ impl Device {
 /// A device whose engines are made and do not run yet.
 pub struct Starting {
     connection: Connection,
-    limiter: Arc<Limiter>,
+    common: Common,
     rings: Vec<StartingRing>,
 }
 
@@ -303,7 +305,8 @@ impl Starting {
     /// # Errors
     /// No thread could be made.
     pub fn start(self) -> Result<Device, AttachError> {
-        let mut device = Device { connection: self.connection, limiter: self.limiter, rings: Vec::new() };
+        let mut device =
+            Device { connection: self.connection, limiter: self.common.limiter, rings: Vec::new() };
         for ring in self.rings {
             match ring.start(device.connection.key) {
                 Ok(ring) => device.rings.push(ring),

@@ -19,6 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::connection::{Connection, USER_RECORDS, journal_name, store_limits};
 use super::{AttachError, Shared, all_claimed};
 use crate::disk::attachment::{Disk, DiskQueue};
+use crate::engine::gate::{Gate, Seat, Wake};
 use crate::engine::{BUFFERS_BYTES, Engine};
 use crate::limit::{Limiter, Limits};
 use crate::pages::{GrantPages, Tags};
@@ -35,7 +36,7 @@ const LOOK_FOR_DISK: Duration = Duration::from_micros(200);
 /// What a ring's thread and the control thread share.
 #[derive(Debug)]
 pub struct RingControl {
-    wake: EventFd,
+    wake: Arc<EventFd>,
     stop: AtomicBool,
     paused: AtomicBool,
     in_flight: AtomicU32,
@@ -55,6 +56,38 @@ impl RingControl {
     /// Requests taken and not answered.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
+    }
+}
+
+/// What the rings of a device share.
+#[derive(Clone)]
+pub struct Common {
+    /// Its limits.
+    pub limiter: Arc<Limiter>,
+    /// Each ring's eventfd: its thread looks again.
+    wakes: Vec<Arc<EventFd>>,
+    /// With more than one ring.
+    gate: Option<Arc<Gate>>,
+}
+
+impl Common {
+    /// For `rings` rings.
+    ///
+    /// # Errors
+    /// No eventfd could be made.
+    pub fn new(rings: usize) -> Result<Common, AttachError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wakes = (0..rings).map(|_| EventFd::from_value_and_flags(0, flags).map(Arc::new));
+        let wakes: Vec<_> =
+            wakes.collect::<Result<_, _>>().map_err(|e| AttachError::Os("eventfd", e.into()))?;
+        let wake = |event: &Arc<EventFd>| -> Wake {
+            let event = event.clone();
+            Box::new(move || {
+                let _full_is_awake_too = event.write(1);
+            })
+        };
+        let gate = (rings > 1).then(|| Gate::new(wakes.iter().map(wake).collect()));
+        Ok(Common { limiter: Arc::default(), wakes, gate })
     }
 }
 
@@ -115,6 +148,7 @@ impl Ring {
 /// A ring whose engine is made and does not run yet.
 pub struct StartingRing {
     number: u32,
+    wake: Arc<EventFd>,
     stats: Arc<Stats>,
     engine: RingEngine,
     mapped: MappedGrants,
@@ -136,7 +170,7 @@ impl StartingRing {
         connection: &Connection,
         number: u32,
         memory: SharedMem,
-        limiter: &Arc<Limiter>,
+        common: &Common,
         fresh: bool,
     ) -> Result<Self, AttachError> {
         let hv = &shared.domain.hv;
@@ -168,9 +202,13 @@ impl StartingRing {
         let journal = Arc::new(memory);
         match engine(shared, disk, connection, number, &mapped, &journal, &stats, fresh) {
             Ok((mut engine, user)) => {
-                engine.set_limiter(limiter.clone());
+                engine.set_limiter(common.limiter.clone());
+                if let Some(gate) = &common.gate {
+                    engine.set_seat(Seat::new(gate.clone(), number));
+                }
                 Ok(StartingRing {
                     number,
+                    wake: common.wakes[number as usize].clone(),
                     stats,
                     engine,
                     mapped,
@@ -205,15 +243,14 @@ impl StartingRing {
     /// # Errors
     /// No thread could be made.
     pub fn start(self, key: DeviceKey) -> Result<Ring, AttachError> {
-        let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|e| AttachError::Os("eventfd", e.into()))?;
+        let StartingRing { number, wake, stats, engine, mapped, port, journal, user, hv, handle, claiming } =
+            self;
         let control = Arc::new(RingControl {
             wake,
             stop: false.into(),
             paused: false.into(),
             in_flight: AtomicU32::new(0),
         });
-        let StartingRing { number, stats, engine, mapped, port, journal, user, handle, claiming } = self;
         let port_number = port.port;
         let theirs = control.clone();
         // Counted down by its thread.

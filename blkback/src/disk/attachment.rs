@@ -150,6 +150,10 @@ pub trait Disk: Send + Sync {
     fn grow(&self, _bytes: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
+    /// How far a commit is, if one is under way.
+    fn commit(&self) -> Option<super::commit::Progress> {
+        None
+    }
     /// Everything answered is on the medium afterwards, and nothing of it is kept aside.
     ///
     /// # Errors

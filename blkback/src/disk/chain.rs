@@ -27,6 +27,7 @@ use nix::sys::stat::{SFlag, fstat};
 use zeroize::Zeroizing;
 
 use super::attachment::Fence;
+use super::commit::CommitLayer;
 use super::layer::{FileLayer, Layer};
 use super::luks::{LuksLayer, Volume};
 use super::nbd::session::{self, Kept, STATE_BYTES};
@@ -89,6 +90,8 @@ pub struct Chain {
     files: Vec<FileSpec>,
     /// Nothing is written.
     pub read_only: bool,
+    /// What the first file has goes into the second while it is served: see [`super::commit`].
+    pub commit: bool,
 }
 
 impl Chain {
@@ -105,8 +108,20 @@ impl Chain {
         }
         match files[..files.len() - 1].iter().find(|file| !file.qcow2) {
             Some(file) => Err(format!("{}: only qcow2 images have backing files", file.name)),
-            None => Ok(Chain { files, read_only }),
+            None => Ok(Chain { files, read_only, commit: false }),
         }
+    }
+
+    /// The same, to be committed.
+    ///
+    /// # Errors
+    /// One line: nothing is below it, or it is read-only.
+    pub fn with_commit(mut self) -> Result<Chain, String> {
+        if self.read_only || self.files.len() < 2 {
+            return Err("only what is written over a backing file can be committed".into());
+        }
+        self.commit = true;
+        Ok(self)
     }
 
     /// One raw file or device, which is served without layers.
@@ -185,26 +200,47 @@ struct Opened {
     how: &'static str,
 }
 
-/// Opens and fences a chain. `log` is the memory for changes of qcow2 tables; what a predecessor left there is taken up, also if
-/// the image that it is of has become a backing file since.
+/// Memory for changes of qcow2 tables.
+#[derive(Clone, Debug, Default)]
+pub struct Logs {
+    /// Of the guest's image.
+    pub main: Option<Arc<SharedMem>>,
+    /// Of the backing file that it is committed to.
+    pub commit: Option<Arc<SharedMem>>,
+    /// See [`CommitLayer::new`].
+    pub mark: Option<Arc<SharedMem>>,
+}
+
+/// Opens and fences a chain. What a predecessor left in the logs is taken up, also if the image that it is of has another place in the
+/// chain since: a snapshot makes the guest's image a backing file, a commit the backing file the guest's image.
 ///
 /// # Errors
 /// [`SourceError`], one line.
 pub fn open(
     chain: &Chain,
     approved: &Arc<dyn Approved>,
-    log: Option<Arc<SharedMem>>,
+    logs: &Logs,
     patience: Duration,
 ) -> Result<LayeredDisk, SourceError> {
-    let top = chain.files.len() - 1;
+    let last = chain.files.len() - 1;
     let mut below: Option<(Arc<dyn Layer>, &FileSpec)> = None;
-    for index in (1..=top).rev() {
+    for index in (1..=last).rev() {
         let spec = &chain.files[index];
-        recover(spec, approved, below.clone(), log.as_ref(), patience)?;
-        let opened = open_source(spec, approved, true, patience)?;
-        below = Some((open_format(spec, opened.layer, below, true, None, opened.identity)?, spec));
+        let target = chain.commit && index == 1;
+        recover(spec, approved, below.clone(), logs.main.as_ref(), patience)?;
+        let log = if target {
+            logs.commit.clone()
+        } else {
+            recover(spec, approved, below.clone(), logs.commit.as_ref(), patience)?;
+            None
+        };
+        let opened = open_source(spec, approved, !target, patience)?;
+        below = Some((open_format(spec, opened.layer, below, !target, log, opened.identity)?, spec));
     }
     let spec = &chain.files[0];
+    if !chain.read_only {
+        recover(spec, approved, below.clone(), logs.commit.as_ref(), patience)?;
+    }
     let opened = open_source(spec, approved, chain.read_only, patience)?;
     if spec.qcow2
         && !chain.read_only
@@ -212,11 +248,20 @@ pub fn open(
     {
         format_if_new(&*opened.layer, &**backing, backing_spec)?;
     }
-    let layer = open_format(spec, opened.layer, below, chain.read_only, log, opened.identity)?;
+    let base = below.as_ref().map(|(base, _)| base.clone());
+    let mut layer =
+        open_format(spec, opened.layer, below, chain.read_only, logs.main.clone(), opened.identity)?;
     if layer.len() < 512 {
-        return Err(SourceError::TooSmall(layer.len()));
+        return Err(SourceError::TooSmall(layer.len(), 512));
     }
-    Ok(LayeredDisk::new(layer, chain.read_only, Fence { how: opened.how, drain: opened.drain }))
+    let fence = Fence { how: opened.how, drain: opened.drain };
+    let Some(base) = base.filter(|_| chain.commit) else {
+        return Ok(LayeredDisk::new(layer, chain.read_only, fence));
+    };
+    let commit = CommitLayer::new(layer, base, logs.mark.clone());
+    commit.start().map_err(|e| SourceError::Open(format!("no thread: {e}")))?;
+    layer = commit.clone();
+    Ok(LayeredDisk::new(layer, false, fence).with_commit(commit))
 }
 
 /// If the log holds changes of this backing file, from when it was the guest's disk, they go to it now.
@@ -455,6 +500,7 @@ fn format_if_new(file: &dyn Layer, backing: &dyn Layer, spec: &FileSpec) -> Resu
 mod tests {
     use super::*;
     use crate::disk::attachment::Disk;
+    use crate::disk::commit::is_marked;
     use crate::disk::qcow2::log::LOG_BYTES;
     use std::collections::HashMap;
     use std::path::PathBuf;
@@ -483,6 +529,82 @@ mod tests {
     const RW: u32 = resource_kind::FILE_RW;
     const RO: u32 = resource_kind::FILE_RO;
 
+    fn logs() -> Logs {
+        let log = || Some(Arc::new(SharedMem::create("log", LOG_BYTES).unwrap().0));
+        Logs { main: log(), commit: log(), mark: log() }
+    }
+
+    /// Waits until a commit is over.
+    fn committed(disk: &LayeredDisk) {
+        let began = Instant::now();
+        while !disk.commit().unwrap().finished {
+            assert!(disk.commit().unwrap().failed.is_none() && began.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// As the toolstack does it, and with a process that dies in the middle: the overlay goes into its backing file, which is an image with
+    /// a backing file of its own, and is the disk alone from then on.
+    #[test]
+    fn an_overlay_is_committed_and_its_backing_file_is_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (base, disk, over) = (at("base.raw"), at("disk.qcow2"), at("over.qcow2"));
+        std::fs::write(&base, vec![1; 1 << 20]).unwrap();
+        std::fs::write(&disk, b"").unwrap();
+        std::fs::write(&over, b"").unwrap();
+        let (logs, specs) = (logs(), [spec("qcow2", &over), spec("qcow2", &disk), spec("raw", &base)]);
+        let approved = files(&[(RW, &over), (RW, &disk), (RO, &base)]);
+        let open = |from: usize, commit: bool| {
+            let chain = Chain::new(specs[from..].to_vec(), false).unwrap();
+            let chain = if commit { chain.with_commit().unwrap() } else { chain };
+            super::open(&chain, &approved, &logs, NOW).unwrap()
+        };
+        let lower = open(1, false);
+        lower.layer().write(4096, &[2; 8192]).unwrap();
+        drop(lower);
+        let upper = open(0, false);
+        upper.layer().grow(2 << 20).unwrap();
+        for n in 0..40u64 {
+            upper.layer().write(n * 32768, &[n as u8 | 0x80; 1536]).unwrap();
+        }
+        upper.layer().write_zeroes(65536, 65536).unwrap();
+        let mut want = vec![0; 2 << 20];
+        upper.layer().read(0, &mut want).unwrap();
+        drop(upper);
+        for round in 0..4 {
+            let committing = open(0, true);
+            committing.layer().write(round * 4096 + 512, &[round as u8; 512]).unwrap();
+            want[round as usize * 4096 + 512..][..512].fill(round as u8);
+            if round == 3 {
+                assert!(!is_marked(logs.mark.as_ref().unwrap()));
+                committed(&committing);
+                assert!(is_marked(logs.mark.as_ref().unwrap()));
+                committing.layer().write(1 << 20, &[0x77; 512]).unwrap();
+                want[1 << 20..][..512].fill(0x77);
+                assert!(committing.layer().grow(4 << 20).is_err());
+            }
+            let mut now = vec![0; want.len()];
+            committing.layer().read(0, &mut now).unwrap();
+            assert!(now == want, "round {round}");
+            // Dropped as it is; its thread may still be at work, and the lock with it.
+            let weak = Arc::downgrade(committing.layer());
+            drop(committing);
+            while weak.strong_count() > 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let alone = open(1, false);
+        let mut now = vec![0; want.len()];
+        alone.layer().read(0, &mut now).unwrap();
+        assert!(now == want);
+        alone.layer().settle().unwrap();
+        drop(alone);
+        let out = std::process::Command::new("qemu-img").arg("check").arg(&disk).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(std::fs::read(&base).unwrap() == vec![1; 1 << 20], "what is further below is not written");
+    }
+
     #[test]
     fn specifications() {
         let parsed: FileSpec = "nbd+luks+qcow2:e@/run/s".parse().unwrap();
@@ -506,14 +628,14 @@ mod tests {
         let (base, disk, over) = (at("base.raw"), at("disk.qcow2"), at("over.qcow2"));
         std::fs::write(&base, vec![1; 1 << 20]).unwrap();
         std::fs::write(&disk, b"").unwrap();
-        let log = Arc::new(SharedMem::create("log", LOG_BYTES).unwrap().0);
+        let logs = logs();
         let chain = Chain::new(vec![spec("qcow2", &disk), spec("raw", &base)], false).unwrap();
         let approved = files(&[(RW, &disk), (RO, &base)]);
-        let opened = super::open(&chain, &approved, Some(log.clone()), NOW).unwrap();
+        let opened = super::open(&chain, &approved, &logs, NOW).unwrap();
         assert_eq!(opened.geometry().sectors, 2048);
         opened.layer().write(4096, &[2; 512]).unwrap();
         // A second process meanwhile is told.
-        assert!(matches!(super::open(&chain, &approved, None, NOW), Err(SourceError::InUse)));
+        assert!(matches!(super::open(&chain, &approved, &Logs::default(), NOW), Err(SourceError::InUse)));
         drop(opened);
 
         std::fs::write(&over, b"").unwrap();
@@ -522,7 +644,7 @@ mod tests {
         let list = [(RW, &over), (RW, &disk), (RO, &base)];
         // Half made.
         std::fs::write(&over, vec![0; 70000]).unwrap();
-        let opened = super::open(&chain, &files(&list), Some(log.clone()), NOW).unwrap();
+        let opened = super::open(&chain, &files(&list), &logs, NOW).unwrap();
         let mut now = [0; 1024];
         opened.layer().read(4096, &mut now).unwrap();
         assert!(now[..512] == [2; 512] && now[512..] == [1; 512]);
@@ -533,7 +655,7 @@ mod tests {
             let out = std::process::Command::new("qemu-img").arg("check").arg(path).output().unwrap();
             assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         }
-        let opened = super::open(&chain, &files(&list), Some(log), NOW).unwrap();
+        let opened = super::open(&chain, &files(&list), &logs, NOW).unwrap();
         opened.layer().read(0, &mut now).unwrap();
         assert!(now[..512] == [3; 512] && now[512..] == [1; 512]);
     }
@@ -544,8 +666,9 @@ mod tests {
         let path = dir.path().join("x");
         std::fs::write(&path, vec![0; 1 << 20]).unwrap();
         let chain = Chain::new(vec![spec("qcow2", &path)], false).unwrap();
-        let error =
-            |approved: &Arc<dyn Approved>| super::open(&chain, approved, None, NOW).unwrap_err().to_string();
+        let error = |approved: &Arc<dyn Approved>| {
+            super::open(&chain, approved, &Logs::default(), NOW).unwrap_err().to_string()
+        };
         assert!(error(&files(&[(RW, &path)])).contains("no qcow2 image"));
         assert!(error(&files(&[(RO, &path)])).contains("reading only"));
         assert!(error(&files(&[])).contains("no such resource"));

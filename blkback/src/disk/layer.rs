@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use nix::fcntl::{FallocateFlags, Flock, fallocate};
 
+use super::source::overwrites_in_place;
+
 /// A run of bytes and whether this layer itself has them (a backing file's bytes are not its own).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -77,6 +79,11 @@ pub trait Layer: Send + Sync + std::fmt::Debug {
         self.flush()
     }
 
+    /// Bytes written over others take their place on the medium: see [`overwrites_in_place`].
+    fn overwrites(&self) -> bool {
+        false
+    }
+
     /// Writing beyond the end makes it longer, and what is skipped reads as zeroes.
     fn zero_beyond_end(&self) -> bool {
         false
@@ -97,13 +104,15 @@ pub struct FileLayer {
     file: Flock<File>,
     len: AtomicU64,
     device: bool,
+    overwrites: bool,
     no_punch: AtomicBool,
 }
 
 impl FileLayer {
     /// `bytes` is its length as found at opening; a device keeps it.
     pub fn new(file: Flock<File>, bytes: u64, device: bool) -> Self {
-        FileLayer { file, len: bytes.into(), device, no_punch: false.into() }
+        let overwrites = overwrites_in_place(&*file, device);
+        FileLayer { file, len: bytes.into(), device, overwrites, no_punch: false.into() }
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -185,6 +194,10 @@ impl Layer for FileLayer {
         self.file.sync_data()
     }
 
+    fn overwrites(&self) -> bool {
+        self.overwrites
+    }
+
     fn zero_beyond_end(&self) -> bool {
         !self.device
     }
@@ -199,5 +212,33 @@ impl Layer for FileLayer {
         self.file.set_len(len)?;
         self.len.fetch_max(len, Relaxed);
         Ok(())
+    }
+}
+
+/// No medium: a drive that is empty.
+#[derive(Debug)]
+pub struct Empty;
+
+impl Layer for Empty {
+    fn len(&self) -> u64 {
+        0
+    }
+    fn read(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn write(&self, _offset: u64, _from: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn write_zeroes(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn grow(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }

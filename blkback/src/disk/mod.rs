@@ -2,6 +2,7 @@
 
 pub mod attachment;
 pub mod chain;
+pub mod commit;
 pub mod layer;
 pub mod luks;
 pub mod nbd;

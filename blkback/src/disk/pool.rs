@@ -17,7 +17,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::attachment::{
     Buffers, Completions, Discard, Disk, DiskError, DiskQueue, DiskRequest, Fence, Geometry, Operation, Tag,
 };
-use super::layer::Layer;
+use super::commit::{CommitLayer, Progress};
+use super::layer::{Empty, Layer};
+use super::source::whole_sectors;
 
 /// Most threads of a ring.
 const THREADS: u32 = 4;
@@ -29,16 +31,38 @@ const LINGER: Duration = Duration::from_secs(5);
 pub struct LayeredDisk {
     layer: Arc<dyn Layer>,
     sectors: AtomicU64,
+    /// Bytes of a sector as the guest sees it.
+    logical: u32,
     read_only: bool,
     /// Each write is on the medium when it is answered.
     writethrough: bool,
     fence: Fence,
+    commit: Option<Arc<CommitLayer>>,
 }
 
 impl LayeredDisk {
     /// `layer` is what the guest sees. It is fenced.
     pub fn new(layer: Arc<dyn Layer>, read_only: bool, fence: Fence) -> LayeredDisk {
-        LayeredDisk { sectors: (layer.len() / 512).into(), layer, read_only, writethrough: false, fence }
+        let sectors = whole_sectors(layer.len(), 512).into();
+        LayeredDisk { sectors, layer, logical: 512, read_only, writethrough: false, fence, commit: None }
+    }
+
+    /// The same with logical sectors of so many bytes, 512 or 4096.
+    pub fn with_sectors(mut self, logical: u32) -> LayeredDisk {
+        self.logical = logical;
+        self.sectors = whole_sectors(self.layer.len(), logical).into();
+        self
+    }
+
+    /// The same, whose image goes into its backing file meanwhile; `commit` is its layer.
+    pub fn with_commit(mut self, commit: Arc<CommitLayer>) -> LayeredDisk {
+        self.commit = Some(commit);
+        self
+    }
+
+    /// A drive without a medium.
+    pub fn empty() -> LayeredDisk {
+        LayeredDisk::new(Arc::new(Empty), true, Fence { how: "there is no medium", drain: Duration::ZERO })
     }
 
     /// The same, with each write on the medium when it is answered if `writethrough`.
@@ -53,8 +77,10 @@ impl LayeredDisk {
     }
 
     fn geometry_now(&self) -> Geometry {
-        let discard = Discard { granularity: 4096, alignment: 0, secure: false };
+        let discard = Discard { granularity: 4096, alignment: 0, secure: self.layer.overwrites() };
         Geometry {
+            logical: self.logical,
+            physical: self.logical,
             discard: (!self.read_only).then_some(discard),
             ..Geometry::plain(self.sectors.load(Relaxed), self.read_only)
         }
@@ -71,7 +97,7 @@ impl Disk for LayeredDisk {
     }
 
     fn look_again(&self) -> io::Result<bool> {
-        let now = self.layer.len() / 512;
+        let now = whole_sectors(self.layer.len(), self.logical);
         Ok(self.sectors.swap(now, Relaxed) != now)
     }
 
@@ -81,6 +107,10 @@ impl Disk for LayeredDisk {
             Ordering::Equal => Ok(()),
             Ordering::Greater => self.layer.grow(bytes),
         }
+    }
+
+    fn commit(&self) -> Option<Progress> {
+        self.commit.as_ref().map(|commit| commit.progress())
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -168,7 +198,7 @@ impl Work {
                     .and_then(|()| if fua || self.disk.writethrough { layer.flush() } else { Ok(()) })
             }
             Operation::Discard { secure: false } => layer.discard(offset, len),
-            Operation::Discard { secure: true } => Err(Errno::EOPNOTSUPP.into()),
+            Operation::Discard { secure: true } => erase(layer, offset, len),
             Operation::WriteZeroes => layer.write_zeroes(offset, len),
         };
         result.map_err(|error| {
@@ -184,6 +214,21 @@ impl Work {
             DiskError(errno)
         })
     }
+}
+
+/// A secure discard: zeroes over what is there, on the medium when it is answered.
+fn erase(layer: &dyn Layer, offset: u64, len: u64) -> io::Result<()> {
+    if !layer.overwrites() {
+        return Err(Errno::EOPNOTSUPP.into());
+    }
+    let zeroes = vec![0; len.min(1 << 20) as usize];
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(zeroes.len() as u64) as usize;
+        layer.write(offset + done, &zeroes[..n])?;
+        done += n as u64;
+    }
+    layer.flush()
 }
 
 /// See [`DiskQueue`].
@@ -333,8 +378,13 @@ mod tests {
         queue.submit(Tag(3), &request(Operation::Discard { secure: true }, 0, 4096));
         queue.submit(Tag(4), &request(Operation::Discard { secure: false }, 8192 * 10, 4096));
         let done = all(&mut *queue, 5);
-        assert_eq!(done[3].1, Err(DiskError(Errno::EOPNOTSUPP as i32)));
-        assert!(done.iter().filter(|(_, result)| result.is_ok()).count() == 4);
+        // As the file system under the file has it.
+        let secure = disk.geometry().discard.unwrap().secure;
+        assert_eq!(done[3].1, if secure { Ok(()) } else { Err(DiskError(Errno::EOPNOTSUPP as i32)) });
+        assert!(done.iter().filter(|(_, result)| result.is_ok()).count() == 4 + usize::from(secure));
+        let mut erased = [9; 4096];
+        disk.layer().read(0, &mut erased).unwrap();
+        assert_eq!(erased, if secure { [0; 4096] } else { [1; 4096] });
         let mut bytes = [0; 4096];
         mem.copy_out(0, &mut bytes);
         assert_eq!(bytes, [8; 4096]);

@@ -31,8 +31,8 @@ pub enum SourceError {
     #[error("disk is in use by another process; stop that, or use another disk")]
     InUse,
     /// No sector fits.
-    #[error("disk is too small: {0} bytes, and a sector has 512; use a larger one")]
-    TooSmall(u64),
+    #[error("disk is too small: {0} bytes, and a sector has {1}; use a larger one")]
+    TooSmall(u64, u32),
     /// Neither file nor block device.
     #[error("disk is neither a regular file nor a block device")]
     Kind,
@@ -73,6 +73,20 @@ pub struct Source {
 /// # Errors
 /// [`SourceError`].
 pub fn open(fd: OwnedFd, read_only: bool, cache: Cache, patience: Duration) -> Result<Source, SourceError> {
+    open_sectors(fd, read_only, cache, None, patience)
+}
+
+/// The same with logical sectors of `wanted` bytes (512 or 4096) for the guest; `None`: a device's own, and 512 for a file.
+///
+/// # Errors
+/// [`SourceError`].
+pub fn open_sectors(
+    fd: OwnedFd,
+    read_only: bool,
+    cache: Cache,
+    wanted: Option<u32>,
+    patience: Duration,
+) -> Result<Source, SourceError> {
     let began = Instant::now();
     let kind = SFlag::from_bits_truncate(fstat(&fd).map_err(|e| SourceError::Open(e.to_string()))?.st_mode)
         & SFlag::S_IFMT;
@@ -98,19 +112,39 @@ pub fn open(fd: OwnedFd, read_only: bool, cache: Cache, patience: Duration) -> R
     };
     let drain = began.elapsed();
     let bytes = size(&file).map_err(|e| SourceError::Open(e.to_string()))?;
-    let sectors = bytes / SECTOR;
-    if sectors == 0 {
-        return Err(SourceError::TooSmall(bytes));
-    }
-    let direct = cache == Cache::None && make_direct(&file);
-    if cache == Cache::None && !direct {
-        tracing::warn!("the storage has no direct I/O for 512-byte sectors: the page cache is used");
-    }
     let block = kind == SFlag::S_IFBLK;
-    let physical = physical_sector(&file, block, bytes);
-    let discard = (!read_only).then_some(Discard { granularity: physical, alignment: 0, secure: false });
-    let geometry = Geometry { sectors, read_only, logical: 512, physical, discard };
+    let own = if block { rustix::fs::ioctl_blksszget(&*file).unwrap_or(512) } else { 512 };
+    let logical = wanted.unwrap_or(if own == 4096 { own } else { 512 });
+    let sectors = whole_sectors(bytes, logical);
+    if sectors == 0 {
+        return Err(SourceError::TooSmall(bytes, logical));
+    }
+    let direct = cache == Cache::None && make_direct(&file, logical as usize);
+    if cache == Cache::None && !direct {
+        tracing::warn!(
+            logical,
+            "the storage has no direct I/O for sectors of this size: the page cache is used"
+        );
+    }
+    let physical = physical_sector(&file, block, sectors * SECTOR).max(logical);
+    let secure = !read_only && overwrites_in_place(&*file, block);
+    let discard = (!read_only).then_some(Discard { granularity: physical, alignment: 0, secure });
+    let geometry = Geometry { sectors, read_only, logical, physical, discard };
     Ok(Source { file, sectors: sectors.into(), geometry, cache, direct, drain })
+}
+
+/// Units of 512 bytes of as many logical sectors as fit.
+pub(super) fn whole_sectors(bytes: u64, logical: u32) -> u64 {
+    bytes / u64::from(logical) * (u64::from(logical) / SECTOR)
+}
+
+/// Whether bytes written over others take their place on the medium, as far as the host can tell: devices, and file systems that do not
+/// copy on write. What a flash translation layer does below is not seen.
+pub(super) fn overwrites_in_place(file: impl AsFd, block: bool) -> bool {
+    // linux/magic.h: ext2, ext3 and ext4 share one.
+    const EXT4: i64 = 0xef53;
+    const TMPFS: i64 = 0x0102_1994;
+    block || rustix::fs::fstatfs(file).is_ok_and(|fs| [EXT4, TMPFS].contains(&(fs.f_type as i64)))
 }
 
 /// Works for block devices too, where fstat tells no size.
@@ -118,18 +152,17 @@ fn size(file: &File) -> io::Result<u64> {
     (&mut &*file).seek(SeekFrom::End(0))
 }
 
-/// Switches the description to `O_DIRECT` and tries it: a read of one 512-byte sector that is aligned to no more than that.
-fn make_direct(file: &File) -> bool {
+/// Switches the description to `O_DIRECT` and tries it: a read of one sector that is aligned to no more than its size.
+fn make_direct(file: &File, sector: usize) -> bool {
     let Ok(flags) = fcntl(file, FcntlArg::F_GETFL) else { return false };
     let flags = OFlag::from_bits_retain(flags);
     if fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).is_err() {
         return false;
     }
-    let sector = SECTOR as usize;
-    let mut memory = vec![0u8; 8192 + sector];
-    // Aligned to 512 and to nothing more; with one sector in the file its first is read.
-    let start = memory.as_ptr().align_offset(4096) + sector;
-    let offset = if size(file).is_ok_and(|bytes| bytes >= 2 * SECTOR) { SECTOR } else { 0 };
+    let mut memory = vec![0u8; 8192 + 2 * sector];
+    // Aligned to the sector and to nothing more; with one sector in the file its first is read.
+    let start = memory.as_ptr().align_offset(8192) + sector;
+    let offset = if size(file).is_ok_and(|bytes| bytes >= 2 * sector as u64) { sector as u64 } else { 0 };
     let fine = matches!(file.read_at(&mut memory[start..start + sector], offset), Ok(n) if n == sector);
     if !fine && let Err(error) = fcntl(file, FcntlArg::F_SETFL(flags)) {
         tracing::error!(%error, "O_DIRECT cannot be taken back");
@@ -180,7 +213,7 @@ impl Disk for Source {
     }
 
     fn look_again(&self) -> io::Result<bool> {
-        let sectors = size(&self.file)? / SECTOR;
+        let sectors = whole_sectors(size(&self.file)?, self.geometry.logical);
         if sectors == 0 {
             return Ok(false);
         }
@@ -257,7 +290,7 @@ mod tests {
     #[test]
     fn too_small_and_not_a_disk() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(plain(file.path(), false, Duration::ZERO), Err(SourceError::TooSmall(0))));
+        assert!(matches!(plain(file.path(), false, Duration::ZERO), Err(SourceError::TooSmall(0, 512))));
         let null = File::open("/dev/null").unwrap().into();
         assert!(matches!(open(null, false, Cache::None, Duration::ZERO), Err(SourceError::Kind)));
     }
@@ -277,6 +310,61 @@ mod tests {
                 println!("the file system of temporary files has no direct I/O");
             }
         }
+    }
+
+    #[test]
+    fn sectors_of_4096_bytes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let four = |bytes| {
+            file.as_file().set_len(bytes).unwrap();
+            open_sectors(reopen(file.path()), false, Cache::None, Some(4096), Duration::ZERO)
+        };
+        assert!(matches!(four(4095), Err(SourceError::TooSmall(4095, 4096))));
+        let source = four(3 * 4096 + 512).unwrap();
+        let geometry = source.geometry();
+        assert_eq!((geometry.sectors, geometry.logical, geometry.physical), (24, 4096, 4096));
+        file.as_file().set_len(4 * 4096 + 4095).unwrap();
+        assert!(source.look_again().unwrap());
+        assert_eq!(source.geometry().sectors, 32, "whole ones");
+    }
+
+    /// A secure discard writes over what is there, so the file keeps its blocks; a plain one gives them back.
+    #[test]
+    fn a_secure_discard_overwrites_and_a_plain_one_frees() {
+        use crate::disk::attachment::{BUFFER_CHUNK, DiskRequest, Operation, Tag};
+        const LEN: u64 = 3 << 20;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![0xee; LEN as usize + 4096]).unwrap();
+        file.as_file().sync_all().unwrap();
+        let source = Arc::new(plain(file.path(), false, Duration::ZERO).unwrap());
+        let secure = source.geometry().discard.unwrap().secure;
+        let blocks = || file.as_file().metadata().unwrap().blocks();
+        let (mem, _) = domain_kit::mem::SharedMem::create("b", BUFFER_CHUNK).unwrap();
+        let mut queue = source.queue(Arc::new(mem), 4).unwrap();
+        let mut discard = |secure| {
+            let operation = Operation::Discard { secure };
+            queue.submit(Tag(0), &DiskRequest { operation, offset: 512, len: LEN, buffer: 0 });
+            let mut done = Vec::new();
+            while done.is_empty() {
+                queue.wait(&[], Some(Duration::from_secs(5))).unwrap();
+                queue.completed(&mut done);
+            }
+            file.as_file().sync_all().unwrap();
+            done[0].1
+        };
+        let before = blocks();
+        if !secure {
+            println!("the file system of temporary files may copy on write: secure discards are refused");
+            assert_eq!(discard(true), Err(crate::disk::attachment::DiskError(Errno::EOPNOTSUPP as i32)));
+            return;
+        }
+        assert_eq!(discard(true), Ok(()));
+        assert_eq!(blocks(), before);
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert!(bytes[..512].iter().chain(&bytes[512 + LEN as usize..]).all(|b| *b == 0xee));
+        assert!(bytes[512..512 + LEN as usize].iter().all(|b| *b == 0));
+        assert_eq!(discard(false), Ok(()));
+        assert!(blocks() < before / 2, "{} of {before} blocks left", blocks());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use domain_kit::mem::SharedMem;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::libc;
 
@@ -27,6 +28,8 @@ use super::source::Source;
 
 /// Operations in a chunk after which it is registered: before, pinning it all costs more than it saves.
 const REGISTER_AFTER: u32 = 64;
+/// Bytes that a secure discard overwrites at once.
+const ERASE_STEP: usize = 1 << 20;
 /// User data of polls of events: this and the event's number.
 const EVENTS: u64 = 1 << 32;
 
@@ -34,7 +37,7 @@ const EVENTS: u64 = 1 << 32;
 #[derive(Clone, Copy, Debug)]
 struct Op {
     request: DiskRequest,
-    done: u32,
+    done: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +62,8 @@ pub struct UringQueue {
     armed: Vec<bool>,
     enabled: bool,
     under_way: u32,
+    /// What a secure discard writes; made at the first.
+    zeroes: Option<SharedMem>,
 }
 
 fn build(depth: u32) -> io::Result<IoUring> {
@@ -103,6 +108,7 @@ impl UringQueue {
             armed: Vec::new(),
             enabled: false,
             under_way: 0,
+            zeroes: None,
         })
     }
 
@@ -161,7 +167,7 @@ impl UringQueue {
                 let at = buffer as usize + op.done as usize;
                 // In bounds: checked when it was submitted.
                 let address = self.buffers.mem().as_ptr().wrapping_add(at);
-                let (len, offset) = (len as u32 - op.done, offset + u64::from(op.done));
+                let (len, offset) = ((len - op.done) as u32, offset + op.done);
                 let index = chunk as u16;
                 if let Operation::Write { fua } = operation {
                     let flags = if fua || self.source.write_through() { libc::RWF_DSYNC } else { 0 };
@@ -180,7 +186,8 @@ impl UringQueue {
                 }
             }
             Operation::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            Operation::Discard { .. } => {
+            Operation::Discard { secure: true } => self.erase(op),
+            Operation::Discard { secure: false } => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
@@ -192,9 +199,23 @@ impl UringQueue {
         self.push(entry.user_data(u64::from(tag.0)));
     }
 
+    /// The next step of a secure discard: zeroes over what is there, a piece at a time, and then all of it onto the medium.
+    fn erase(&mut self, op: Op) -> squeue::Entry {
+        let fd = types::Fd(self.source.fd().as_fd().as_raw_fd());
+        let DiskRequest { offset, len, .. } = op.request;
+        let piece = (len - op.done).min(ERASE_STEP as u64) as u32;
+        match &self.zeroes {
+            Some(zeroes) if piece > 0 => {
+                opcode::Write::new(fd, zeroes.as_ptr(), piece).offset(offset + op.done).build()
+            }
+            _ => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        }
+    }
+
     fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an address in it lies in its tag's buffer, which lives as long as self; nothing else uses it until the
-        // operation completes, and the kernel pins pages beyond that.
+        // SAFETY: an address in it lies in its tag's buffer, which lives as long as self, and nothing else uses it until the
+        // operation completes, and the kernel pins pages beyond that; or in the zeroes, which are only read and stay while
+        // anything is under way.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             // Full only if more than one operation a tag were queued; made room all the same.
             self.enter(0, None);
@@ -224,7 +245,7 @@ impl UringQueue {
         }
     }
 
-    fn check(&self, request: &DiskRequest) -> Result<(), DiskError> {
+    fn check(&mut self, request: &DiskRequest) -> Result<(), DiskError> {
         let refused = Err(DiskError(libc::EINVAL));
         match request.operation {
             Operation::Read | Operation::Write { .. } => {
@@ -236,7 +257,16 @@ impl UringQueue {
                     && chunk < self.chunks.len();
                 if inside { Ok(()) } else { refused }
             }
-            Operation::Discard { secure: true } => Err(DiskError(libc::EOPNOTSUPP)),
+            Operation::Discard { secure: true } => {
+                if !self.source.geometry().discard.is_some_and(|discard| discard.secure) {
+                    return Err(DiskError(libc::EOPNOTSUPP));
+                }
+                if self.zeroes.is_none() {
+                    let made = SharedMem::create("zeroes", ERASE_STEP);
+                    self.zeroes = Some(made.map_err(|_| DiskError(libc::ENOMEM))?.0);
+                }
+                Ok(())
+            }
             Operation::Flush | Operation::Discard { .. } | Operation::WriteZeroes => Ok(()),
         }
     }
@@ -248,8 +278,16 @@ impl UringQueue {
             (_, e) if e < 0 => Some(Err(DiskError(-e))),
             (Operation::Read | Operation::Write { .. }, 0) => Some(Err(DiskError(libc::EIO))),
             (Operation::Read | Operation::Write { .. }, n) => {
-                op.done += (n as u32).min(op.request.len as u32 - op.done);
-                (u64::from(op.done) == op.request.len).then_some(Ok(()))
+                op.done += (n as u64).min(op.request.len - op.done);
+                (op.done == op.request.len).then_some(Ok(()))
+            }
+            // A piece is written; the flush comes when all are.
+            (Operation::Discard { secure: true }, n) if op.done < op.request.len => {
+                if n == 0 {
+                    return Some(Err(DiskError(libc::EIO)));
+                }
+                op.done += (n as u64).min(op.request.len - op.done);
+                None
             }
             _ => Some(Ok(())),
         }
@@ -359,6 +397,7 @@ impl DiskQueue for UringQueue {
         if self.under_way > 0 {
             return;
         }
+        self.zeroes = None;
         self.enable();
         for chunk in 0..self.chunks.len() {
             if self.chunks[chunk] == Chunk::Registered {

@@ -9,10 +9,11 @@
 //!     read:    disk read ─► guest.store ─► respond
 //!     write:   guest.fetch ─► disk write ─► respond
 //!     flush:   disk flush ─► (guest.fetch ─► disk write, FUA) ─► respond
-//!     barrier: alone: as a flush
+//!     barrier: alone on the device ([`gate`]): as a flush
 //!     discard: disk discard ─► respond
 //! ```
 
+pub mod gate;
 mod run;
 
 use std::collections::VecDeque;
@@ -28,6 +29,7 @@ use crate::disk::attachment::{BUFFER_CHUNK, Completions, DiskQueue};
 use crate::limit::Limiter;
 use crate::request::{BlkifFormat, Prepared};
 use crate::stats::Stats;
+use gate::Seat;
 
 /// Chunks of buffer memory that requests of one ring have at the same time.
 pub const ARENA_CHUNKS: usize = 8;
@@ -132,6 +134,10 @@ pub struct Engine<R, J, G, D> {
     running: u32,
     /// What runs must run alone: a barrier, or a request suspected of having crashed a predecessor.
     exclusive: bool,
+    /// Among the device's rings.
+    seat: Seat,
+    /// The next request waits until it is alone on the device.
+    wants_alone: bool,
     read_only: bool,
     paused: bool,
     no_space: NoSpace,
@@ -182,6 +188,8 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
             queue: VecDeque::with_capacity(slots),
             running: 0,
             exclusive: false,
+            seat: Seat::default(),
+            wants_alone: false,
             read_only: false,
             paused: false,
             no_space: NoSpace::Report,
@@ -227,6 +235,11 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
             self.disk.idle();
             self.guest.idle();
         }
+    }
+
+    /// This ring's part in the order among the device's rings; without it, it is the only one.
+    pub fn set_seat(&mut self, seat: Seat) {
+        self.seat = seat;
     }
 
     /// Requests and bytes per second, shared with the device's other rings.
@@ -290,6 +303,9 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
             }
         }
         more |= self.dispatch();
+        if self.running == 0 && !self.wants_alone {
+            self.seat.leave();
+        }
         let notify = self.ring.push();
         Ok(Polled { notify, more })
     }

@@ -109,6 +109,7 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
 
     /// Starts what may start, in request order.
     pub(super) fn dispatch(&mut self) -> bool {
+        self.wants_alone = false;
         if let Some(until) = self.stopped_until {
             if self.now < until {
                 return false;
@@ -134,7 +135,13 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
                 moved = true;
                 continue;
             }
-            if self.running > 0 && (attempts > 0 || is_barrier(self.ring.request(slot))) {
+            let alone = attempts > 0 || is_barrier(self.ring.request(slot));
+            if alone && self.running > 0 {
+                break;
+            }
+            let may = if alone { self.seat.enter_alone() } else { self.seat.enter() };
+            if !may {
+                self.wants_alone = alone;
                 break;
             }
             // From here on a crash is this request's.
@@ -174,7 +181,7 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
             if let Some(fault) = &mut self.fault {
                 fault(request);
             }
-            self.exclusive = attempts > 0 || request.kind == Kind::Barrier;
+            self.exclusive = alone;
             self.running += 1;
             match request.kind {
                 Kind::Read => {

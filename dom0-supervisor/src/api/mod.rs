@@ -206,6 +206,27 @@ impl Toolstack for Api {
         Ok(Response::new(SnapshotDiskReply {}))
     }
 
+    async fn commit_disk(&self, request: Request<CommitDiskRequest>) -> Answer<CommitDiskReply> {
+        let CommitDiskRequest { guest, vdev } = request.into_inner();
+        self.blocking(move |m| m.commit_disk(&guest, &vdev)).await?;
+        Ok(Response::new(CommitDiskReply {}))
+    }
+
+    async fn change_medium(&self, request: Request<ChangeMediumRequest>) -> Answer<ChangeMediumReply> {
+        let ChangeMediumRequest { guest, vdev, path } = request.into_inner();
+        let path = (!path.is_empty()).then(|| path.into());
+        self.blocking(move |m| m.change_medium(&guest, &vdev, path)).await?;
+        Ok(Response::new(ChangeMediumReply {}))
+    }
+
+    async fn limit_disk(&self, request: Request<LimitDiskRequest>) -> Answer<LimitDiskReply> {
+        let LimitDiskRequest { guest, vdev, iops, iops_burst, bandwidth, bandwidth_burst } =
+            request.into_inner();
+        let limits = crate::config::DiskLimits { iops, iops_burst, bandwidth, bandwidth_burst };
+        self.blocking(move |m| m.limit_disk(&guest, &vdev, limits)).await?;
+        Ok(Response::new(LimitDiskReply {}))
+    }
+
     type ConsoleStream = Streamed<ConsoleOutput>;
 
     async fn console(&self, request: Request<Streaming<ConsoleInput>>) -> Answer<Self::ConsoleStream> {

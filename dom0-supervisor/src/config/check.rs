@@ -6,7 +6,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use super::{ConfigError, DiskSource, DomainFile};
+use super::{ConfigError, DiskEntry, DiskSource, DomainFile};
 
 /// Bytes of a sector: the smallest disk.
 const SECTOR: u64 = 512;
@@ -71,15 +71,25 @@ pub fn check_guest_files(guest: &DomainFile) -> Result<(), ConfigError> {
         }
     }
     for disk in &guest.disk {
-        if let Some(DiskSource::Path(path)) = disk.source() {
-            check_disk(&format!("disk {}:", disk.vdev.name()), path, disk.writes_path())?;
-        }
-        for backing in &disk.backing {
-            check_disk(&format!("disk {}: backing file", disk.vdev.name()), &backing.path, false)?;
-        }
-        if let Some(key) = &disk.key {
-            check_file(&format!("disk {}: key", disk.vdev.name()), key)?;
-        }
+        check_disk_files(&format!("disk {}: ", disk.vdev.name()), disk)?;
+    }
+    Ok(())
+}
+
+/// The files of a disk; `at` stands before what is said of them.
+///
+/// # Errors
+/// The first that is wrong.
+pub fn check_disk_files(at: &str, disk: &DiskEntry) -> Result<(), ConfigError> {
+    if let Some(DiskSource::Path(path)) = disk.source() {
+        let what = if at.is_empty() { "disk" } else { at.trim_end() };
+        check_disk(what, path, disk.writes_path())?;
+    }
+    for backing in &disk.backing {
+        check_disk(&format!("{at}backing file"), &backing.path, false)?;
+    }
+    if let Some(key) = &disk.key {
+        check_file(&format!("{at}key"), key)?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{AccessMode, ConfigError, DiskCache, DiskOptions, Name, NoSpace, Vdev};
+use super::{AccessMode, ConfigError, DevType, DiskCache, DiskLimits, DiskOptions, Name, NoSpace, Vdev};
 
 /// Most backing files of an image.
 const MOST_BACKING: usize = 16;
@@ -56,8 +56,8 @@ pub struct Nbd {
     pub export: String,
 }
 
-/// A disk. Exactly one of `backend`, `path` and `nbd` is there: [`DiskEntry::check`] sees to it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A disk. Exactly one of `backend`, `path` and `nbd` is there, or none in an empty cdrom drive: [`DiskEntry::check`] sees to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(remote = "Self", deny_unknown_fields)]
 pub struct DiskEntry {
     /// The guest's name for it.
@@ -71,6 +71,9 @@ pub struct DiskEntry {
     /// Or of a server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd: Option<Nbd>,
+    /// A disk, or a cdrom drive, which is read-only.
+    #[serde(default)]
+    pub devtype: DevType,
     /// Read-write, read-only, or written by several.
     #[serde(default)]
     pub mode: AccessMode,
@@ -92,6 +95,21 @@ pub struct DiskEntry {
     /// What a full file system under it means.
     #[serde(default)]
     pub no_space: NoSpace,
+    /// Bytes of a sector as the guest sees it, 512 or 4096.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sector_size: Option<u32>,
+    /// Requests a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Requests at once after a rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops_burst: Option<u64>,
+    /// Bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// Bytes at once after a rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_burst: Option<u64>,
 }
 
 impl Serialize for DiskEntry {
@@ -115,7 +133,10 @@ impl<'de> Deserialize<'de> for DiskEntry {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<DiskEntry, A::Error> {
-                let entry = DiskEntry::deserialize(MapAccessDeserializer::new(map))?;
+                let mut entry = DiskEntry::deserialize(MapAccessDeserializer::new(map))?;
+                if entry.devtype == DevType::Cdrom {
+                    entry.mode = AccessMode::ReadOnly;
+                }
                 entry.check().map_err(A::Error::custom)?;
                 Ok(entry)
             }
@@ -190,7 +211,18 @@ impl DiskEntry {
 
     /// How it is served.
     pub fn options(&self) -> DiskOptions {
-        DiskOptions { cache: self.cache, no_space: self.no_space }
+        DiskOptions { cache: self.cache, no_space: self.no_space, sector_size: self.sector_size }
+    }
+
+    /// What the guest may do with it in a second.
+    pub fn limits(&self) -> DiskLimits {
+        let DiskEntry { iops, iops_burst, bandwidth, bandwidth_burst, .. } = *self;
+        DiskLimits { iops, iops_burst, bandwidth, bandwidth_burst }
+    }
+
+    /// A cdrom drive without a medium.
+    pub fn is_empty_drive(&self) -> bool {
+        self.devtype == DevType::Cdrom && self.source().is_none()
     }
 
     /// A driver domain is made for it and goes with the guest.
@@ -215,9 +247,22 @@ impl DiskEntry {
     pub fn check(&self) -> Result<(), String> {
         let vdev = self.vdev.name();
         let bad = |what: &str| Err(format!("disk {vdev}: {what}"));
-        let Some(source) = self.source() else {
-            return bad("give either backend or path or nbd");
+        let source = match self.source() {
+            Some(source) => Some(source),
+            None if self.devtype == DevType::Cdrom
+                && (&self.backend, &self.path, &self.nbd) == (&None, &None, &None) =>
+            {
+                None
+            }
+            None => return bad("give either backend or path or nbd"),
         };
+        if self.devtype == DevType::Cdrom && (self.overlay.is_some() || self.mode != AccessMode::ReadOnly) {
+            return bad("a cdrom is only read: it has no overlay and no mode but ro");
+        }
+        if self.sector_size.is_some_and(|bytes| bytes != 512 && bytes != 4096) {
+            return bad("sector_size must be 512 or 4096");
+        }
+        self.limits().check().map_err(|what| format!("disk {vdev}: {what}"))?;
         let paths = self.path.iter().chain(&self.key).chain(&self.overlay);
         for path in paths.chain(self.backing.iter().map(|backing| &backing.path)) {
             let text = path.to_str().unwrap_or_default();
@@ -225,17 +270,17 @@ impl DiskEntry {
                 return bad(&format!("path {path:?} must be absolute and plain text"));
             }
         }
-        if let DiskSource::Service(_) = source {
+        if let Some(DiskSource::Service(_)) = source {
             let own = self.format != Format::Raw || self.key.is_some() || self.overlay.is_some();
             if own || !self.backing.is_empty() || self.options() != DiskOptions::default() {
                 return bad(
-                    "format, backing, key, overlay, cache and no_space belong to the [[blkback]] of the host file",
+                    "format, backing, key, overlay, cache, no_space and sector_size belong to the [[blkback]] of the host file",
                 );
             }
         } else if self.mode == AccessMode::Shared {
             return bad("mode \"w!\" is for a backend of the host file, which several guests name");
         }
-        if let DiskSource::Nbd(nbd) = source {
+        if let Some(DiskSource::Nbd(nbd)) = source {
             let tcp = nbd.server.strip_prefix("tcp:").map(|a| a.parse::<std::net::SocketAddr>().is_ok());
             if !tcp.unwrap_or(nbd.server.starts_with('/')) {
                 return bad(
@@ -317,6 +362,47 @@ impl DiskEntry {
         }
         next.check().map(|()| next)
     }
+
+    /// The same disk after a commit: its backing file, which has taken it in.
+    ///
+    /// # Errors
+    /// Why that cannot be, in one line.
+    pub fn after_commit(&self) -> Result<DiskEntry, String> {
+        if self.path.is_none() || self.overlay.is_some() || self.key.is_some() {
+            return Err("only an image file of its own, without key and overlay, can be committed".into());
+        }
+        if self.mode == AccessMode::ReadOnly {
+            return Err("it is read-only: there is nothing to commit".into());
+        }
+        let mut next = self.clone();
+        if next.backing.is_empty() {
+            return Err("it has no backing file".into());
+        }
+        let Backing { path, format } = next.backing.remove(0);
+        (next.path, next.format) = (Some(path), format);
+        next.check().map(|()| next)
+    }
+
+    /// The same drive with this medium, or without one.
+    ///
+    /// # Errors
+    /// Why that cannot be, in one line.
+    pub fn with_medium(&self, path: Option<&Path>) -> Result<DiskEntry, String> {
+        if self.devtype != DevType::Cdrom {
+            return Err("its medium cannot be changed: it has no devtype = \"cdrom\"".into());
+        }
+        if self.backend.is_some() {
+            return Err("its medium is the host file's; change it there".into());
+        }
+        let mut next = self.clone();
+        (next.path, next.nbd) = (path.map(Path::to_owned), None);
+        next.backing.clear();
+        next.key = None;
+        if path.is_none() {
+            next.format = Format::Raw;
+        }
+        next.check().map(|()| next)
+    }
 }
 
 /// xl's syntax: `target, format, vdev, access` by position, or `key=value` in any order, `target=` last.
@@ -351,7 +437,8 @@ impl FromStr for DiskEntry {
                 }
                 Some((key, _)) => return Err(bad(format!("{key} is not known here"))),
                 None if item == "discard" || item == "direct-io-safe" => {}
-                None if ["cdrom", "no-discard", "colo"].contains(&item) => {
+                None if item == "cdrom" => drop(values.insert("devtype", item)),
+                None if ["no-discard", "colo"].contains(&item) => {
                     return Err(bad(format!("{item} is not supported")));
                 }
                 None => match positions.next() {
@@ -362,9 +449,13 @@ impl FromStr for DiskEntry {
             }
         }
         let get = |key: &str| values.get(key).copied().filter(|value| !value.is_empty());
-        if let Some(kind) = get("devtype").filter(|kind| *kind != "disk") {
-            return Err(bad(format!("devtype {kind:?} is not supported, only \"disk\"")));
-        }
+        let devtype = match get("devtype") {
+            None | Some("disk") => DevType::Disk,
+            Some("cdrom") => DevType::Cdrom,
+            Some(kind) => {
+                return Err(bad(format!("devtype {kind:?} is not supported, only \"disk\" and \"cdrom\"")));
+            }
+        };
         if let Some(kind) = get("backendtype").filter(|kind| *kind != "phy") {
             return Err(bad(format!("backendtype {kind:?} is not supported; leave it out")));
         }
@@ -374,6 +465,7 @@ impl FromStr for DiskEntry {
             Some(other) => return Err(bad(format!("format {other:?} is not supported, only raw and qcow2"))),
         };
         let mode = match get("access") {
+            _ if devtype == DevType::Cdrom => AccessMode::ReadOnly,
             None | Some("rw" | "w") => AccessMode::ReadWrite,
             Some("ro" | "r") => AccessMode::ReadOnly,
             Some("w!") => AccessMode::Shared,
@@ -382,19 +474,7 @@ impl FromStr for DiskEntry {
         let vdev = get("vdev").ok_or_else(|| bad("vdev is missing".into()))?.parse()?;
         let backend = get("backend").map(str::parse).transpose()?;
         let path = get("target").map(PathBuf::from);
-        let entry = DiskEntry {
-            vdev,
-            backend,
-            path,
-            nbd: None,
-            mode,
-            format,
-            backing: Vec::new(),
-            key: None,
-            overlay: None,
-            cache: DiskCache::default(),
-            no_space: NoSpace::default(),
-        };
+        let entry = DiskEntry { vdev, backend, path, devtype, mode, format, ..DiskEntry::default() };
         entry.check().map_err(ConfigError::new)?;
         Ok(entry)
     }
@@ -429,6 +509,11 @@ mod tests {
                 "vdev=xvdb,format=qcow2,access=ro,target=/a,b=c.qcow2",
                 "path = \"/a,b=c.qcow2\"\nvdev = \"xvdb\"\nformat = \"qcow2\"\nmode = \"ro\"",
             ),
+            (
+                "vdev=xvdd,devtype=cdrom,target=/x.iso",
+                "path = \"/x.iso\"\nvdev = \"xvdd\"\ndevtype = \"cdrom\"",
+            ),
+            (",,xvdd,cdrom", "vdev = \"xvdd\"\ndevtype = \"cdrom\""),
             ("vdev=xvdc,access=w!,backend=shared", "backend = \"shared\"\nvdev = \"xvdc\"\nmode = \"w!\""),
         ] {
             if same.is_empty() {
@@ -450,7 +535,8 @@ mod tests {
             ("vdev=xvda,script=evil,target=/x", "script is not known"),
             ("vdev=xvda,access=w!,target=/x", "several guests name"),
             ("vdev=hda,target=/x", "vdev \"hda\""),
-            ("vdev=xvda,devtype=cdrom,target=/x", "devtype"),
+            ("vdev=xvda,devtype=floppy,target=/x", "devtype"),
+            ("vdev=xvda,devtype=disk", "either backend or path"),
             ("vdev=xvda,backend=b,target=/x", "either backend or path"),
         ] {
             let e = bad.parse::<DiskEntry>().unwrap_err().0;
@@ -500,8 +586,35 @@ mod tests {
     }
 
     #[test]
+    fn media_and_commits() {
+        let of = |text: &str| toml(&format!("[[disk]]\nvdev = \"xvda\"\n{text}")).unwrap();
+        let drive = of("devtype = \"cdrom\"");
+        assert!(drive.is_empty_drive() && drive.files().is_empty() && drive.has_own_backend());
+        let full = drive.with_medium(Some(Path::new("/a.iso"))).unwrap();
+        assert!(full.is_plain() && !full.writes_path() && !full.is_empty_drive());
+        assert_eq!(full.with_medium(None).unwrap(), drive);
+        let disk = of("path = \"/a\"\nformat = \"qcow2\"\nbacking = [{path = \"/b\"}]");
+        assert!(disk.with_medium(None).is_err());
+        let alone = disk.after_commit().unwrap();
+        assert!(alone.is_plain() && alone.path.as_deref() == Some(Path::new("/b")));
+        assert!(alone.after_commit().unwrap_err().contains("no backing file"));
+        assert_eq!(alone.after_snapshot(Path::new("/a")).unwrap(), disk);
+        let limited = of("path = \"/a\"\niops = 100\nbandwidth = 1000000\nbandwidth_burst = 5000000");
+        assert_eq!(limited.limits().nodes().map(|(_, value)| value), [100, 0, 1_000_000, 5_000_000]);
+        assert_eq!(of("path = \"/a\"\nsector_size = 4096").options().args(), ["--sector-size=4096"]);
+    }
+
+    #[test]
     fn mistakes_are_told() {
         for (text, want) in [
+            ("path = \"/a\"\nsector_size = 1024", "512 or 4096"),
+            ("path = \"/a\"\niops = 0", "more than 0"),
+            ("path = \"/a\"\niops_burst = 10", "nothing without iops"),
+            ("path = \"/a\"\nbandwidth = \"fast\"", "invalid type"),
+            ("path = \"/a\"\niops = -1", "invalid value"),
+            ("devtype = \"cdrom\"\noverlay = \"/t\"", "only read"),
+            ("devtype = \"disk\"", "give either"),
+            ("backend = \"b\"\nsector_size = 512", "belong to the [[blkback]]"),
             ("path = \"/a\"\nbacking = [{path = \"/b\"}]", "only a qcow2"),
             ("path = \"/a\"\nformat = \"vmdk\"", "unknown variant"),
             ("path = \"/a\"\noverlay = \"/t\"\nmode = \"ro\"", "leave mode out"),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AccessMode, ConfigError, DiskCache, DiskOptions, Name, NoSpace, text};
+use super::{AccessMode, Backing, ConfigError, DiskCache, DiskEntry, Format, Name, Nbd, NoSpace, text};
 
 /// The host file, checked.
 #[derive(Clone, Debug, Deserialize)]
@@ -131,11 +131,22 @@ impl Default for ConsoleEntry {
 pub struct BlkbackEntry {
     /// What domain files call it.
     pub name: Name,
-    /// The image file or block device.
-    pub disk: PathBuf,
-    /// Only "raw".
-    #[serde(default = "raw")]
-    pub format: String,
+    /// The image file or block device; or `nbd`.
+    pub disk: Option<PathBuf>,
+    /// An export of a server.
+    pub nbd: Option<Nbd>,
+    /// How the file or export holds the disk's bytes.
+    #[serde(default)]
+    pub format: Format,
+    /// Its backing files, the nearest first.
+    #[serde(default)]
+    pub backing: Vec<Backing>,
+    /// It is in a LUKS volume, which this file's bytes open.
+    pub key: Option<PathBuf>,
+    /// What guests write goes to a file in this directory that is gone when the service is.
+    pub overlay: Option<PathBuf>,
+    /// Bytes of a sector as guests see it.
+    pub sector_size: Option<u32>,
     /// More arguments of the program: for tests and debugging.
     #[serde(default)]
     pub args: Vec<String>,
@@ -200,14 +211,23 @@ fn default_state_dir() -> PathBuf {
 }
 
 impl BlkbackEntry {
-    /// How it is served.
-    pub fn options(&self) -> DiskOptions {
-        DiskOptions { cache: self.cache, no_space: self.no_space }
+    /// The same as a guest's disk would be.
+    pub fn as_disk(&self) -> DiskEntry {
+        DiskEntry {
+            path: self.disk.clone(),
+            nbd: self.nbd.clone(),
+            // Who of its guests writes is theirs to say.
+            mode: if self.mode == AccessMode::ReadOnly { self.mode } else { AccessMode::ReadWrite },
+            format: self.format,
+            backing: self.backing.clone(),
+            key: self.key.clone(),
+            overlay: self.overlay.clone(),
+            cache: self.cache,
+            no_space: self.no_space,
+            sector_size: self.sector_size,
+            ..DiskEntry::default()
+        }
     }
-}
-
-pub(super) fn raw() -> String {
-    "raw".into()
 }
 
 impl HostFile {
@@ -236,25 +256,19 @@ impl HostFile {
         }
         let mut disks = std::collections::BTreeMap::new();
         for blkback in &file.blkback {
-            if blkback.format != "raw" {
-                return bad(format!(
-                    "blkback {}: format {:?} is not known, only \"raw\"",
-                    blkback.name, blkback.format
-                ));
+            if blkback.disk.is_some() == blkback.nbd.is_some() {
+                return bad(format!("blkback {}: give either disk or nbd", blkback.name));
             }
-            if !blkback.disk.is_absolute() {
-                return bad(format!(
-                    "blkback {}: disk {:?} must be an absolute path",
-                    blkback.name, blkback.disk
-                ));
+            let as_disk = blkback.as_disk();
+            if let Err(what) = as_disk.check() {
+                let what = what.strip_prefix("disk xvda: ").unwrap_or(&what);
+                return bad(format!("blkback {}: {what}", blkback.name));
             }
-            if blkback.mode == AccessMode::ReadWrite
-                && let Some(other) = disks.insert(&blkback.disk, &blkback.name)
+            if as_disk.writes_path()
+                && let Some(disk) = &blkback.disk
+                && let Some(other) = disks.insert(disk, &blkback.name)
             {
-                return bad(format!(
-                    "blkback {}: disk {:?} is that of {other} too",
-                    blkback.name, blkback.disk
-                ));
+                return bad(format!("blkback {}: disk {disk:?} is that of {other} too", blkback.name));
             }
         }
         let mut uplinks = std::collections::BTreeMap::new();
@@ -335,7 +349,13 @@ mod tests {
             ("[xenstored]\nsockt = \"/x\"".to_owned(), "host.toml:2:1: unknown field `sockt`"),
             ("[[blkback]]\ndisk = \"/x\"".to_owned(), "missing field `name`"),
             (format!("{disk}disk = \"x\""), "absolute"),
-            (format!("{disk}disk = \"/x\"\nformat = \"qcow2\""), "only \"raw\""),
+            (format!("{disk}disk = \"/x\"\nformat = \"vmdk\""), "unknown variant"),
+            (disk.to_owned(), "either disk or nbd"),
+            (format!("{disk}disk = \"/x\"\nnbd = {{server = \"/s\"}}"), "either disk or nbd"),
+            (format!("{disk}nbd = {{server = \"host:1\"}}"), "host.toml: blkback d: server must be"),
+            (format!("{disk}disk = \"/x\"\nbacking = [{{path = \"/y\"}}]"), "only a qcow2"),
+            (format!("{disk}disk = \"/x\"\nsector_size = 520"), "512 or 4096"),
+            (format!("{disk}disk = \"/x\"\nkey = \"k\""), "absolute"),
             (format!("{disk}disk = \"/x\"\n{disk}disk = \"/y\""), "used twice"),
             ("[[blkback]]\nname = \"dom0\"\ndisk = \"/x\"".to_owned(), "used twice"),
             ("[[netback]]\nname = \"n\"\nuplink = \"a/b\"".to_owned(), "not an interface"),

@@ -10,14 +10,14 @@ mod host;
 mod text;
 mod values;
 
-pub use check::{check_disk, check_file, check_guest_files};
+pub use check::{check_disk, check_disk_files, check_file, check_guest_files};
 pub use disk::{Backing, DiskEntry, DiskFile, DiskSource, Format, Nbd, Place};
 pub use domain::{DomainFile, GuestType, Lifecycle, OnEvent, VifEntry};
 pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,
 };
-pub use values::{AccessMode, DiskCache, DiskOptions, Mac, Name, NoSpace, Vdev};
+pub use values::{AccessMode, DevType, DiskCache, DiskLimits, DiskOptions, Mac, Name, NoSpace, Vdev};
 
 /// Why a file was refused: one line that says where, what, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

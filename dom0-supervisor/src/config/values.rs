@@ -123,6 +123,13 @@ pub struct Vdev {
     number: u32,
 }
 
+impl Default for Vdev {
+    /// The first disk.
+    fn default() -> Self {
+        Vdev { name: "xvda".into(), number: 202 << 8 }
+    }
+}
+
 impl Vdev {
     /// As in `xvda1`.
     pub fn name(&self) -> &str {
@@ -235,6 +242,74 @@ pub struct DiskOptions {
     pub cache: DiskCache,
     /// A full file system.
     pub no_space: NoSpace,
+    /// Bytes of a sector, if the default is not wanted.
+    pub sector_size: Option<u32>,
+}
+
+/// What kind of drive the guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DevType {
+    /// A disk.
+    #[default]
+    Disk,
+    /// A drive whose medium can be changed, and is only read.
+    Cdrom,
+}
+
+impl DevType {
+    /// As in files and in xenstore.
+    pub fn word(self) -> &'static str {
+        match self {
+            DevType::Disk => "disk",
+            DevType::Cdrom => "cdrom",
+        }
+    }
+}
+
+/// What a guest may do with a disk in a second; `None` is no limit, and of a burst a tenth of a second's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Requests.
+    pub iops: Option<u64>,
+    /// Requests at once after a rest.
+    pub iops_burst: Option<u64>,
+    /// Bytes.
+    pub bandwidth: Option<u64>,
+    /// Bytes at once after a rest.
+    pub bandwidth_burst: Option<u64>,
+}
+
+impl DiskLimits {
+    /// What is wrong, in one line.
+    ///
+    /// # Errors
+    /// That line.
+    pub fn check(self) -> Result<(), String> {
+        let DiskLimits { iops, iops_burst, bandwidth, bandwidth_burst } = self;
+        let pairs = [("iops", iops, iops_burst), ("bandwidth", bandwidth, bandwidth_burst)];
+        for (name, rate, burst) in pairs {
+            if rate == Some(0) || burst == Some(0) {
+                return Err(format!(
+                    "{name} and {name}_burst must be more than 0; leave them out for no limit"
+                ));
+            }
+            if burst.is_some() && rate.is_none() {
+                return Err(format!("{name}_burst is nothing without {name}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// blkback's nodes of them; 0 where there is none.
+    pub fn nodes(self) -> [(&'static str, u64); 4] {
+        [
+            ("limit-iops", self.iops.unwrap_or(0)),
+            ("limit-iops-burst", self.iops_burst.unwrap_or(0)),
+            ("limit-bytes", self.bandwidth.unwrap_or(0)),
+            ("limit-bytes-burst", self.bandwidth_burst.unwrap_or(0)),
+        ]
+    }
 }
 
 impl DiskOptions {
@@ -252,6 +327,8 @@ impl DiskOptions {
         if self.no_space == NoSpace::Stop {
             args.extend(["--no-space".to_owned(), "stop".to_owned()]);
         }
+        // One word: what guests have read of it holds for the life of their backend.
+        args.extend(self.sector_size.map(|bytes| format!("--sector-size={bytes}")));
         args
     }
 }

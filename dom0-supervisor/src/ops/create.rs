@@ -228,7 +228,11 @@ pub(super) fn conflicts(state: &State, host: &crate::config::HostFile, new: &Gue
     }
     for disk in &new.config.disk {
         let Some(DiskSource::Path(path)) = disk.source() else { continue };
-        let service = host.blkback.iter().find(|b| same_file(&b.disk, path) && writes(b.mode, disk.mode));
+        let service = host.blkback.iter().find(|b| {
+            let theirs = b.as_disk();
+            let same = b.disk.as_deref().is_some_and(|file| same_file(file, path));
+            same && (theirs.writes_path() || disk.writes_path())
+        });
         if let Some(service) = service {
             return Err(OpError::Exists(format!(
                 "disk {}: {} is that of [[blkback]] {}; write backend = \"{}\"",

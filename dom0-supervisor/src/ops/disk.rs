@@ -4,7 +4,7 @@
 //! next one serves the new image on top of the old. The guest sees a pause; what was not answered at that moment goes to the new
 //! image.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use proto::hvcore::resource::Kind;
@@ -12,7 +12,7 @@ use proto::hvcore::{Domain, DomainState};
 
 use super::create::{conflicts, no_guest};
 use super::{Change, Step, nothing, of_guest};
-use crate::config::{DiskEntry, DomainFile, check_guest_files};
+use crate::config::{DiskEntry, DiskLimits, DomainFile, check_disk, check_guest_files};
 use crate::hv::{HvError, find_by_uuid, find_instance};
 use crate::manager::{Manager, OpError};
 use crate::specs;
@@ -95,6 +95,72 @@ impl Manager {
         })
     }
 
+    /// Puts a disk's image into its backing file while the guest runs; the backing file is the disk then.
+    ///
+    /// # Errors
+    /// One line each; what was begun was undone, and the disk is as it was.
+    pub fn commit_disk(&self, guest: &str, vdev: &str) -> Result<(), OpError> {
+        self.change_disk(guest, vdev, SagaKind::CommitDisk, |entry| {
+            let next = entry.after_commit().map_err(OpError::Failed)?;
+            Ok(DiskChange { entry: entry.clone(), next: Some(next), force: false })
+        })
+    }
+
+    /// Puts a medium into a cdrom drive, in place of one that may be in it; or, with `None`, takes it out.
+    ///
+    /// # Errors
+    /// One line each; what was begun was undone.
+    pub fn change_medium(&self, guest: &str, vdev: &str, path: Option<PathBuf>) -> Result<(), OpError> {
+        if let Some(path) = path.as_deref().filter(|_| self.sees_host) {
+            check_disk("medium", path, false).map_err(|e| OpError::Invalid(e.0))?;
+        }
+        let change = |path: Option<&Path>| {
+            self.change_disk(guest, vdev, SagaKind::ChangeMedium, |entry| {
+                let next = entry.with_medium(path).map_err(OpError::Failed)?;
+                Ok(DiskChange { entry: entry.clone(), next: Some(next), force: false })
+            })
+        };
+        let full = self.state().find(guest).is_some_and(|(_, guest)| {
+            guest.config.disk.iter().any(|d| d.vdev.name() == vdev && !d.is_empty_drive())
+        });
+        // The guest must see that the old one is gone, or it takes the new one's bytes for the old one's.
+        if full && path.is_some() {
+            change(None)?;
+        }
+        change(path.as_deref())
+    }
+
+    /// What a running guest may do with a disk in a second, from now on.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn limit_disk(&self, guest: &str, vdev: &str, limits: DiskLimits) -> Result<(), OpError> {
+        limits.check().map_err(OpError::Invalid)?;
+        let mut inner = self.inner();
+        let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
+        let (name, mut record) = (name.clone(), record.clone());
+        self.may_change_disks(&inner.state, &name, &record).map_err(|e| e.at(&format!("guest {name}")))?;
+        let index = record.config.disk.iter().position(|disk| disk.vdev.name() == vdev);
+        let index = index.ok_or_else(|| no_disk(&name, vdev))?;
+        let disk = &mut record.config.disk[index];
+        DiskLimits {
+            iops: disk.iops,
+            iops_burst: disk.iops_burst,
+            bandwidth: disk.bandwidth,
+            bandwidth_burst: disk.bandwidth_burst,
+        } = limits;
+        inner.change(|state| {
+            if let Some(guest) = state.guests.get_mut(&name) {
+                guest.config = record.config.clone();
+            }
+        })?;
+        drop(inner);
+        if let Some(device) = device_of(&record, index) {
+            self.store.apply(&xs_layout::limit_nodes(&device, &record.config.disk[index]))?;
+        }
+        Ok(())
+    }
+
     fn change_disk(
         &self,
         guest: &str,
@@ -168,8 +234,25 @@ impl Manager {
         let id = {
             let inner = self.inner();
             let Some((name, _)) = inner.state.find(guest) else { return Ok(()) };
-            inner.state.saga_of(name).filter(|(_, saga)| saga.kind.of_disk()).map(|(id, _)| id)
+            let found = inner.state.saga_of(name).filter(|(_, saga)| saga.kind.of_disk()).map(|(id, _)| id);
+            found.map(|id| (id, name.clone()))
         };
+        if let Some((_, name)) = &id {
+            self.known().stopping_disks.insert(name.clone());
+        }
+        let result = self.end_disk_operation(id.as_ref().map(|(id, _)| *id));
+        if let Some((_, name)) = &id {
+            self.known().stopping_disks.remove(name);
+        }
+        result
+    }
+
+    /// Somebody waits for the operation on a disk of this guest to end.
+    fn stopping_disk(&self, guest: &str) -> bool {
+        self.known().stopping_disks.contains(guest)
+    }
+
+    fn end_disk_operation(&self, id: Option<u64>) -> Result<(), OpError> {
         match id.map(|id| (id, self.run(id))) {
             Some((id, Err(OpError::Busy(_)))) => self.await_saga(id),
             // Undone is at an end too.
@@ -224,22 +307,83 @@ impl Manager {
                 }))
             }
             Step::SnapshotPrepare => {
-                let backend = self.own_backend(guest, index)?;
-                // Everything that can be in the image before is.
-                if let Err(error) = self.hv.settle_disk(&backend.control_socket) {
-                    tracing::warn!(%error, "before the snapshot");
-                }
-                self.disk_serve(guest, index, change.next.as_ref().unwrap_or(&change.entry))
+                self.disk_settle(guest, index)?;
+                self.disk_serve(guest, index, change.next.as_ref().unwrap_or(&change.entry), None)
             }
-            Step::SnapshotSwitch => self.disk_switch(guest, index),
+            Step::SnapshotSwitch => {
+                self.disk_switch(guest, index)?;
+                self.medium_seen(guest, index, saga)
+            }
             Step::SnapshotBack => {
-                let set = self.disk_serve(guest, index, &change.entry)?;
+                let set = self.disk_serve(guest, index, &change.entry, None)?;
                 let mut back = guest.clone();
                 back.config.disk[index] = change.entry.clone();
-                let _nothing_else = self.disk_switch(&back, index)?;
+                self.disk_switch(&back, index)?;
+                let _nothing_else = self.medium_seen(&back, index, saga)?;
                 Ok(set)
             }
+            Step::CommitPrepare => {
+                self.disk_settle(guest, index)?;
+                self.disk_serve(guest, index, &change.entry, Some("--commit"))
+            }
+            Step::CommitWait => self.commit_wait(guest, index),
+            Step::CommitPivot => self.disk_serve(
+                guest,
+                index,
+                change.next.as_ref().unwrap_or(&change.entry),
+                Some("--committed"),
+            ),
             _ => Ok(nothing()),
+        }
+    }
+
+    /// Everything that can be in the image is.
+    fn disk_settle(&self, guest: &Guest, index: usize) -> Result<(), OpError> {
+        let backend = self.own_backend(guest, index)?;
+        if let Err(error) = self.hv.settle_disk(&backend.control_socket) {
+            tracing::warn!(%error, "before the change");
+        }
+        Ok(())
+    }
+
+    /// After a medium was changed: the nodes say so, and the guest has been told before the next change.
+    fn medium_seen(&self, guest: &Guest, index: usize, saga: &Saga) -> Result<Change, OpError> {
+        if let Some(device) = device_of(guest, index).filter(|_| saga.kind == SagaKind::ChangeMedium) {
+            let disk = &guest.config.disk[index];
+            self.store.apply(&xs_layout::medium_nodes(&device, disk))?;
+            let sectors = format!("{}/sectors", device.back);
+            let began = Instant::now();
+            // Only a connected device has been told anything. A guest that is slow learns it later.
+            while began.elapsed() < self.timing.close
+                && state_of(self, &device.back)? == XenbusState::Connected
+                && self.store.read(&sectors)?.is_some_and(|told| (told == "0") != disk.is_empty_drive())
+            {
+                std::thread::sleep(self.timing.poll);
+            }
+        }
+        Ok(nothing())
+    }
+
+    /// Waits for as long as it takes; a destroy of the guest ends it.
+    fn commit_wait(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+        loop {
+            if self.stopping_disk(guest.config.name.as_str()) {
+                return Err(OpError::Failed("given up for another operation".into()));
+            }
+            let backend = self.own_backend(guest, index)?;
+            match self.hv.disk_commit(&backend.control_socket) {
+                Ok(commit) if !commit.failed.is_empty() => {
+                    return Err(OpError::Failed(format!(
+                        "its backing file cannot take it in: {}",
+                        commit.failed
+                    )));
+                }
+                Ok(commit) if commit.finished => return Ok(nothing()),
+                Err(HvError::Gone) => return Err(OpError::Killed),
+                Err(HvError::Refused(why)) => return Err(OpError::Failed(why)),
+                // Not done, or its process is being restarted.
+                Ok(_) | Err(_) => std::thread::sleep(self.timing.poll),
+            }
         }
     }
 
@@ -340,16 +484,29 @@ impl Manager {
 
     /// Sets what the backend's next process serves. Resources first: names and resources belong together by a hash, so that a process
     /// that is killed between the two calls finds what its command line names.
-    fn disk_serve(&self, guest: &Guest, index: usize, entry: &DiskEntry) -> Result<Change, OpError> {
+    fn disk_serve(
+        &self,
+        guest: &Guest,
+        index: usize,
+        entry: &DiskEntry,
+        how: Option<&str>,
+    ) -> Result<Change, OpError> {
         let backend = self.own_backend(guest, index)?;
         let RunningDomain { domid, instance } = super::numbers(&backend)?;
         let mut next = guest.clone();
         next.config.disk[index] = entry.clone();
         let mut request = specs::private_blkback(&self.host(), &next, index)
             .ok_or_else(|| OpError::Failed("it has no backend of its own".into()))?;
-        // What was written until now has changes of its tables in blkback's log, which go to it once it is a backing file.
-        if let Some(old) = request.resources.get_mut(1) {
-            old.kind = Kind::FileRw.into();
+        request.args.extend(how.map(str::to_owned));
+        // What was written until now has changes of its tables in blkback's log, which go to it once it is a backing file; and what
+        // is committed goes there.
+        if let Some(below) = entry.backing.first() {
+            let name = domain_kit::resource_of("disk", &below.path.display().to_string());
+            request
+                .resources
+                .iter_mut()
+                .filter(|r| r.name == name)
+                .for_each(|r| r.kind = Kind::FileRw.into());
         }
         self.hv.approve(domid, instance, request.resources.clone(), Vec::new())?;
         self.hv.update(domid, instance, request)?;
@@ -362,7 +519,7 @@ impl Manager {
     }
 
     /// Ends the backend's process and waits until the next one has its disk.
-    fn disk_switch(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
+    fn disk_switch(&self, guest: &Guest, index: usize) -> Result<(), OpError> {
         let backend = self.own_backend(guest, index)?;
         let RunningDomain { domid, instance } = super::numbers(&backend)?;
         self.hv.kill(domid, instance, 9)?;
@@ -372,7 +529,7 @@ impl Manager {
                 .ok_or_else(|| OpError::Failed("its backend is gone; see bh services".into()))?;
             if now.generation > backend.generation && now.state() == DomainState::Running {
                 match self.hv.disk_bytes(&now.control_socket, 0) {
-                    Ok(_) => return Ok(nothing()),
+                    Ok(_) => return Ok(()),
                     Err(HvError::Refused(why)) => return Err(OpError::Failed(why)),
                     Err(HvError::Gone) => return Err(OpError::Killed),
                     Err(_) => {}

@@ -155,6 +155,104 @@ fn a_snapshot_is_made_or_undone() {
     }
 }
 
+/// A guest whose xvdc is an image over a backing file of this name.
+fn with_overlay(bench: &Bench, below: &str) -> (World, Arc<Manager>) {
+    let (world, manager) = with_guest(bench);
+    let at = |name: &str| bench.dir.path().join(name).display().to_string();
+    for name in ["over.qcow2", below] {
+        std::fs::write(at(name), vec![1; 4096]).unwrap();
+    }
+    let table = format!(
+        "{{vdev = \"xvdc\", path = {:?}, format = \"qcow2\", backing = [{{path = {:?}}}]}}",
+        at("over.qcow2"),
+        at(below)
+    );
+    manager.attach_disk("g", DiskEntry::parse(&table).unwrap()).unwrap();
+    (world, manager)
+}
+
+#[test]
+fn a_commit_is_made_or_undone() {
+    for below in ["base", "full"] {
+        let fails = below == "full";
+        let points = kill_everywhere(
+            |bench| with_overlay(bench, below),
+            |manager, _| match manager.commit_disk("g", "xvdc") {
+                Err(OpError::Failed(text)) if fails => {
+                    assert!(text.contains("no space left") && !text.contains('\n'), "{text}");
+                    Ok(())
+                }
+                other => other,
+            },
+            |world, state, killed| {
+                let inner = world.lock();
+                check(&inner, state, true);
+                let entry = &state.guests["g"].config.disk[2];
+                let made = entry.backing.is_empty();
+                assert!(made != fails || killed && !made, "{entry:?}");
+                let domain = inner.domains.iter().find(|d| d.name == "blkback-g-xvdc").unwrap();
+                let args = &inner.requests[&domain.instance].args;
+                assert!(!args.iter().any(|arg| arg == "--commit"), "{args:?}");
+                assert_eq!(
+                    args.iter().any(|arg| arg.contains("over.qcow2")),
+                    !made,
+                    "record and backend agree"
+                );
+                // What says that only a whole commit may be served comes with nothing else.
+                assert_eq!(args.iter().any(|arg| arg == "--committed"), made);
+            },
+        );
+        assert!(points > 12, "{points} kill points");
+    }
+}
+
+#[test]
+fn media_are_changed() {
+    let points = kill_everywhere(
+        |bench| {
+            let (world, manager) = with_guest(bench);
+            std::fs::write(bench.dir.path().join("a.iso"), vec![1; 4096]).unwrap();
+            std::fs::write(bench.dir.path().join("b.iso"), vec![1; 8192]).unwrap();
+            let path = bench.dir.path().join("a.iso");
+            let disk = format!("{},raw,xvdc,cdrom", path.display()).parse().unwrap();
+            manager.attach_disk("g", disk).unwrap();
+            (world, manager)
+        },
+        |manager, bench| manager.change_medium("g", "xvdc", Some(bench.dir.path().join("b.iso"))),
+        |world, state, killed| {
+            let inner = world.lock();
+            check(&inner, state, true);
+            let entry = &state.guests["g"].config.disk[2];
+            // Killed between the two, the drive is empty.
+            let name = entry.path.as_ref().map(|path| path.file_name().unwrap().to_str().unwrap());
+            assert!(name == Some("b.iso") || killed, "{entry:?}");
+            let domain = inner.domains.iter().find(|d| d.name == "blkback-g-xvdc").unwrap();
+            let request = &inner.requests[&domain.instance];
+            assert_eq!(request.args.iter().any(|arg| arg == "--empty"), name.is_none());
+            assert!(request.args.iter().any(|arg| arg == "r"), "a cdrom is only read: {:?}", request.args);
+        },
+    );
+    assert!(points > 8, "{points} kill points");
+}
+
+#[test]
+fn limits_go_to_the_nodes_and_stay() {
+    let bench = bench();
+    let (world, manager) = with_disk(&bench);
+    let limits =
+        crate::config::DiskLimits { iops: Some(100), bandwidth: Some(1 << 20), ..Default::default() };
+    manager.limit_disk("g", "xvdc", limits).unwrap();
+    let device = device_paths(&manager.state().guests["g"]).into_iter().find(|d| d.name == "xvdc").unwrap();
+    let node = |name: &str| world.lock().nodes[&format!("{}/{name}", device.back)].0.clone();
+    assert_eq!((node("limit-iops"), node("limit-bytes")), ("100".into(), "1048576".into()));
+    assert_eq!(manager.state().guests["g"].config.disk[2].iops, Some(100));
+    let none = crate::config::DiskLimits { iops_burst: Some(5), ..Default::default() };
+    let text = manager.limit_disk("g", "xvdc", none).unwrap_err().to_string();
+    assert!(text.contains("nothing without iops") && !text.contains('\n'), "{text}");
+    manager.limit_disk("g", "xvdc", Default::default()).unwrap();
+    assert_eq!(node("limit-iops"), "0");
+}
+
 #[test]
 fn what_cannot_be_is_refused_at_once() {
     let bench = bench();
@@ -173,6 +271,10 @@ fn what_cannot_be_is_refused_at_once() {
     refused(manager.attach_disk("g", "/nonexistent,raw,xvdd,rw".parse().unwrap()), "missing");
     refused(manager.detach_disk("g", "xvdz", false), "no disk");
     refused(manager.snapshot_disk("g", "xvda", "/s".into()), "only a disk of a file");
+    refused(manager.commit_disk("g", "xvda"), "only an image file");
+    refused(manager.commit_disk("g", "xvdc"), "no backing file");
+    refused(manager.change_medium("g", "xvdc", None), "devtype");
+    refused(manager.change_medium("g", "xvdc", Some("/nonexistent".into())), "missing");
     check(&world.lock(), &manager.state(), true);
     assert_eq!(manager.resize_disk("g", "xvdc", 1 << 20).unwrap(), 1 << 20);
     assert_eq!(manager.disks("g").unwrap()[2].bytes, 4096);

@@ -78,6 +78,12 @@ pub(crate) enum Step {
     SnapshotSwitch,
     /// The image as it was.
     SnapshotBack,
+    /// Have the backend's next process put the image into its backing file while it serves it.
+    CommitPrepare,
+    /// Wait until the backing file has everything.
+    CommitWait,
+    /// Have the backend's next process serve the backing file alone.
+    CommitPivot,
 }
 
 const REMOVE: [Step; 6] =
@@ -106,7 +112,17 @@ pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
         }
         (Phase::Undo, SagaKind::DetachDisk) => &[Step::DiskReplug],
         (Phase::Do, SagaKind::SnapshotDisk) => &[Step::SnapshotPrepare, Step::SnapshotSwitch],
-        (Phase::Undo, SagaKind::SnapshotDisk) => &[Step::SnapshotBack],
+        (Phase::Do, SagaKind::ChangeMedium) => &[Step::SnapshotPrepare, Step::SnapshotSwitch],
+        (Phase::Do, SagaKind::CommitDisk) => &[
+            Step::CommitPrepare,
+            Step::SnapshotSwitch,
+            Step::CommitWait,
+            Step::CommitPivot,
+            Step::SnapshotSwitch,
+        ],
+        (Phase::Undo, SagaKind::SnapshotDisk | SagaKind::CommitDisk | SagaKind::ChangeMedium) => {
+            &[Step::SnapshotBack]
+        }
         (Phase::Do, SagaKind::Destroy) | (Phase::Undo, _) => &REMOVE,
     }
 }
@@ -209,7 +225,10 @@ impl Manager {
             | Step::DiskForget
             | Step::SnapshotPrepare
             | Step::SnapshotSwitch
-            | Step::SnapshotBack => self.disk_step(step, guest, saga),
+            | Step::SnapshotBack
+            | Step::CommitPrepare
+            | Step::CommitWait
+            | Step::CommitPivot => self.disk_step(step, guest, saga),
             Step::Backends => self.do_backends(guest),
             Step::Domain => self.do_domain(guest),
             Step::Nodes => self.do_nodes(guest),
@@ -255,6 +274,8 @@ impl Manager {
                 (SagaKind::AttachDisk, _) => "disk attached".into(),
                 (SagaKind::DetachDisk, _) => "disk detached".into(),
                 (SagaKind::SnapshotDisk, _) => "snapshot made".into(),
+                (SagaKind::CommitDisk, _) => "image committed".into(),
+                (SagaKind::ChangeMedium, _) => "medium changed".into(),
             };
             let domid =
                 self.inner().state.guests.get(&at.guest).and_then(|g| g.domain).map_or(0, |d| d.domid);

@@ -5,7 +5,7 @@ use std::time::Instant;
 use proto::hvcore::{Domain, DomainState};
 
 use super::{Change, of_guest};
-use crate::config::{DiskSource, GuestType};
+use crate::config::GuestType;
 use crate::hv::{HvError, find_by_uuid, find_instance};
 use crate::manager::{Manager, OpError, one_line};
 use crate::specs;
@@ -25,8 +25,8 @@ impl Manager {
         for (index, disk) in guest.config.disk.iter().enumerate() {
             let vdev = disk.vdev.name();
             let name = guest.disk_backend_name(index);
-            let own = match disk.source() {
-                Some(DiskSource::Path(_) | DiskSource::Nbd(_)) => {
+            let own = match disk.has_own_backend() {
+                true => {
                     let uuid = guest_uuid_text(&private_backend_uuid(&guest.uuid, vdev));
                     let request = specs::private_blkback(&self.host(), guest, index)
                         .ok_or_else(|| OpError::Failed(format!("disk {vdev} has no path")))?;
@@ -34,7 +34,7 @@ impl Manager {
                         self.make_domain(&uuid, request).map_err(|e| e.at(&format!("disk {vdev}")))?;
                     OwnDisk { domid: domain.domid, instance: domain.instance, private: true }
                 }
-                _ => {
+                false => {
                     let domain = self.service_domain(&name).map_err(|e| e.at(&format!("disk {vdev}")))?;
                     OwnDisk { domid: domain.domid, instance: domain.instance, private: false }
                 }

@@ -102,12 +102,16 @@ pub enum SagaKind {
     DetachDisk,
     /// Put a new image on top of a running guest's disk.
     SnapshotDisk,
+    /// Put a running guest's image into its backing file, which is the disk then.
+    CommitDisk,
+    /// Put a medium into a running guest's drive, or take it out.
+    ChangeMedium,
 }
 
 impl SagaKind {
     /// It is about one disk of a guest that stays as it is otherwise.
     pub fn of_disk(self) -> bool {
-        matches!(self, SagaKind::AttachDisk | SagaKind::DetachDisk | SagaKind::SnapshotDisk)
+        !matches!(self, SagaKind::Create | SagaKind::Destroy | SagaKind::Reboot)
     }
 }
 
@@ -146,7 +150,7 @@ pub struct Saga {
 pub struct DiskChange {
     /// The disk as it was, or as it is attached.
     pub entry: DiskEntry,
-    /// The disk as it is after a snapshot.
+    /// The disk as it is after a snapshot, a commit, or with another medium.
     #[serde(default)]
     pub next: Option<DiskEntry>,
     /// Do not wait for the guest to let go.

@@ -1,7 +1,7 @@
 //! A PV device's two directories.
 
 use super::{Nodes, home};
-use crate::config::{AccessMode, VifEntry};
+use crate::config::{AccessMode, DevType, DiskEntry, VifEntry};
 use crate::state::Guest;
 use crate::store::Change;
 
@@ -170,13 +170,17 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
                 };
                 back.put(format!("{}/dev", device.back), &device.name);
                 back.put(format!("{}/type", device.back), "phy");
-                back.put(format!("{}/params", device.back), "disk");
+                back.put(format!("{}/params", device.back), params(disk));
                 back.put(format!("{}/mode", device.back), mode);
-                back.put(format!("{}/device-type", device.back), "disk");
-                back.put(format!("{}/removable", device.back), "0");
+                back.put(format!("{}/device-type", device.back), disk.devtype.word());
+                let removable = u32::from(disk.devtype == DevType::Cdrom);
+                back.put(format!("{}/removable", device.back), removable.to_string());
+                for (node, value) in disk.limits().nodes() {
+                    back.put(format!("{}/{node}", device.back), value.to_string());
+                }
                 back.put(format!("{}/bootable", device.back), "1");
                 front.put(format!("{}/virtual-device", device.front), device.id.to_string());
-                front.put(format!("{}/device-type", device.front), "disk");
+                front.put(format!("{}/device-type", device.front), disk.devtype.word());
             }
             _ => {
                 let mac = guest.mac(device.id as usize).to_string();
@@ -201,6 +205,33 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
         out.extend(front.out);
     }
     out
+}
+
+/// What the guest may know of the medium: whether there is one.
+fn params(disk: &DiskEntry) -> &'static str {
+    if disk.is_empty_drive() { "" } else { "disk" }
+}
+
+/// Tells of a medium that was put in or taken out.
+pub fn medium_nodes(device: &DevicePaths, disk: &DiskEntry) -> Vec<Change> {
+    vec![Change::Set { path: format!("{}/params", device.back), value: params(disk).into() }]
+}
+
+/// Other limits for a disk that is there.
+pub fn limit_nodes(device: &DevicePaths, disk: &DiskEntry) -> Vec<Change> {
+    let set = |(node, value): (&str, u64)| Change::Set {
+        path: format!("{}/{node}", device.back),
+        value: value.to_string(),
+    };
+    disk.limits().nodes().into_iter().map(set).collect()
+}
+
+/// Where a guest says what went wrong with a device.
+pub fn frontend_error_path(device: &DevicePaths) -> String {
+    match device.front.split_once("/device/") {
+        Some((home, rest)) => format!("{home}/error/device/{rest}/error"),
+        None => format!("{}/error", device.front),
+    }
 }
 
 /// The settings of a vif that netback reads, as far as they are not its defaults.

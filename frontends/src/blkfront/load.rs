@@ -63,13 +63,30 @@ pub struct Load {
     rng: Rng,
     next: u64,
     verified: u64,
+    /// Sectors of 512 bytes in one of the disk's.
+    unit: u64,
+    /// Some discards are secure.
+    secure: bool,
 }
 
 impl Load {
     /// A load on `sectors` sectors from `start` on, which are all zero. `sectors` is more than the longest request has.
     pub fn new(start: u64, sectors: u64, seed: u64) -> Self {
         let content = vec![0; sectors as usize];
-        Load { start, content, pending: HashMap::new(), rng: Rng::new(seed), next: 1, verified: 0 }
+        let (pending, rng) = (HashMap::new(), Rng::new(seed));
+        Load { start, content, pending, rng, next: 1, verified: 0, unit: 1, secure: false }
+    }
+
+    /// The same for a disk of sectors of so many bytes.
+    pub fn with_sector_size(mut self, bytes: u32) -> Self {
+        self.unit = u64::from(bytes).div_ceil(SECTOR as u64).max(1);
+        self
+    }
+
+    /// The same with secure discards among the others.
+    pub fn with_secure_discards(mut self) -> Self {
+        self.secure = true;
+        self
     }
 
     /// Bytes that were read and checked.
@@ -98,7 +115,8 @@ impl Load {
                 1..4 => 1 + self.rng.below((MAX_BYTES / SECTOR) as u64),
                 _ => 1 + self.rng.below(8),
             };
-            let first = self.rng.below(self.content.len() as u64 - sectors);
+            let sectors = sectors.next_multiple_of(self.unit).min((max_bytes / SECTOR) as u64);
+            let first = self.rng.below(self.content.len() as u64 - sectors) / self.unit * self.unit;
             let kind = self.rng.below(100);
             let data = !(94..97).contains(&kind);
             let overlaps = |p: &Pending| p.first < first + sectors && first < p.first + p.sectors;
@@ -121,6 +139,7 @@ impl Load {
                     (barrier, Done::Now(version), (cut / SECTOR) as u64)
                 }
                 94..97 => (Op::Flush, Done::Nothing, 0),
+                99 if self.secure => (Op::SecureDiscard { sector, sectors }, Done::Now(0), sectors),
                 _ => (Op::Discard { sector, sectors }, Done::Now(0), sectors),
             };
             if !submit(op, version) {

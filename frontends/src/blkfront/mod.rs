@@ -21,7 +21,9 @@ use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
-use xen_abi::io::blkif::{BLKIF_MAX_SEGMENTS_PER_REQUEST, VDISK_READONLY, node};
+use xen_abi::io::blkif::{
+    BLKIF_MAX_SEGMENTS_PER_REQUEST, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE, node,
+};
 
 use crate::ConnectError;
 
@@ -76,6 +78,16 @@ pub struct DiskInfo {
     pub flush: bool,
     /// Discards work.
     pub discard: bool,
+    /// Secure discards work.
+    pub discard_secure: bool,
+    /// Bytes of a sector, a power of two from 512 to 4096: requests are whole ones.
+    pub sector_size: u32,
+    /// Bytes of a physical sector.
+    pub physical_sector_size: u32,
+    /// It is a cdrom drive.
+    pub cdrom: bool,
+    /// Its medium can be taken out; `sectors` is 0 while there is none.
+    pub removable: bool,
 }
 
 /// How to connect. What the backend offers less of is used as far as it offers it.
@@ -140,11 +152,33 @@ impl BlkFront {
         queues.pop().ok_or(ConnectError::Node("vbd", id, "no queue"))
     }
 
-    /// The same with these options; gives a front for each queue.
+    /// The same with these options; gives a front for each queue. Why it failed stands in `error/device/vbd/ID/error` below the domain's
+    /// own directory, too.
     ///
     /// # Errors
     /// [`ConnectError`].
     pub fn connect_with(
+        hv: &Hypercall,
+        xs: &XsClient,
+        domid: u16,
+        id: u32,
+        timeout: Duration,
+        options: &Options,
+    ) -> Result<Vec<BlkFront>, ConnectError> {
+        let node = error_node(domid, id);
+        let connected = Self::connect_at(hv, xs, domid, id, timeout, options);
+        let said = match &connected {
+            Ok(_) => xs.rm(&node),
+            Err(why) => xs.write(&node, why.to_string()),
+        };
+        match said {
+            Err(error) if !error.is_not_found() => tracing::warn!(node, %error, "the error node"),
+            _ => {}
+        }
+        connected
+    }
+
+    fn connect_at(
         hv: &Hypercall,
         xs: &XsClient,
         domid: u16,
@@ -162,6 +196,7 @@ impl BlkFront {
         };
         let flush = offered(node::FEATURE_FLUSH_CACHE, 0)? != 0;
         let discard = offered(node::FEATURE_DISCARD, 0)? != 0;
+        let discard_secure = discard && offered(node::DISCARD_SECURE, 0)? != 0;
         let queues = options.queues.clamp(1, offered(node::MULTI_QUEUE_MAX_QUEUES, 1)?.max(1));
         let most_pages = 1usize << offered(node::MAX_RING_PAGE_ORDER, 0)?.min(4);
         let indirect = offered(node::FEATURE_MAX_INDIRECT_SEGMENTS, 0)? as usize;
@@ -192,12 +227,25 @@ impl BlkFront {
         }
         let sectors =
             front.backend_number(node::SECTORS)?.ok_or(ConnectError::Node("vbd", id, "no sectors node"))?;
-        if front.backend_number::<u32>(node::SECTOR_SIZE)? != Some(512) {
-            return Err(ConnectError::Node("vbd", id, "sectors are not of 512 bytes"));
+        let sector_size = front.backend_number::<u32>(node::SECTOR_SIZE)?.unwrap_or(512);
+        let physical_sector_size =
+            front.backend_number::<u32>(node::PHYSICAL_SECTOR_SIZE)?.unwrap_or(sector_size);
+        if ![512, 1024, 2048, 4096].contains(&sector_size) {
+            return Err(ConnectError::Node("vbd", id, "sectors are not of 512 to 4096 bytes"));
         }
         let info = front.backend_number::<u32>(node::INFO)?.unwrap_or(0);
         front.publish(&[], Connected)?;
-        let info = DiskInfo { sectors, read_only: info & VDISK_READONLY != 0, flush, discard };
+        let info = DiskInfo {
+            sectors,
+            read_only: info & VDISK_READONLY != 0,
+            flush,
+            discard,
+            discard_secure,
+            sector_size,
+            physical_sector_size,
+            cdrom: info & VDISK_CDROM != 0,
+            removable: info & VDISK_REMOVABLE != 0,
+        };
         let progress = Progress { last: Instant::now(), longest: Duration::ZERO };
         let window = Window::new(Duration::ZERO);
         Ok(parts.into_iter().map(|(queue, port)| BlkFront { queue, port, info, progress, window }).collect())
@@ -341,6 +389,11 @@ impl BlkFront {
     pub fn reset_longest_wait(&mut self) {
         self.progress = Progress { last: Instant::now(), longest: Duration::ZERO };
     }
+}
+
+/// Where a frontend says what went wrong with its device (as Linux's xenbus_dev_error does).
+pub fn error_node(domid: u16, id: u32) -> String {
+    format!("/local/domain/{domid}/error/device/vbd/{id}/error")
 }
 
 /// Says goodbye to device `id` of domain `domid`, whose fronts are not used any more, and begins again: it can then be connected

@@ -90,6 +90,13 @@ pub enum Op<'a> {
         /// How many.
         sectors: u64,
     },
+    /// And can't be had back.
+    SecureDiscard {
+        /// First sector.
+        sector: u64,
+        /// How many.
+        sectors: u64,
+    },
 }
 
 /// Why a request was not taken.
@@ -241,11 +248,11 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
             Op::Write { sector, data } => (BLKIF_OP_WRITE, sector, data.len()),
             Op::Flush => (BLKIF_OP_FLUSH_DISKCACHE, 0, 0),
             Op::Barrier { sector, data } => (BLKIF_OP_WRITE_BARRIER, sector, data.len()),
-            Op::Discard { sector, .. } => (BLKIF_OP_DISCARD, sector, 0),
+            Op::Discard { sector, .. } | Op::SecureDiscard { sector, .. } => (BLKIF_OP_DISCARD, sector, 0),
         };
         let most = if operation == BLKIF_OP_WRITE_BARRIER { MAX_BYTES } else { self.max_bytes() };
         let whole = len > 0 && len <= most && len.is_multiple_of(SECTOR as usize);
-        if !whole && !matches!(op, Op::Flush | Op::Discard { .. }) {
+        if !whole && !matches!(op, Op::Flush | Op::Discard { .. } | Op::SecureDiscard { .. }) {
             return Err(SubmitError::Length(len));
         }
         let Some(tag) = self.free.pop() else { return Err(SubmitError::Full) };
@@ -263,9 +270,11 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
 
     fn request(&self, op: Op<'_>, operation: u8, tag: u32, sector: u64, len: usize) -> Request {
         let id = tag.into();
-        if let Op::Discard { sectors, .. } = op {
+        if let Op::Discard { sectors, .. } | Op::SecureDiscard { sectors, .. } = op {
+            let secure = matches!(op, Op::SecureDiscard { .. });
             let discard = BlkifRequestDiscard {
                 operation,
+                flag: if secure { BLKIF_DISCARD_SECURE } else { 0 },
                 id,
                 sector_number: sector,
                 nr_sectors: sectors,

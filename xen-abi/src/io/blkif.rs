@@ -99,6 +99,8 @@ pub mod node {
     pub const DEVICE_TYPE: &str = "device-type";
     /// Toolstack, in the backend's directory: 1 for a medium that can be taken out.
     pub const REMOVABLE: &str = "removable";
+    /// Backend: "connected" once there is a disk to offer.
+    pub const HOTPLUG_STATUS: &str = "hotplug-status";
     /// Backend: "r" or "w"; "w!" for a disk that several write.
     pub const MODE: &str = "mode";
 }

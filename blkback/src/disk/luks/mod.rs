@@ -190,6 +190,11 @@ impl Layer for LuksLayer {
         self.write_zeroes(old, len - old)
     }
 
+    /// Zeroes are written as what they encrypt to, over what was there.
+    fn overwrites(&self) -> bool {
+        self.below.overwrites()
+    }
+
     fn settle(&self) -> Result<()> {
         self.below.settle()
     }

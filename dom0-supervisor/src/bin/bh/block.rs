@@ -125,6 +125,73 @@ pub async fn snapshot(
     say(json, &words, json!({ "guest": guest, "vdev": vdev, "image": text }))
 }
 
+/// How long a commit may take before `bh` stops waiting for it.
+const COMMIT_WITHIN: Duration = Duration::from_secs(24 * 3600);
+
+pub async fn commit(dom0: &Dom0, guest: String, vdev: String, json: bool) -> Result<(), Failure> {
+    let request = CommitDiskRequest { guest: guest.clone(), vdev: vdev.clone() };
+    dom0.once(COMMIT_WITHIN, |mut c| async move { c.commit_disk(request).await }).await?;
+    let text =
+        format!("disk {vdev} of guest {guest} is its backing file now; the image above is not used any more");
+    say(json, &text, json!({ "guest": guest, "vdev": vdev, "result": "committed" }))
+}
+
+pub async fn medium(
+    dom0: &Dom0,
+    guest: String,
+    vdev: String,
+    medium: Option<&Path>,
+    json: bool,
+) -> Result<(), Failure> {
+    let path = match medium {
+        Some(path) => {
+            let path =
+                std::path::absolute(path).map_err(|e| Failure::Input(format!("{}: {e}", path.display())))?;
+            path.to_str()
+                .ok_or_else(|| Failure::Input("the medium's path must be plain text".into()))?
+                .to_owned()
+        }
+        None => String::new(),
+    };
+    let request = ChangeMediumRequest { guest: guest.clone(), vdev: vdev.clone(), path: path.clone() };
+    dom0.once(WITHIN, |mut c| async move { c.change_medium(request).await }).await?;
+    let text = match path.as_str() {
+        "" => format!("drive {vdev} of guest {guest} is empty"),
+        path => format!("drive {vdev} of guest {guest} has {path}"),
+    };
+    say(json, &text, json!({ "guest": guest, "vdev": vdev, "medium": path }))
+}
+
+/// From the command line.
+pub fn limits(
+    guest: String,
+    vdev: String,
+    [iops, iops_burst]: [Option<u64>; 2],
+    bytes: [Option<String>; 2],
+) -> Result<LimitDiskRequest, Failure> {
+    let parsed = bytes.map(|text| match text {
+        None => Ok(None),
+        Some(text) => size(&text).map(Some).ok_or_else(|| {
+            Failure::Input(format!("bandwidth {text:?} must be bytes, perhaps with K, M, G, T"))
+        }),
+    });
+    let [bandwidth, bandwidth_burst] = parsed;
+    let (bandwidth, bandwidth_burst) = (bandwidth?, bandwidth_burst?);
+    Ok(LimitDiskRequest { guest, vdev, iops, iops_burst, bandwidth, bandwidth_burst })
+}
+
+pub async fn limit(dom0: &Dom0, request: LimitDiskRequest, json: bool) -> Result<(), Failure> {
+    let asked = request.clone();
+    dom0.once(WITHIN, |mut c| async move { c.limit_disk(asked).await }).await?;
+    let LimitDiskRequest { guest, vdev, iops, iops_burst, bandwidth, bandwidth_burst } = request;
+    say(
+        json,
+        &format!("disk {vdev} of guest {guest} has the limits"),
+        json!({ "guest": guest, "vdev": vdev, "iops": iops, "iops_burst": iops_burst, "bandwidth": bandwidth,
+            "bandwidth_burst": bandwidth_burst }),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::size;

@@ -33,6 +33,15 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::BlockResize { guest, vdev, size } => {
             block::resize(&dom0, guest, vdev, &size, args.json).await
         }
+        Command::BlockCommit { guest, vdev } => block::commit(&dom0, guest, vdev, args.json).await,
+        Command::BlockInsert { guest, vdev, medium } => {
+            block::medium(&dom0, guest, vdev, Some(&medium), args.json).await
+        }
+        Command::BlockEject { guest, vdev } => block::medium(&dom0, guest, vdev, None, args.json).await,
+        Command::BlockLimit { guest, vdev, iops, iops_burst, bandwidth, bandwidth_burst } => {
+            let request = block::limits(guest, vdev, [iops, iops_burst], [bandwidth, bandwidth_burst])?;
+            block::limit(&dom0, request, args.json).await
+        }
         Command::BlockSnapshot { guest, vdev, image } => {
             block::snapshot(&dom0, guest, vdev, &image, args.json).await
         }

@@ -112,6 +112,50 @@ enum Command {
         /// The new image; made here.
         image: PathBuf,
     },
+    /// Put a running guest's image into its backing file, which is the disk then.
+    BlockCommit {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+    },
+    /// Put a medium into a running guest's cdrom drive.
+    #[command(alias = "cd-insert")]
+    BlockInsert {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+        /// The medium: an image file or device.
+        medium: PathBuf,
+    },
+    /// Take the medium out of a running guest's cdrom drive.
+    #[command(alias = "cd-eject")]
+    BlockEject {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+    },
+    /// What a running guest may do with a disk in a second. What is left out has no limit.
+    BlockLimit {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As xvdb.
+        vdev: String,
+        /// Requests.
+        #[arg(long)]
+        iops: Option<u64>,
+        /// Requests at once after a rest; a tenth of a second's if left out.
+        #[arg(long)]
+        iops_burst: Option<u64>,
+        /// Bytes, or with K, M, G or T.
+        #[arg(long)]
+        bandwidth: Option<String>,
+        /// Bytes at once after a rest; a tenth of a second's if left out.
+        #[arg(long)]
+        bandwidth_burst: Option<String>,
+    },
     /// Service domains.
     Services {
         /// With the counters of each (JSON has them anyway).

@@ -1,0 +1,176 @@
+//! The file system load: an ext4 is made on a disk, mounted, stressed, unmounted, mounted again, compared, and checked.
+//!
+//! Every file's content follows from its number and version, so that each read can be judged. Reads come from the disk: the page
+//! cache is dropped before them.
+
+use crate::system;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// Threads that write at the same time, each in a directory of its own.
+const THREADS: u64 = 4;
+/// Files of a thread.
+const FILES: u64 = 12;
+/// Times that each file is written.
+const ROUNDS: u64 = 3;
+/// Most bytes of a file.
+const MOST: u64 = 192 << 10;
+
+/// What was done on one disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Done {
+    /// Files written, renamed or removed.
+    pub files: u64,
+    /// Bytes read back and compared.
+    pub verified: u64,
+}
+
+/// One file's content: its length and bytes follow from where it is and how often it was written.
+struct Content(u64);
+
+impl Content {
+    fn of(thread: u64, file: u64, round: u64) -> Self {
+        Self(((thread + 1) << 40 | (file + 1) << 20 | (round + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn len(&self) -> u64 {
+        1 + self.0 % MOST
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut state = self.0;
+        let mut bytes = Vec::with_capacity(self.len() as usize + 8);
+        while (bytes.len() as u64) < self.len() {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend(state.to_le_bytes());
+        }
+        bytes.truncate(self.len() as usize);
+        bytes
+    }
+}
+
+fn file_at(dir: &Path, thread: u64, file: u64) -> PathBuf {
+    dir.join(format!("t{thread}")).join(format!("f{file}"))
+}
+
+/// The version that a file has at the end of a round; `None`: it was removed.
+fn version(file: u64, round: u64) -> Option<u64> {
+    ((file + round) % 5 != 0).then_some(round)
+}
+
+fn write_all(dir: &Path, thread: u64, round: u64) -> io::Result<u64> {
+    let mut done = 0;
+    fs::create_dir_all(dir.join(format!("t{thread}")))?;
+    for file in 0..FILES {
+        let path = file_at(dir, thread, file);
+        done += 1;
+        let Some(round) = version(file, round) else {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => continue,
+            }
+        };
+        // Beside its place and renamed over it, as editors and package managers do.
+        let part = path.with_extension("part");
+        let mut out = File::create(&part)?;
+        for piece in Content::of(thread, file, round).bytes().chunks(20_000) {
+            out.write_all(piece)?;
+        }
+        if file % 3 == 0 {
+            out.sync_all()?;
+        }
+        fs::rename(&part, &path)?;
+    }
+    Ok(done)
+}
+
+/// Compares everything; the bytes that were read.
+fn verify(dir: &Path, round: u64) -> io::Result<u64> {
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let mut read = 0;
+    for thread in 0..THREADS {
+        for file in 0..FILES {
+            let path = file_at(dir, thread, file);
+            let mut bytes = Vec::new();
+            let there = match File::open(&path) {
+                Ok(mut open) => open.read_to_end(&mut bytes).map(|_| true)?,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+                Err(e) => return Err(e),
+            };
+            let want = version(file, round).map(|round| Content::of(thread, file, round).bytes());
+            if there != want.is_some() || want.is_some_and(|want| want != bytes) {
+                return Err(io::Error::other(format!("{}: not what was written", path.display())));
+            }
+            read += bytes.len() as u64;
+        }
+    }
+    Ok(read)
+}
+
+/// All of it on `/dev/DISK`, which may be plugged in later: it is waited for so long.
+///
+/// # Errors
+/// The first thing that went wrong, with the step.
+pub fn run(disk: &str, patience: Duration) -> io::Result<Done> {
+    let device = format!("/dev/{disk}");
+    system::wait_for(&device, patience)?;
+    let dir = PathBuf::from(format!("/mnt/{disk}"));
+    let shown = dir.display().to_string();
+    fs::create_dir_all(&dir)?;
+    system::command("/sbin/mke2fs", &["-q", "-F", "-t", "ext4", &device])?;
+    let mut done = Done::default();
+    system::command("/bin/busybox", &["mount", "-t", "ext4", &device, &shown])?;
+    for round in 0..ROUNDS {
+        let at = dir.as_path();
+        done.files += thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..THREADS).map(|t| scope.spawn(move || write_all(at, t, round))).collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))))
+                .sum::<io::Result<u64>>()
+        })?;
+        nix::unistd::sync();
+        done.verified += verify(&dir, round)?;
+    }
+    system::command("/bin/busybox", &["umount", &shown])?;
+    system::command("/bin/busybox", &["mount", "-t", "ext4", &device, &shown])?;
+    done.verified += verify(&dir, ROUNDS - 1)?;
+    system::command("/bin/busybox", &["umount", &shown])?;
+    system::command("/sbin/e2fsck", &["-f", "-n", &device])?;
+    Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_differ_and_are_what_they_were() {
+        let (a, b) = (Content::of(0, 1, 2), Content::of(0, 2, 1));
+        assert_eq!(a.bytes(), Content::of(0, 1, 2).bytes());
+        assert_ne!(a.bytes(), b.bytes());
+        assert_eq!(a.bytes().len() as u64, a.len());
+    }
+
+    #[test]
+    fn what_is_written_is_found_and_what_is_not_is_told() {
+        let dir = std::env::temp_dir().join(format!("guest-agent-fs-{}", std::process::id()));
+        for round in 0..2 {
+            for thread in 0..THREADS {
+                write_all(&dir, thread, round).unwrap();
+            }
+        }
+        // Dropping caches takes root; what is compared is the same.
+        if fs::write("/proc/sys/vm/drop_caches", "0").is_ok() {
+            assert!(verify(&dir, 1).unwrap() > 0);
+            assert!(verify(&dir, 0).is_err());
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
