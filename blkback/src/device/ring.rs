@@ -243,7 +243,7 @@ impl StartingRing {
     /// # Errors
     /// No thread could be made.
     pub fn start(self, key: DeviceKey) -> Result<Ring, AttachError> {
-        let StartingRing { number, wake, stats, engine, mapped, port, journal, user, hv, handle, claiming } =
+        let StartingRing { number, wake, stats, engine, mapped, port, journal, user, handle, claiming } =
             self;
         let control = Arc::new(RingControl {
             wake,

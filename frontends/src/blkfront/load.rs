@@ -67,6 +67,7 @@ pub struct Load {
     unit: u64,
     /// Some discards are secure.
     secure: bool,
+    discards: bool,
 }
 
 impl Load {
@@ -74,12 +75,18 @@ impl Load {
     pub fn new(start: u64, sectors: u64, seed: u64) -> Self {
         let content = vec![0; sectors as usize];
         let (pending, rng) = (HashMap::new(), Rng::new(seed));
-        Load { start, content, pending, rng, next: 1, verified: 0, unit: 1, secure: false }
+        Load { start, content, pending, rng, next: 1, verified: 0, unit: 1, secure: false, discards: true }
     }
 
     /// The same for a disk of sectors of so many bytes.
     pub fn with_sector_size(mut self, bytes: u32) -> Self {
         self.unit = u64::from(bytes).div_ceil(SECTOR as u64).max(1);
+        self
+    }
+
+    /// The same without discards: for disks whose discarded sectors read as before.
+    pub fn without_discards(mut self) -> Self {
+        self.discards = false;
         self
     }
 
@@ -117,7 +124,7 @@ impl Load {
             };
             let sectors = sectors.next_multiple_of(self.unit).min((max_bytes / SECTOR) as u64);
             let first = self.rng.below(self.content.len() as u64 - sectors) / self.unit * self.unit;
-            let kind = self.rng.below(100);
+            let kind = self.rng.below(if self.discards { 100 } else { 97 });
             let data = !(94..97).contains(&kind);
             let overlaps = |p: &Pending| p.first < first + sectors && first < p.first + p.sectors;
             if data && self.pending.values().any(overlaps) {

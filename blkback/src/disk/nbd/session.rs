@@ -33,7 +33,7 @@ pub const STATE_BYTES: usize = 4096;
 /// Most bytes of one read: with its header it must fit into the socket's buffer as a whole.
 pub const MOST_READ: usize = 32 << 10;
 
-const MAGIC: u32 = 0x6e62_6431;
+const MAGIC: u32 = 0x6e62_6432;
 const AT_MAGIC: usize = 0;
 /// Slot that is being sent, plus 1.
 const AT_SENDING: usize = 4;
@@ -43,11 +43,10 @@ const AT_TOTAL: usize = 8;
 const AT_STEP: usize = 16;
 /// Two mmsghdr, for even and odd steps.
 const AT_HEADERS: usize = 64;
-/// Per slot: state, then the bytes of data that a good simple reply brings.
+/// Per slot, four words: how many requests were begun on it, which of them was sent whole last, which was answered last, and the bytes of
+/// data that a good simple reply brings.
 const AT_SLOTS: usize = 256;
 const NO_COUNT: u32 = u32::MAX;
-const FREE: u32 = 0;
-const SENT: u32 = 1;
 
 /// The shared memory.
 #[derive(Debug)]
@@ -62,7 +61,7 @@ impl Kept {
     }
 
     fn slot(slot: usize) -> usize {
-        AT_SLOTS + 8 * slot
+        AT_SLOTS + 16 * slot
     }
 
     fn header(step: u32) -> usize {
@@ -73,13 +72,27 @@ impl Kept {
         Self::header(step) + std::mem::offset_of!(libc::mmsghdr, msg_len)
     }
 
-    /// A reply of the slot is noted: it is answered whatever becomes of us.
+    /// A reply of the slot is noted: it is answered whatever becomes of us. The reply can be here before the sender has noted that
+    /// it sent all of the request: so each writes a word of its own, and neither undoes what the other says.
     pub fn answered(&self, slot: usize) {
-        self.0.store_u32(Self::slot(slot), FREE, Release);
+        let begun = self.0.load_u32(Self::slot(slot), Acquire);
+        self.0.store_u32(Self::slot(slot) + 8, begun, Release);
     }
 
+    fn begin(&self, slot: usize) {
+        let begun = self.0.load_u32(Self::slot(slot), Relaxed);
+        self.0.store_u32(Self::slot(slot), begun.wrapping_add(1), Release);
+    }
+
+    fn sent(&self, slot: usize) {
+        let begun = self.0.load_u32(Self::slot(slot), Relaxed);
+        self.0.store_u32(Self::slot(slot) + 4, begun, Release);
+    }
+
+    /// It was sent whole and is not answered.
     fn is_sent(&self, slot: usize) -> bool {
-        self.0.load_u32(Self::slot(slot), Acquire) == SENT
+        let [sent, answered] = [4, 8].map(|at| self.0.load_u32(Self::slot(slot) + at, Acquire));
+        sent.wrapping_sub(answered).cast_signed() > 0
     }
 
     /// Sends a frame whole. One thread at a time.
@@ -88,7 +101,8 @@ impl Kept {
     /// The connection's. It is of no use then.
     pub fn send(&self, fd: BorrowedFd<'_>, slot: usize, data_back: usize, frame: [&[u8]; 2]) -> Result<()> {
         let total = frame[0].len() + frame[1].len();
-        self.0.store_u32(Self::slot(slot) + 4, data_back as u32, Relaxed);
+        self.0.store_u32(Self::slot(slot) + 12, data_back as u32, Relaxed);
+        self.begin(slot);
         self.0.store_u32(AT_TOTAL, total as u32, Relaxed);
         self.0.store_u32(Self::count_at(0), NO_COUNT, Relaxed);
         self.0.store_u64(AT_STEP, 0, Relaxed);
@@ -109,7 +123,7 @@ impl Kept {
             self.0.store_u32(Self::count_at(step), NO_COUNT, Release);
             self.0.store_u64(AT_STEP, u64::from(step) << 32 | sent as u64, Release);
         }
-        self.0.store_u32(Self::slot(slot), SENT, Release);
+        self.sent(slot);
         self.0.store_u32(AT_SENDING, 0, Release);
         Ok(())
     }
@@ -153,14 +167,14 @@ impl Kept {
             sent = sent.saturating_add(count);
         }
         if sent >= self.0.load_u32(AT_TOTAL, Acquire) {
-            self.0.store_u32(Self::slot(sending - 1), SENT, Release);
+            self.sent(sending - 1);
         }
         self.0.store_u32(AT_SENDING, 0, Release);
     }
 
     /// Bytes of data that the slot's good simple reply brings.
     pub fn data_back(&self, slot: usize) -> usize {
-        (self.0.load_u32(Self::slot(slot) + 4, Relaxed) as usize).min(MOST_READ)
+        (self.0.load_u32(Self::slot(slot) + 12, Relaxed) as usize).min(MOST_READ)
     }
 }
 
@@ -283,9 +297,45 @@ pub fn drain(socket: impl AsFd, kept: &Kept, patience: Duration) -> Result<Durat
 }
 
 #[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that is quick has answered before the sender has noted that all is sent; a kill may come at any of these moments. A slot
+    /// that counted as waiting for ever kept the next process from its disk.
+    #[test]
+    fn an_answer_may_overtake_the_note_that_all_was_sent() {
+        let kept = Kept(SharedMem::create("nbd", STATE_BYTES).unwrap().0);
+        kept.clear();
+        for round in 0..3 {
+            kept.begin(5);
+            kept.answered(5);
+            assert!(!kept.is_sent(5), "round {round}");
+            kept.sent(5);
+            assert!(!kept.is_sent(5), "round {round}: answered already");
+            // The usual order.
+            kept.begin(5);
+            assert!(!kept.is_sent(5), "not whole yet");
+            kept.sent(5);
+            assert!(kept.is_sent(5));
+            kept.answered(5);
+            assert!(!kept.is_sent(5));
+        }
+        // Killed with all bytes on their way and the answer here, before the note.
+        kept.forge(5, 100, 100);
+        kept.answered(5);
+        kept.settle();
+        assert!(!kept.is_sent(5));
+        kept.forge(5, 100, 100);
+        kept.settle();
+        assert!(kept.is_sent(5));
+    }
+}
+
+#[cfg(test)]
 impl Kept {
     /// As a kill in the middle of sending leaves it: `sent` bytes are in the socket.
     pub(super) fn forge(&self, slot: usize, total: u32, sent: u32) {
+        self.begin(slot);
         self.0.store_u32(AT_TOTAL, total, Relaxed);
         // Half by an earlier step, the rest by one whose count was not looked at any more.
         self.0.store_u64(AT_STEP, 3 << 32 | u64::from(sent / 2), Relaxed);
