@@ -200,7 +200,7 @@ impl Device {
                 });
                 match made {
                     Ok(ring) => starting.rings.insert(0, ring),
-                    Err(e) => return Err((starting, e)),
+                    Err(e) => return Err((Box::new(starting), e)),
                 }
             }
             Ok(starting)

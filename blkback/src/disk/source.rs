@@ -144,7 +144,7 @@ pub(super) fn overwrites_in_place(file: impl AsFd, block: bool) -> bool {
     // linux/magic.h: ext2, ext3 and ext4 share one.
     const EXT4: i64 = 0xef53;
     const TMPFS: i64 = 0x0102_1994;
-    block || rustix::fs::fstatfs(file).is_ok_and(|fs| [EXT4, TMPFS].contains(&(fs.f_type as i64)))
+    block || rustix::fs::fstatfs(file).is_ok_and(|fs| [EXT4, TMPFS].contains(&(fs.f_type)))
 }
 
 /// Works for block devices too, where fstat tells no size.

@@ -297,6 +297,19 @@ pub fn drain(socket: impl AsFd, kept: &Kept, patience: Duration) -> Result<Durat
 }
 
 #[cfg(test)]
+impl Kept {
+    /// As a kill in the middle of sending leaves it: `sent` bytes are in the socket.
+    pub(super) fn forge(&self, slot: usize, total: u32, sent: u32) {
+        self.begin(slot);
+        self.0.store_u32(AT_TOTAL, total, Relaxed);
+        // Half by an earlier step, the rest by one whose count was not looked at any more.
+        self.0.store_u64(AT_STEP, 3 << 32 | u64::from(sent / 2), Relaxed);
+        self.0.store_u32(Self::count_at(3), if sent == 0 { NO_COUNT } else { sent - sent / 2 }, Relaxed);
+        self.0.store_u32(AT_SENDING, slot as u32 + 1, Release);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -328,18 +341,5 @@ mod tests {
         kept.forge(5, 100, 100);
         kept.settle();
         assert!(kept.is_sent(5));
-    }
-}
-
-#[cfg(test)]
-impl Kept {
-    /// As a kill in the middle of sending leaves it: `sent` bytes are in the socket.
-    pub(super) fn forge(&self, slot: usize, total: u32, sent: u32) {
-        self.begin(slot);
-        self.0.store_u32(AT_TOTAL, total, Relaxed);
-        // Half by an earlier step, the rest by one whose count was not looked at any more.
-        self.0.store_u64(AT_STEP, 3 << 32 | u64::from(sent / 2), Relaxed);
-        self.0.store_u32(Self::count_at(3), if sent == 0 { NO_COUNT } else { sent - sent / 2 }, Relaxed);
-        self.0.store_u32(AT_SENDING, slot as u32 + 1, Release);
     }
 }
