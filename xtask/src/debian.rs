@@ -100,18 +100,6 @@ pub fn xen_daemons() -> Result<PathBuf> {
     unpacked_together(Release::Bookworm, "xen-daemons", XEN_DAEMONS)
 }
 
-/// Debian 13's mke2fs and e2fsck with the libraries that they load.
-const EXT4_TOOLS: &[&str] =
-    &["e2fsprogs", "libext2fs2t64", "libcom-err2", "libss2", "libblkid1", "libuuid1", "libc6"];
-
-/// A tree with e2fsprogs, unpacked and not installed.
-///
-/// # Errors
-/// When apt cannot fetch it.
-pub fn ext4_tools() -> Result<PathBuf> {
-    unpacked_together(Release::Trixie, "ext4-tools", EXT4_TOOLS)
-}
-
 /// A small Debian tree with QEMU in it, for `--root` where the host's QEMU is too old for a
 /// comparison. Takes a minute or two the first time.
 ///

@@ -66,9 +66,6 @@ pub struct Image {
     pub initrd: PathBuf,
 }
 
-/// Beside the initramfs: the same with e2fsprogs, for guests that make file systems. Unpacking it takes an emulated guest longer.
-const INITRD_FS: &str = "initrd-fs.img";
-
 /// Options of `cargo xtask guest-image`.
 #[derive(Args, Clone, Debug)]
 pub struct GuestArgs {
@@ -126,19 +123,14 @@ pub fn image(guest: Guest) -> Result<Image> {
         initrd: dir.join("initrd.img"),
     };
     let mut hash = DefaultHasher::new();
-    (&agent, &busybox, INITRD_FS, XEN, VIRTIO, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
+    (&agent, &busybox, XEN, VIRTIO, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
     let stamp = format!("{:016x}", hash.finish());
     let stamp_file = dir.join("stamp");
     let _lock = setup::lock(guest.name())?;
     let fresh = fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp);
     if !(fresh && image.vmlinuz.exists() && image.initrd.exists()) {
         replace(&image.vmlinuz, &fs::read(&kernel.vmlinuz)?)?;
-        let initrd = initramfs(&kernel, &agent, &busybox)?;
-        replace(&image.initrd, &initrd)?;
-        if guest == Guest::Debian13 {
-            // The kernel unpacks one archive after the other.
-            replace(&dir.join(INITRD_FS), &[initrd, ext4_tools()?].concat())?;
-        }
+        replace(&image.initrd, &initramfs(&kernel, &agent, &busybox)?)?;
         replace(&stamp_file, stamp.as_bytes())?;
     }
     Ok(image)
@@ -200,35 +192,6 @@ fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
             }
         }
         cpio.file(&format!("lib/bulkhead-modules/{list}"), 0o644, order.as_bytes());
-    }
-    Ok(cpio.finish())
-}
-
-/// An archive with mke2fs, e2fsck and what the dynamic linker finds for them.
-fn ext4_tools() -> Result<Vec<u8>> {
-    let tree = debian::ext4_tools()?;
-    let find = |name: &str| -> Result<Vec<u8>> {
-        let places =
-            ["usr/sbin", "sbin", "usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib64", "etc"];
-        let found = places.iter().map(|dir| tree.join(dir).join(name)).find(|path| path.is_file());
-        let path = found.with_context(|| format!("no {name} in {}", tree.display()))?;
-        fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
-    };
-    let mut cpio = Cpio::new();
-    for (name, at) in [
-        ("mke2fs", "sbin/mke2fs"),
-        ("e2fsck", "sbin/e2fsck"),
-        ("mke2fs.conf", "etc/mke2fs.conf"),
-        ("ld-linux-x86-64.so.2", "lib64/ld-linux-x86-64.so.2"),
-        ("libc.so.6", "lib/x86_64-linux-gnu/libc.so.6"),
-        ("libext2fs.so.2", "lib/x86_64-linux-gnu/libext2fs.so.2"),
-        ("libe2p.so.2", "lib/x86_64-linux-gnu/libe2p.so.2"),
-        ("libcom_err.so.2", "lib/x86_64-linux-gnu/libcom_err.so.2"),
-        ("libblkid.so.1", "lib/x86_64-linux-gnu/libblkid.so.1"),
-        ("libuuid.so.1", "lib/x86_64-linux-gnu/libuuid.so.1"),
-    ] {
-        let mode = if at.starts_with("etc") { 0o644 } else { 0o755 };
-        cpio.file(at, mode, &find(name)?);
     }
     Ok(cpio.finish())
 }

@@ -8,7 +8,6 @@
 //! | `bh.ip=A.B.C.D/N` `bh.gw=A.B.C.D` `bh.nic=eth0` | static address of the NIC |
 //! | `bh.work=disk,tcp,ping` | which loads run (none: the guest is idle) |
 //! | `bh.disk=xvda` `bh.span=MIB` `bh.threads=N` `bh.max_blocks=N` `bh.disk_pause_us=N` | the disk load |
-//! | `bh.fs=xvda,xvdb` | makes an ext4 on each, stresses and checks it; a disk that is not there yet is waited for. Needs the image with e2fsprogs |
 //! | `bh.peer=IP:PORT` `bh.rate=BYTES_PER_S` | the TCP load |
 //! | `bh.ping=IP` `bh.ping_ms=N` | the ping load (default: the peer, 100 ms) |
 //! | `bh.seed=N` | seed of contents and choices |
@@ -19,7 +18,6 @@
 //! Called as `poweroff`, `reboot` or `halt` (the kernel does so when the toolstack asks for it
 //! through xenstore) it signals process 1.
 
-mod fs;
 mod options;
 mod report;
 mod system;
@@ -73,9 +71,8 @@ fn init() -> ExitCode {
     ]);
     signals.thread_block().ok();
     let mounted = system::mounts();
-    // For as long as the guest runs.
-    let reporter: &'static Reporter = Box::leak(Box::new(Reporter::open()));
-    boot_line(reporter);
+    let reporter = Reporter::open();
+    boot_line(&reporter);
     if let Err(e) = mounted {
         reporter.error("mount", &e);
     }
@@ -83,7 +80,7 @@ fn init() -> ExitCode {
     let (ends, end) = mpsc::channel();
     thread::spawn(move || watch_signals(&signals, &ends));
 
-    system::load_modules(reporter);
+    system::load_modules(&reporter);
     if options.shell {
         thread::spawn(system::shell);
     }
@@ -92,23 +89,10 @@ fn init() -> ExitCode {
     {
         reporter.error("net", &e);
     }
-    for disk in options.fs.clone() {
-        thread::spawn(move || {
-            let line = Json::new("fs").text("disk", &disk);
-            match fs::run(&disk, Duration::from_secs(600)) {
-                Ok(done) => {
-                    reporter.line(
-                        &line.flag("ok", true).count("files", done.files).count("verified", done.verified),
-                    );
-                }
-                Err(e) => reporter.line(&line.flag("ok", false).text("why", &e.to_string())),
-            }
-        });
-    }
-    let work = work::start(&options, reporter);
+    let work = work::start(&options, &reporter);
     let limit = options.seconds.map(Duration::from_secs);
-    let why = work.watch(Duration::from_millis(options.interval_ms), limit, reporter, &end);
-    let clean = work.stop(reporter);
+    let why = work.watch(Duration::from_millis(options.interval_ms), limit, &reporter, &end);
+    let clean = work.stop(&reporter);
     reporter.line(&Json::new("end").text("why", why.name()).flag("clean", clean));
     system::finish(why)
 }

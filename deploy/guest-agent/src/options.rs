@@ -24,8 +24,6 @@ pub struct Options {
     pub seconds: Option<u64>,
     pub interval_ms: u64,
     pub shell: bool,
-    /// Disks that get a file system each.
-    pub fs: Vec<String>,
     /// Words that start with `bh.` and mean nothing here.
     pub unknown: Vec<String>,
 }
@@ -75,7 +73,6 @@ impl Options {
             "nic" => value.clone_into(&mut self.nic),
             "disk" => value.clone_into(&mut self.disk),
             "shell" => self.shell = true,
-            "fs" => self.fs = value.split(',').filter(|d| !d.is_empty()).map(str::to_owned).collect(),
             "work" => {
                 for load in value.split(',') {
                     match load {

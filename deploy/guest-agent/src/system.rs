@@ -64,22 +64,13 @@ static WAITING: Mutex<()> = Mutex::new(());
 static SHELL: AtomicI32 = AtomicI32::new(0);
 
 fn busybox(args: &[&str]) -> io::Result<()> {
-    command("/bin/busybox", args)
-}
-
-/// Runs a program to its end.
-///
-/// # Errors
-/// It cannot be started, or failed: with what it said.
-pub fn command(program: &str, args: &[&str]) -> io::Result<()> {
     let _held = WAITING.lock();
-    let out = Command::new(program).args(args).stdin(Stdio::null()).output()?;
+    let out = Command::new("/bin/busybox").args(args).stdin(Stdio::null()).output()?;
     if out.status.success() {
         return Ok(());
     }
-    let text =
-        [out.stdout, out.stderr].map(|bytes| String::from_utf8_lossy(&bytes).trim().replace('\n', "; "));
-    Err(io::Error::other(format!("{program} {}: {}", args.join(" "), text.join(" "))))
+    let text = String::from_utf8_lossy(&out.stderr);
+    Err(io::Error::other(format!("{}: {}", args.join(" "), text.trim())))
 }
 
 /// Takes the exit status of every ended child, as process 1 must.
