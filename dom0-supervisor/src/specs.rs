@@ -202,6 +202,27 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
     if let Some(router) = entry.uplink_gateway {
         request.args.extend(["--uplink-gateway".into(), router.to_string()]);
     }
+    if let Some(gateway) = &entry.gateway6 {
+        request.args.extend(["--gateway6".into(), gateway.clone()]);
+        // The switches for IPv6 routing have no other door. It shows who looks there its own network namespace alone.
+        let sysctl = "/proc/sys/net".to_owned();
+        request.binds.push(Bind { source: sysctl.clone(), target: sysctl, read_only: false });
+    }
+    if let Some(address) = &entry.uplink_address6 {
+        request.args.extend(["--uplink-address6".into(), address.clone()]);
+    }
+    if let Some(router) = entry.uplink_gateway6 {
+        request.args.extend(["--uplink-gateway6".into(), router.to_string()]);
+    }
+    for server in &entry.dns {
+        request.args.extend(["--dns".into(), server.to_string()]);
+    }
+    if !entry.dhcp {
+        request.args.push("--no-dhcp".into());
+    }
+    if !entry.ra {
+        request.args.push("--no-ra".into());
+    }
     request.args.extend(entry.args.iter().cloned());
     Service { name: name.into(), kind: ServiceKind::Netback, request, disk: None }
 }

@@ -1,7 +1,7 @@
 //! What `bh` is shown: desired state, hv-core's table and the store put together.
 
 use proto::hvcore::{Domain, DomainState, Role};
-use proto::toolstack::{Device, Disk, Failure, Guest as GuestView, InfoReply, ServiceInfo};
+use proto::toolstack::{Device, Disk, Failure, Guest as GuestView, InfoReply, ServiceInfo, Vif};
 
 use crate::config::GuestType;
 use crate::manager::{Manager, OpError};
@@ -52,7 +52,7 @@ impl Manager {
         let domain = guest.domain.and_then(|running| {
             domains.iter().find(|d| d.domid == u32::from(running.domid) && d.instance == running.instance)
         });
-        let saga = state.saga_of(name).map(|(_, saga)| saga).filter(|saga| !saga.kind.of_disk());
+        let saga = state.saga_of(name).map(|(_, saga)| saga).filter(|saga| !saga.kind.of_device());
         let word = match (saga, domain.map(Domain::state)) {
             (Some(saga), _) if saga.phase == Phase::Undo || saga.kind == SagaKind::Destroy => "destroying",
             (Some(saga), _) if saga.kind == SagaKind::Reboot => "rebooting",
@@ -136,6 +136,29 @@ impl Manager {
         by_backend.or(length).or(by_guest).unwrap_or_default()
     }
 
+    /// The network devices of a guest.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn vifs(&self, guest: &str) -> Result<Vec<Vif>, OpError> {
+        let state = self.state();
+        let (_, guest) = state.find(guest).ok_or_else(|| crate::ops::no_guest(guest))?;
+        let devices = self.device_views(guest);
+        let vifs = guest.config.vif.iter().enumerate().map(|(index, vif)| {
+            let id = guest.vif_id(index);
+            let device = devices.iter().find(|d| d.r#type == "vif" && d.id == id);
+            Vif {
+                id,
+                backend: vif.backend.to_string(),
+                mac: guest.mac(index).to_string(),
+                ip: vif.ip.iter().map(ToString::to_string).collect(),
+                frontend_state: device.map(|d| d.frontend_state.clone()).unwrap_or_default(),
+                backend_state: device.map(|d| d.backend_state.clone()).unwrap_or_default(),
+            }
+        });
+        Ok(vifs.collect())
+    }
+
     fn device_views(&self, guest: &Guest) -> Vec<Device> {
         // A store that does not answer costs this view the states, not the list.
         let read = |path: String| {
@@ -153,7 +176,11 @@ impl Manager {
                 backend_domid: d.backend_domid.into(),
                 frontend_state: read(format!("{}/state", d.front)),
                 backend_state: read(format!("{}/state", d.back)),
-                mac: if d.kind == "vif" { guest.mac(d.id as usize).to_string() } else { String::new() },
+                mac: guest
+                    .vif_index(d.id)
+                    .filter(|_| d.kind == "vif")
+                    .map(|index| guest.mac(index).to_string())
+                    .unwrap_or_default(),
                 path: disk_path(guest, d.kind, d.id),
             })
             .collect()
@@ -286,6 +313,9 @@ fn describe(saga: &crate::state::Saga) -> String {
         (_, SagaKind::SnapshotDisk) => "making a snapshot for",
         (_, SagaKind::CommitDisk) => "committing an image of",
         (_, SagaKind::ChangeMedium) => "changing a medium of",
+        (Phase::Do, SagaKind::AttachVif) => "attaching a vif to",
+        (_, SagaKind::DetachVif) => "detaching a vif from",
+        (_, SagaKind::MoveVif) => "moving a vif of",
         (_, SagaKind::Create) => "creating",
         (_, SagaKind::Destroy) => "destroying",
         (_, SagaKind::Reboot) => "rebooting",

@@ -2,6 +2,7 @@
 //! xenstored is away nothing changes here and packets flow on.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,13 +18,15 @@ use crate::nodes;
 use crate::stats::Stats;
 use crate::switch::port::{Port, lock};
 use crate::switch::settings::Settings;
-use crate::switch::{Gateway, Plan, Switch, fdb};
+use crate::switch::{Gateway, Memory, Plan, RULES_BYTES, Switch, dhcp, fdb};
 use crate::tap::Tap;
 use crate::uplink::{self, UplinkWork};
 use crate::worker::{Work, Worker};
 use domain_kit::ring::Span;
 
 const FDB_ENTRY: &str = "switch-learned";
+const LEASES_ENTRY: &str = "dhcp-leases";
+const RULES_ENTRY: &str = "switch-rules";
 
 /// A vif that is served, with its threads.
 type Served = (Arc<Port>, Vec<Arc<Worker>>);
@@ -58,6 +61,7 @@ impl ServiceControl for Vifs {
         let mut out = vec![counter("vifs_connected", list.len() as u64, "", "")];
         if let Some(switch) = &*lock(&self.switch) {
             out.push(counter("addresses_learned", switch.learned() as u64, "", ""));
+            out.push(counter("addresses_leased", switch.leased() as u64, "", ""));
             let uplink = switch.stats.all().into_iter();
             out.extend(uplink.map(|(name, value, unit)| counter(&format!("uplink_{name}"), value, "", unit)));
         }
@@ -127,17 +131,34 @@ impl NetDriver {
     }
 
     /// The switch, with what a predecessor had learned.
-    fn switch(&mut self) -> Result<Arc<Switch>, ConnectError> {
+    pub fn switch(&mut self) -> Result<Arc<Switch>, ConnectError> {
         if let Some(switch) = &self.switch {
             return Ok(switch.clone());
         }
-        let (_, mem) = kept_memory(&self.domain.hv, FDB_ENTRY, fdb::BYTES)?;
-        let gateway = self.wiring.gateway.filter(|_| self.wiring.mode.is_routed());
-        let plan = Plan {
-            routed: gateway.map(|g| Gateway { mac: TAP_MAC, ipv4: g.address, ipv6: None }),
-            isolated: self.wiring.mode == crate::forward::Mode::Isolated,
+        let span = |entry, bytes| {
+            kept_memory(&self.domain.hv, entry, bytes).map(|(_, mem)| Span::new(mem, 0, bytes))
         };
-        let switch = Arc::new(Switch::new(plan, Span::new(mem, 0, fdb::BYTES)));
+        let memory = Memory {
+            fdb: span(FDB_ENTRY, fdb::BYTES)?,
+            leases: span(LEASES_ENTRY, dhcp::BYTES)?,
+            rules: span(RULES_ENTRY, RULES_BYTES)?,
+        };
+        let wiring = &self.wiring;
+        let dns = wiring.dns.iter().filter_map(|ip| match ip {
+            IpAddr::V4(ip) => Some(*ip),
+            IpAddr::V6(_) => None,
+        });
+        let plan = Plan {
+            routed: wiring.gateway.filter(|_| wiring.mode.is_routed()).map(|g| Gateway {
+                mac: TAP_MAC,
+                ipv4: (g.address, g.prefix),
+                ipv6: wiring.gateway6.map(|g| (g.address, g.prefix)),
+                dhcp: wiring.dhcp.then(|| dhcp::Options { dns: dns.collect() }),
+                ra: wiring.ra,
+            }),
+            isolated: wiring.mode == crate::forward::Mode::Isolated,
+        };
+        let switch = Arc::new(Switch::new(plan, memory));
         *lock(&self.vifs.switch) = Some(switch.clone());
         Ok(self.switch.insert(switch).clone())
     }
@@ -199,7 +220,8 @@ impl NetDriver {
         let settings = nodes::settings(node)?;
         let wiring = self.wiring.clone();
         let netlink = self.wire()?;
-        for &guest in &settings.ipv4 {
+        let addresses = settings.ipv4.iter().copied().map(IpAddr::V4);
+        for guest in addresses.chain(settings.ipv6.iter().copied().map(IpAddr::V6)) {
             wiring.route_to(netlink, uplink::NAME, guest).map_err(|e: WiringError| not_ready(e))?;
         }
         Ok(settings)
@@ -341,7 +363,7 @@ impl BackendDriver for NetDriver {
             vif.connection.kept.update(|record| record.params.headroom = headroom);
         }
         let settings = self.settings(node)?;
-        if settings != *port.settings() {
+        if settings != *port.configured() {
             tracing::info!(id = %port.id, "new settings");
             vif.connection.kept.update(|record| record.settings.clone_from(&settings));
             if let Some(switch) = &self.switch {

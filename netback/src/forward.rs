@@ -6,11 +6,12 @@
 //! Everything here is idempotent. hv-core keeps the namespace while the domain lives, so after a restart the
 //! bridge, the addresses, the routes and the connections that NAT knows are found as they were and nothing flaps.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use crate::netlink::{Ipv4Conf, Link, Netlink, NetlinkError};
 use crate::nft;
+use crate::switch::answer::link_local;
 
 /// The bridge's name in [`Mode::Bridge`].
 pub const BRIDGE: &str = "br0";
@@ -40,27 +41,33 @@ impl Mode {
     }
 }
 
-/// An IPv4 address with its prefix length, written `A.B.C.D/N`.
+/// An address with its prefix length, written `ADDRESS/N`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipv4Prefix {
+pub struct Prefix<A> {
     /// The address.
-    pub address: Ipv4Addr,
-    /// 0 to 32.
+    pub address: A,
+    /// 0 to 32, or 128.
     pub prefix: u8,
 }
 
-impl FromStr for Ipv4Prefix {
+/// Of IPv4.
+pub type Ipv4Prefix = Prefix<Ipv4Addr>;
+/// Of IPv6.
+pub type Ipv6Prefix = Prefix<Ipv6Addr>;
+
+impl<A: FromStr + Into<IpAddr> + Copy> FromStr for Prefix<A> {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not A.B.C.D/N");
+        let wrong = || format!("{text:?} is not ADDRESS/N");
         let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-        let address = address.parse().map_err(|_| wrong())?;
+        let address: A = address.parse().map_err(|_| wrong())?;
         let prefix = prefix.parse().map_err(|_| wrong())?;
-        if prefix > 32 {
+        let most = if address.into().is_ipv4() { 32 } else { 128 };
+        if prefix > most {
             return Err(wrong());
         }
-        Ok(Ipv4Prefix { address, prefix })
+        Ok(Prefix { address, prefix })
     }
 }
 
@@ -78,6 +85,37 @@ pub struct Wiring {
     pub uplink_address: Option<Ipv4Prefix>,
     /// Routed: where everything else goes; without it, on link.
     pub uplink_gateway: Option<Ipv4Addr>,
+    /// Routed: the gateway's IPv6 address and the guests' network, mostly of 64 bits. None: no IPv6 for guests.
+    pub gateway6: Option<Ipv6Prefix>,
+    /// Routed: an IPv6 address for the uplink itself; without it the uplink takes what routers there advertise.
+    pub uplink_address6: Option<Ipv6Prefix>,
+    /// Routed: where everything else goes; without it, where routers on the uplink say.
+    pub uplink_gateway6: Option<Ipv6Addr>,
+    /// DNS servers: what guests are told by DHCP, and who is asked for names in firewall rules.
+    pub dns: Vec<IpAddr>,
+    /// Routed: DHCP is offered.
+    pub dhcp: bool,
+    /// Routed: IPv6 routers are advertised.
+    pub ra: bool,
+}
+
+impl Wiring {
+    /// One of a mode, with nothing else asked for.
+    pub fn new(mode: Mode) -> Wiring {
+        Wiring {
+            mode,
+            uplink: None,
+            gateway: None,
+            uplink_address: None,
+            uplink_gateway: None,
+            gateway6: None,
+            uplink_address6: None,
+            uplink_gateway6: None,
+            dns: Vec::new(),
+            dhcp: true,
+            ra: true,
+        }
+    }
 }
 
 /// Why the namespace could not be wired.
@@ -91,9 +129,29 @@ pub enum WiringError {
         "uplink {0} is not in this domain's network namespace: name it in the domain's netdevs, and check that nobody else took it"
     )]
     NoUplink(String),
+    /// The kernel's switches for IPv6 routing cannot be reached.
+    #[error(
+        "IPv6 routing: {path}: {source}; the domain needs /proc/sys/net bound in, and the kernel IPv6; or leave gateway6 out"
+    )]
+    Sysctl {
+        /// Which.
+        path: String,
+        /// How it failed.
+        source: std::io::Error,
+    },
     /// The kernel refused.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+}
+
+/// Sets one of the network namespace's switches that have no netlink message.
+fn sysctl(name: &str, value: &str) -> Result<(), WiringError> {
+    let path = format!("/proc/sys/net/{name}");
+    // Written only if it has to change: writing some has effects of its own.
+    if std::fs::read_to_string(&path).is_ok_and(|now| now.trim() == value) {
+        return Ok(());
+    }
+    std::fs::write(&path, value).map_err(|source| WiringError::Sysctl { path, source })
 }
 
 impl Wiring {
@@ -158,28 +216,62 @@ impl Wiring {
             netlink.set_up(tap.index)?;
         }
         netlink.set_ipv4_conf(tap.index, ROUTER)?;
-        netlink.ensure_address(tap.index, gateway.address, gateway.prefix)?;
+        netlink.ensure_address(tap.index, gateway.address.into(), gateway.prefix)?;
+        if let Some(gateway) = self.gateway6 {
+            sysctl("ipv6/conf/all/forwarding", "1")?;
+            // The router that guests are told of; and without one the kernel asks for no neighbour.
+            netlink.ensure_address(tap.index, link_local(TAP_MAC).into(), 64)?;
+            netlink.ensure_address(tap.index, gateway.address.into(), gateway.prefix)?;
+        }
         let Some(uplink) = uplink else { return Ok(()) };
         netlink.set_up(uplink.index)?;
         netlink.set_ipv4_conf(uplink.index, if self.mode == Mode::Nat { NAT_ROUTER } else { ROUTER })?;
         if let Some(Ipv4Prefix { address, prefix }) = self.uplink_address {
-            netlink.ensure_address(uplink.index, address, prefix)?;
+            netlink.ensure_address(uplink.index, address.into(), prefix)?;
         }
-        netlink.ensure_route(Ipv4Addr::UNSPECIFIED, 0, uplink.index, self.uplink_gateway)?;
+        let all = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        netlink.ensure_route(all, 0, uplink.index, self.uplink_gateway.map(IpAddr::V4))?;
+        if let (Some(_), Some(name)) = (self.gateway6, &self.uplink) {
+            self.prepare_ipv6(netlink, uplink, name)?;
+        }
         if self.mode == Mode::Nat {
             nft::ensure_masquerade(uplink.index)?;
         }
         Ok(())
     }
 
-    /// A guest's address is reached by the TAP, also if it is not in the gateway's network.
+    fn prepare_ipv6(&self, netlink: &mut Netlink, uplink: Link, name: &str) -> Result<(), WiringError> {
+        match self.uplink_address6 {
+            Some(Ipv6Prefix { address, prefix }) => {
+                netlink.ensure_address(uplink.index, address.into(), prefix)?;
+            }
+            // A router hears advertisements only if it is told to.
+            None => sysctl(&format!("ipv6/conf/{name}/accept_ra"), "2")?,
+        }
+        if self.mode == Mode::Routed {
+            sysctl(&format!("ipv6/conf/{name}/proxy_ndp"), "1")?;
+        }
+        if self.uplink_gateway6.is_some() || self.uplink_address6.is_some() {
+            let all = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+            netlink.ensure_route(all, 0, uplink.index, self.uplink_gateway6.map(IpAddr::V6))?;
+        }
+        Ok(())
+    }
+
+    /// A guest's address is reached by the TAP, also if it is not in the gateway's network; and, where the outside knows of guests,
+    /// the uplink answers for it.
     ///
     /// # Errors
     /// [`WiringError`].
-    pub fn route_to(&self, netlink: &mut Netlink, tap: &str, guest: Ipv4Addr) -> Result<(), WiringError> {
-        if self.mode.is_routed() {
-            let tap = netlink.link(tap)?;
-            netlink.ensure_route(guest, 32, tap.index, None)?;
+    pub fn route_to(&self, netlink: &mut Netlink, tap: &str, guest: IpAddr) -> Result<(), WiringError> {
+        if !self.mode.is_routed() || (guest.is_ipv6() && self.gateway6.is_none()) {
+            return Ok(());
+        }
+        let tap = netlink.link(tap)?;
+        netlink.ensure_route(guest, if guest.is_ipv4() { 32 } else { 128 }, tap.index, None)?;
+        if let (IpAddr::V6(guest), Mode::Routed, Some(uplink)) = (guest, self.mode, &self.uplink) {
+            let uplink = netlink.link(uplink)?;
+            netlink.ensure_proxy(uplink.index, guest)?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@
 //! | [`worker`], [`uplink`] | the threads: one for each queue, one for the uplink |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
+//! | [`names`], [`qubes`] | threads beside: DNS names in rules; rules at Qubes' paths |
 //! | [`fault`] | `--fault`, for tests of poison packets |
 //! | [`tap`], [`netlink`], [`nft`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
@@ -27,10 +28,12 @@ pub mod forward;
 pub mod hash;
 pub mod headers;
 pub mod kept;
+pub mod names;
 pub mod netlink;
 pub mod nft;
 pub mod nodes;
 pub mod offload;
+pub mod qubes;
 pub mod queue;
 pub mod segment;
 pub mod slots;

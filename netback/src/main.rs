@@ -1,6 +1,6 @@
 //! Network backend: one process domain per NIC. Started by hv-core as dom0 says; see the README.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,10 @@ use clap::Parser;
 use domain_kit::{Domain, control, xenbus};
 use netback::backend::{NetDriver, Vifs};
 use netback::connection::MAX_QUEUES;
-use netback::forward::{Ipv4Prefix, Mode, Wiring};
+use netback::forward::{Ipv4Prefix, Ipv6Prefix, Mode, Wiring};
+use netback::names::Resolver;
+use netback::qubes;
+use netback::worker::Worker;
 
 /// Network backend of a Bulkhead driver domain. Runs as a process domain; not to be started by hand.
 #[derive(Debug, Parser)]
@@ -30,6 +33,24 @@ struct Args {
     /// Routed: the router behind the uplink; without it everything is taken to be on link.
     #[arg(long)]
     uplink_gateway: Option<Ipv4Addr>,
+    /// Routed: the gateway's IPv6 address and the guests' network, as fd00:0:0:1::1/64. Without it guests have no IPv6.
+    #[arg(long)]
+    gateway6: Option<Ipv6Prefix>,
+    /// Routed: an IPv6 address for the uplink itself; without it the uplink takes what routers there advertise.
+    #[arg(long)]
+    uplink_address6: Option<Ipv6Prefix>,
+    /// Routed: the IPv6 router behind the uplink.
+    #[arg(long)]
+    uplink_gateway6: Option<Ipv6Addr>,
+    /// A DNS server: guests are told by DHCP, and it is asked for names in firewall rules. May be given several times.
+    #[arg(long)]
+    dns: Vec<IpAddr>,
+    /// Routed: no DHCP.
+    #[arg(long)]
+    no_dhcp: bool,
+    /// Routed: no IPv6 router advertisements.
+    #[arg(long)]
+    no_ra: bool,
     /// For tests of poison packets only: panic at each packet of a guest that is this long, bytes from the Ethernet header on.
     #[arg(long)]
     fault: Option<usize>,
@@ -53,7 +74,14 @@ fn main() -> anyhow::Result<()> {
         gateway: args.gateway,
         uplink_address: args.uplink_address,
         uplink_gateway: args.uplink_gateway,
+        gateway6: args.gateway6,
+        uplink_address6: args.uplink_address6,
+        uplink_gateway6: args.uplink_gateway6,
+        dns: args.dns,
+        dhcp: !args.no_dhcp,
+        ra: !args.no_ra,
     };
+    let servers = wiring.dns.clone();
     // Packets flow again from here on, whatever the rest takes.
     let mut backend = xenbus::Backend::new(
         |bus| NetDriver::new(domain.clone(), vifs.clone(), wiring, queues, bus),
@@ -72,6 +100,12 @@ fn main() -> anyhow::Result<()> {
         }
     };
     domain.hv.served()?;
+    let switch = backend.driver().switch()?;
+    let mut resolver = Resolver::new(&servers);
+    let asked = switch.clone();
+    let _until_the_end = Worker::start("names", false, move |control| resolver.run(control, &asked))?;
+    let store = xs.clone();
+    std::thread::Builder::new().name("qubes".into()).spawn(move || qubes::run(&store, &switch))?;
     backend.run(&xs)?;
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! Message layouts: linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -18,6 +18,7 @@ const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
@@ -44,6 +45,10 @@ const IFF_UP: u32 = 1;
 
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 2;
+const NDA_DST: u16 = 1;
+const NTF_PROXY: u8 = 8;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -349,14 +354,19 @@ impl Netlink {
         self.change(&format!("IPv4 settings of interface {index}"), RTM_NEWLINK, 0, &body)
     }
 
-    /// Gives an interface an IPv4 address.
+    /// Gives an interface an address.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn ensure_address(&mut self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<(), NetlinkError> {
-        let mut body = Message(vec![nix::libc::AF_INET as u8, prefix, 0, RT_SCOPE_UNIVERSE]);
+    pub fn ensure_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> Result<(), NetlinkError> {
+        let (family, octets) = octets(address);
+        let mut body = Message(vec![family, prefix, 0, RT_SCOPE_UNIVERSE]);
         body.0.extend(index.to_ne_bytes());
-        body.attr(IFA_LOCAL, &address.octets()).attr(IFA_ADDRESS, &address.octets());
+        body.attr(IFA_LOCAL, &octets).attr(IFA_ADDRESS, &octets);
+        if address.is_ipv6() {
+            // Of use at once: nobody else on the link was given it.
+            body.attr(IFA_FLAGS, &IFA_F_NODAD.to_ne_bytes());
+        }
         let what = format!("address {address}/{prefix} on interface {index}");
         self.change(&what, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &body)
     }
@@ -367,24 +377,44 @@ impl Netlink {
     /// `ENETUNREACH` for a gateway that no link reaches.
     pub fn ensure_route(
         &mut self,
-        to: Ipv4Addr,
+        to: IpAddr,
         prefix: u8,
         index: u32,
-        gateway: Option<Ipv4Addr>,
+        gateway: Option<IpAddr>,
     ) -> Result<(), NetlinkError> {
-        let scope = if gateway.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
-        let family = nix::libc::AF_INET as u8;
+        let scope = if gateway.is_some() || to.is_ipv6() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
+        let (family, to_octets) = octets(to);
         let mut body =
             Message(vec![family, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0, 0, 0, 0]);
         if prefix > 0 {
-            body.attr(RTA_DST, &to.octets());
+            body.attr(RTA_DST, &to_octets);
         }
         body.attr(RTA_OIF, &index.to_ne_bytes());
         if let Some(gateway) = gateway {
-            body.attr(RTA_GATEWAY, &gateway.octets());
+            body.attr(RTA_GATEWAY, &octets(gateway).1);
         }
         let what = format!("route to {to}/{prefix}");
         self.change(&what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &body)
+    }
+
+    /// Answers neighbour solicitations for `address` on an interface.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn ensure_proxy(&mut self, index: u32, address: Ipv6Addr) -> Result<(), NetlinkError> {
+        let mut body = Message(vec![nix::libc::AF_INET6 as u8, 0, 0, 0]);
+        body.0.extend(index.to_ne_bytes());
+        body.0.extend([0, 0, NTF_PROXY, RTN_UNICAST]);
+        body.attr(NDA_DST, &address.octets());
+        let what = format!("proxy for {address} on interface {index}");
+        self.change(&what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &body)
+    }
+}
+
+fn octets(address: IpAddr) -> (u8, Vec<u8>) {
+    match address {
+        IpAddr::V4(a) => (nix::libc::AF_INET as u8, a.octets().to_vec()),
+        IpAddr::V6(a) => (nix::libc::AF_INET6 as u8, a.octets().to_vec()),
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use domain_kit::hypercall::Hypercall;
 use domain_kit::mem::SharedMem;
@@ -27,6 +28,8 @@ const MEMORY_ENTRY: &str = "uplink-mem";
 /// Packets that are read before they are handed on, at most.
 const MAX_BATCH: usize = 64;
 const NOTES: usize = 4096;
+/// How often guests are told of their router; they are told that it lasts three times as long.
+const ADVERTISE: Duration = Duration::from_secs(600);
 
 const fn notes_fit() {
     assert!(spool::notes_bytes(MAX_BATCH) <= NOTES);
@@ -94,14 +97,19 @@ impl UplinkWork {
     /// # Errors
     /// [`QueueError::Tap`].
     pub fn run(&mut self, control: &Control) -> Result<(), QueueError> {
+        let mut next = Instant::now() + ADVERTISE;
         while !control.stopping() {
             if control.resting() {
                 control.sleep(&[], None);
                 continue;
             }
             self.hand_on();
+            if Instant::now() >= next {
+                self.switch.advertise(&mut self.lane);
+                next = Instant::now() + ADVERTISE;
+            }
             if !self.read()? {
-                control.sleep(&[self.tap.as_fd()], None);
+                control.sleep(&[self.tap.as_fd()], Some(next.saturating_duration_since(Instant::now())));
             }
         }
         Ok(())

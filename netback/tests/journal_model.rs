@@ -98,12 +98,15 @@ impl RingMem for Mem {
     }
 }
 
+/// A packet for the guest, with the size of the segments that it is to be cut into.
+type ToGuest = (Vec<u8>, Option<u16>);
+
 /// What lies outside of netback: the kernel's side of the TAP, hv-core, the frontend's pages.
 struct Outside {
     arena: Mem,
     /// Buffer 2: what the uplink's thread reads into.
     uplink: Mem,
-    to_guest: Rc<RefCell<VecDeque<(Vec<u8>, Option<u16>)>>>,
+    to_guest: Rc<RefCell<VecDeque<ToGuest>>>,
     from_guest: Rc<RefCell<Vec<Vec<u8>>>>,
     pages: Pages,
     fuel: Rc<Fuel>,
@@ -207,7 +210,7 @@ fn rx_layout() -> RingLayout {
 struct Scenario {
     from_guest: Vec<Outgoing>,
     /// With the size of the segments that they are to be cut into.
-    to_guest: Vec<(Vec<u8>, Option<u16>)>,
+    to_guest: Vec<ToGuest>,
     slow: bool,
     poison: bool,
 }

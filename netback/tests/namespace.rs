@@ -1,6 +1,6 @@
 //! TAP, bridge, routes and NAT in a network namespace of the test's own. Needs root (CAP_NET_ADMIN); says so where it has not.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -29,11 +29,11 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 
 fn wiring(mode: Mode) -> Wiring {
     Wiring {
-        mode,
         uplink: Some("up0".into()),
         gateway: Some("10.9.0.1/24".parse().unwrap()),
         uplink_address: Some("192.168.9.2/24".parse().unwrap()),
         uplink_gateway: Some(Ipv4Addr::new(192, 168, 9, 1)),
+        ..Wiring::new(mode)
     }
 }
 
@@ -175,7 +175,7 @@ fn routed_and_nat_carry_a_guests_packets() {
             // Twice: a restart finds everything there.
             for _ in 0..2 {
                 wiring.prepare(&mut netlink, NAME).unwrap();
-                wiring.route_to(&mut netlink, NAME, Ipv4Addr::new(10, 9, 0, 2)).unwrap();
+                wiring.route_to(&mut netlink, NAME, Ipv4Addr::new(10, 9, 0, 2).into()).unwrap();
             }
             let (mem, _fd) = SharedMem::create("test", 128 << 10).unwrap();
             send(&tap, &mem, &echo([10, 9, 0, 2], [192, 168, 9, 1]));
@@ -213,6 +213,103 @@ fn routed_and_nat_carry_a_guests_packets() {
             send(&tap, &mem, &netback::switch::answer::arp(&headers.arp().unwrap(), GUEST_MAC));
             let back = read_until(&tap, &mem, |f| f[12..14] == [8, 0] && f[34] == 0).expect("the reply");
             assert_eq!((&back[..6], &back[30..34]), (&GUEST_MAC[..], &[10, 9, 0, 2][..]));
+        });
+    }
+}
+
+/// An ICMPv6 message in Ethernet.
+fn icmpv6(dst: [u8; 6], src: [u8; 6], from: Ipv6Addr, to: Ipv6Addr, body: &[u8]) -> Vec<u8> {
+    let mut f = Vec::new();
+    f.extend(dst);
+    f.extend(src);
+    f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, body.len() as u8, 58, 255]);
+    f.extend(from.octets());
+    f.extend(to.octets());
+    let pseudo = [&f[22..54], &[0, 0, 0, body.len() as u8, 0, 0, 0, 58], body].concat();
+    let sum = checksum(&pseudo);
+    f.extend(body);
+    f[56..58].copy_from_slice(&sum.to_be_bytes());
+    f
+}
+
+/// A neighbour solicitation for `target` in this frame.
+fn asks_for(f: &[u8], target: Ipv6Addr) -> bool {
+    netback::headers::Headers::parse(f).neighbour() == Some((135, target))
+}
+
+/// The same with IPv6: forwarding without an answer of the host's own, NAT66, and in routed mode the uplink answers for guests.
+#[test]
+fn routed_and_nat_carry_ipv6() {
+    for mode in [Mode::Routed, Mode::Nat] {
+        in_namespace(move || {
+            if !std::path::Path::new("/proc/sys/net/ipv6/conf/all/forwarding").exists() {
+                eprintln!("not run: the kernel has no IPv6");
+                return;
+            }
+            let ip = |text: &str| text.parse::<Ipv6Addr>().unwrap();
+            let (guest, peer, own) = (ip("fd00:0:0:9::2"), ip("2001:db8:9::1"), ip("2001:db8:9::2"));
+            let mut netlink = Netlink::open().unwrap();
+            let tap = Tap::create(NAME).unwrap();
+            let out = outside(&mut netlink);
+            let wiring = Wiring {
+                gateway6: Some("fd00:0:0:9::1/64".parse().unwrap()),
+                uplink_address6: Some("2001:db8:9::2/64".parse().unwrap()),
+                uplink_gateway6: Some(peer),
+                ..wiring(mode)
+            };
+            for _ in 0..2 {
+                wiring.prepare(&mut netlink, NAME).unwrap();
+                wiring.route_to(&mut netlink, NAME, guest.into()).unwrap();
+            }
+            let (mem, _fd) = SharedMem::create("test", 128 << 10).unwrap();
+            let out_mac = [2, 0, 0, 0, 0, 9];
+            let echo = icmpv6(TAP_MAC, GUEST_MAC, guest, peer, &[128, 0, 0, 0, 0x42, 0x48, 0, 1]);
+            // The outside's answers to the domain's kernel, which asks for its neighbour first. A link that was just set up drops what
+            // comes too early: sent again until it was seen.
+            let mut seen = None;
+            for _ in 0..20 {
+                send(&tap, &mem, &echo);
+                let next = read_within(&out, &mem, Duration::from_millis(500), |f| {
+                    asks_for(f, peer) || (f[12..14] == [0x86, 0xdd] && f[54] == 128)
+                });
+                match next {
+                    Some(f) if f[54] == 128 => {
+                        seen = Some(f);
+                        break;
+                    }
+                    Some(ask) => {
+                        let h = netback::headers::Headers::parse(&ask);
+                        send(&out, &mem, &netback::switch::answer::neighbour(&h, out_mac).unwrap());
+                    }
+                    None => {}
+                }
+            }
+            let seen = seen.expect("the echo request");
+            let from = if mode == Mode::Nat { own } else { guest };
+            assert_eq!((&seen[22..38], seen[21]), (&from.octets()[..], 254), "{mode:?}");
+            // The reply; in routed mode the outside finds the guest at the uplink.
+            let uplink_mac: [u8; 6] = seen[6..12].try_into().unwrap();
+            if mode == Mode::Routed {
+                let mut body = vec![135, 0, 0, 0, 0, 0, 0, 0];
+                body.extend(guest.octets());
+                body.extend([1, 1]);
+                body.extend(out_mac);
+                let group: Ipv6Addr = "ff02::1:ff00:2".parse().unwrap();
+                send(&out, &mem, &icmpv6([0x33, 0x33, 0xff, 0, 0, 2], out_mac, peer, group, &body));
+                let said = read_until(&out, &mem, |f| {
+                    netback::headers::Headers::parse(f).neighbour() == Some((136, guest))
+                });
+                assert_eq!(said.expect("an advertisement for the guest")[6..12], uplink_mac);
+            }
+            let reply = icmpv6(uplink_mac, out_mac, peer, from, &[129, 0, 0, 0, seen[58], seen[59], 0, 1]);
+            send(&out, &mem, &reply);
+            // The kernel asks for the guest, which the switch would answer.
+            let ask = read_until(&tap, &mem, |f| asks_for(f, guest)).expect("a solicitation for the guest");
+            let h = netback::headers::Headers::parse(&ask);
+            send(&tap, &mem, &netback::switch::answer::neighbour(&h, GUEST_MAC).unwrap());
+            let back =
+                read_until(&tap, &mem, |f| f[12..14] == [0x86, 0xdd] && f[54] == 129).expect("the reply");
+            assert_eq!((&back[..6], &back[38..54]), (&GUEST_MAC[..], &guest.octets()[..]));
         });
     }
 }

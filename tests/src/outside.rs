@@ -19,6 +19,8 @@ pub struct Outside {
 pub const UPLINK: &str = "bh-up0";
 /// Name of the outside's end.
 pub const PEER: &str = "bh-out0";
+/// Name of a second interface for another driver domain, see [`Outside::add_uplink`].
+pub const SECOND_UPLINK: &str = "bh-up1";
 /// The outside's address; guests get .2 and up of the same network.
 pub const ADDRESS: &str = "10.77.0.1";
 /// Length of the network's prefix.
@@ -52,6 +54,25 @@ impl Outside {
             ip(&["link", "set", PEER, "up"])
         })??;
         Ok(outside)
+    }
+
+    /// Makes [`SECOND_UPLINK`]: a bridge joins its other end and that of [`UPLINK`], and the outside's address is the bridge's.
+    ///
+    /// # Errors
+    /// In words: no bridges, no `ip` program.
+    pub fn add_uplink(&self) -> Result<()> {
+        self.run(|| -> Result<()> {
+            let (bridge, peer) = ("bh-outbr", "bh-out1");
+            ip(&["link", "add", peer, "type", "veth", "peer", "name", SECOND_UPLINK])?;
+            ip(&["link", "add", bridge, "type", "bridge", "forward_delay", "0"])?;
+            ip(&["addr", "del", &format!("{ADDRESS}/{PREFIX}"), "dev", PEER])?;
+            ip(&["addr", "add", &format!("{ADDRESS}/{PREFIX}"), "dev", bridge])?;
+            for port in [PEER, peer] {
+                ip(&["link", "set", port, "master", bridge])?;
+                ip(&["link", "set", port, "up"])?;
+            }
+            ip(&["link", "set", bridge, "up"])
+        })?
     }
 
     /// Runs `job` on the thread inside the namespace and gives what it gives. Threads and processes that it starts are in the

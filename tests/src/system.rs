@@ -34,6 +34,8 @@ pub struct Config {
     pub keep: bool,
     /// More text for the host file.
     pub host_file_more: String,
+    /// There is [`outside::SECOND_UPLINK`], too.
+    pub two_uplinks: bool,
 }
 
 impl Config {
@@ -51,6 +53,7 @@ impl Config {
             net_mode: "bridged",
             keep: std::env::var_os("BH_KEEP").is_some(),
             host_file_more: String::new(),
+            two_uplinks: false,
         })
     }
 }
@@ -91,6 +94,9 @@ impl System {
             ensure!(path.exists(), "{} is not built", path.display());
         }
         let outside = Outside::new()?;
+        if config.two_uplinks {
+            outside.add_uplink()?;
+        }
         let dir =
             tempfile::Builder::new().prefix("bulkhead-").tempdir().context("a directory for the system")?;
         let root = dir.path();

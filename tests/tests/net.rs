@@ -2,112 +2,23 @@
 //! headroom, filters, reconnection; and all of it once more after netback was killed.
 
 mod common;
+#[path = "common/ends.rs"]
+mod ends;
 
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::system::{Config, System};
 use common::*;
 use domain_kit::xs::XsOps;
-use frontends::netfront::{NetFront, Options, Packet, PacketMeta};
+use ends::*;
+use frontends::netfront::{Options, PacketMeta};
 use xen_abi::io::netif::*;
 
 const QUEUES: usize = 4;
-const MACS: [[u8; 6]; 4] =
-    [[0, 0x16, 0x3e, 0, 0, 1], [0, 0x16, 0x3e, 0, 0, 2], [0, 0x16, 0x3e, 0, 0, 3], [0, 0x16, 0x3e, 0, 0, 4]];
-/// A type for experiments (IEEE 802): nobody answers it.
-const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
-
 fn system() -> System {
     let mut config = Config::of_this_build().unwrap();
     config.host_file_more = format!("args = [\"--queues\", \"{QUEUES}\"]\n");
     start_with(config)
-}
-
-struct End {
-    brain: Brain,
-    front: NetFront,
-    mac: [u8; 6],
-}
-
-/// A guest with one vif; `more` are lines of its `[[vif]]`.
-fn end(system: &System, n: usize, more: &str, options: Options) -> End {
-    let mac = MACS[n];
-    let text: Vec<String> = mac.iter().map(|b| format!("{b:02x}")).collect();
-    let name = format!("guest{n}");
-    let file = format!(
-        "{}[[vif]]\nbackend = \"{}\"\nmac = \"{}\"\n{more}\n",
-        probe_file(&name, None),
-        netback(),
-        text.join(":")
-    );
-    create(system, &file);
-    let brain = Brain::of(system, &name);
-    let front = connect(system, &brain, options);
-    End { brain, front, mac }
-}
-
-fn connect(system: &System, brain: &Brain, options: Options) -> NetFront {
-    NetFront::connect_with(&brain.domain.hv, &brain.xs, brain.domain.domid(), 0, options, SOON)
-        .unwrap_or_else(|e| panic!("{e}\n{}", system.log_tail(25)))
-}
-
-impl End {
-    fn send_on(&mut self, queue: usize, frame: &[u8], meta: PacketMeta) {
-        let deadline = Instant::now() + SOON;
-        let queue = &mut self.front.queues()[queue];
-        loop {
-            queue.clear();
-            queue.rings.reap().unwrap();
-            if queue.rings.send(frame, meta) {
-                break;
-            }
-            assert!(Instant::now() < deadline, "no room in the tx ring");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        queue.flush();
-    }
-
-    fn send(&mut self, frame: &[u8]) {
-        self.send_on(0, frame, PacketMeta::default());
-    }
-
-    /// The next packet that fits, within a time.
-    fn receive_within(&mut self, time: Duration, fits: impl Fn(&[u8]) -> bool) -> Option<Packet> {
-        let deadline = Instant::now() + time;
-        while Instant::now() < deadline {
-            self.front.clear();
-            for queue in self.front.queues() {
-                queue.rings.reap().unwrap();
-            }
-            while let Some(packet) = self.front.receive_any().unwrap() {
-                self.front.flush();
-                if fits(&packet.bytes) {
-                    return Some(packet);
-                }
-            }
-            self.front.flush();
-            if !self.front.final_check().unwrap() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        None
-    }
-
-    fn receive(&mut self, fits: impl Fn(&[u8]) -> bool) -> Packet {
-        self.receive_within(SOON, fits).expect("a packet")
-    }
-}
-
-fn frame(to: [u8; 6], from: [u8; 6], mark: u8, len: usize) -> Vec<u8> {
-    let mut frame = vec![mark; len];
-    frame[..6].copy_from_slice(&to);
-    frame[6..12].copy_from_slice(&from);
-    frame[12..14].copy_from_slice(&EXPERIMENT);
-    frame
-}
-
-fn marked(mark: u8) -> impl Fn(&[u8]) -> bool {
-    move |bytes| bytes[12..14] == EXPERIMENT && bytes[14] == mark
 }
 
 /// TCP over IPv4 or IPv6 with so many bytes of payload; no checksum yet.
@@ -359,15 +270,6 @@ fn rules_rates_and_isolation() {
     assert!(took > Duration::from_millis(1300), "{took:?}");
 }
 
-/// The sum of a counter of netback's over all vifs.
-fn counter(system: &System, name: &str) -> u64 {
-    let json = system.bh_json(&["services"]).unwrap();
-    let all = json["services"].as_array().unwrap();
-    let found = all.iter().find(|s| s["name"] == netback()).unwrap();
-    let counters = found["counters"].as_array().unwrap();
-    counters.iter().filter(|c| c["name"] == name).filter_map(|c| c["value"].as_u64()).sum()
-}
-
 /// XSA-392/424: one guest takes nothing, one floods, one sends garbage; the fourth's packets go to and fro as before.
 #[test]
 fn xsa_392_one_guest_leaves_the_others_alone() {
@@ -405,4 +307,107 @@ fn xsa_392_one_guest_leaves_the_others_alone() {
     xs.write(&state, "6").unwrap();
     trips(&mut a, &mut b, 20);
     assert_eq!(system.services().unwrap()[netback()].generation, 1);
+}
+
+/// A DHCP message of a client, as the wire has it.
+fn dhcp(mac: [u8; 6], kind: u8, wish: Option<[u8; 4]>) -> Vec<u8> {
+    let mut body = vec![1, 1, 6, 0, 0, 0, 0, 9];
+    body.resize(28, 0);
+    body.extend(mac);
+    body.resize(236, 0);
+    body.extend([99, 130, 83, 99, 53, 1, kind]);
+    if let Some(ip) = wish {
+        body.extend([50, 4]);
+        body.extend(ip);
+    }
+    body.push(255);
+    let mut f = vec![0xff; 6];
+    f.extend(mac);
+    f.extend([8, 0, 0x45, 0]);
+    f.extend((28 + body.len() as u16).to_be_bytes());
+    f.extend([0, 1, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255]);
+    let sum = netsum(&f[14..34], 0);
+    f[24..26].copy_from_slice(&sum.to_be_bytes());
+    f.extend([0, 68, 0, 67]);
+    f.extend((8 + body.len() as u16).to_be_bytes());
+    f.extend([0, 0]);
+    f.extend(body);
+    f
+}
+
+impl End {
+    /// The address in the server's answer of this kind.
+    fn dhcp(&mut self, kind: u8, wish: Option<[u8; 4]>, answer: u8) -> [u8; 4] {
+        self.send(&dhcp(self.mac, kind, wish));
+        let packet = self.receive(|f| f[12..14] == [8, 0] && f[23] == 17 && f[34..38] == [0, 67, 0, 68]);
+        // The first option is the message's type.
+        assert_eq!(packet.bytes[42 + 240..42 + 243], [53, 1, answer]);
+        packet.bytes[58..62].try_into().unwrap()
+    }
+}
+
+/// A routed domain: DHCP leases and Qubes' rules are there again after a kill, routers are advertised, IPv6 is routed.
+#[test]
+fn leases_and_qubes_rules_outlive_netback() {
+    let mut config = Config::of_this_build().unwrap();
+    config.net_mode = "routed";
+    config.host_file_more = "gateway = \"10.78.0.1/24\"\ngateway6 = \"fd00:0:0:78::1/64\"\n\
+                             uplink_address = \"10.77.0.9/24\"\ndns = [\"10.77.0.1\"]\n"
+        .into();
+    let system = start_with(config);
+    let gateway = netback::forward::TAP_MAC;
+    let mut a = end(&system, 0, "", Options::default());
+    let mut b = end(&system, 1, "ip = [\"10.78.0.5\"]\nra = false", Options::default());
+    let offered = a.dhcp(1, None, 2);
+    let ip = a.dhcp(3, Some(offered), 5);
+    assert_eq!((ip, ip[..3] == [10, 78, 0]), (offered, true));
+    assert_eq!(b.dhcp(1, None, 2), [10, 78, 0, 5], "the toolstack's");
+    // A router for who asks, if it is to have one.
+    let own = netback::switch::answer::link_local(a.mac).octets();
+    let mut solicitation = vec![0x33, 0x33, 0, 0, 0, 2];
+    solicitation.extend(a.mac);
+    solicitation.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 8, 58, 255]);
+    solicitation.extend(own);
+    solicitation.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 133, 0, 0, 0, 0, 0, 0, 0]);
+    a.send(&solicitation);
+    let said = a.receive(|f| f[12..14] == [0x86, 0xdd] && f[54] == 134);
+    assert!(said.bytes.windows(8).any(|w| w == [0xfd, 0, 0, 0, 0, 0, 0, 0x78]), "the guests' network");
+
+    let to_b = |port: u16| {
+        let mut f = tcp(gateway, MACS[0], false, (9, port), 10);
+        f[26..30].copy_from_slice(&ip);
+        f[30..34].copy_from_slice(&[10, 78, 0, 5]);
+        f
+    };
+    let root = format!(
+        "/local/domain/{}/qubes-firewall/{}_{}_{}_{}",
+        service_domid(&system, netback()),
+        ip[0],
+        ip[1],
+        ip[2],
+        ip[3]
+    );
+    a.send(&to_b(80));
+    assert_eq!(b.receive(is_tcp).bytes[36..38], [0, 80]);
+    for (node, value) in [("/policy", "drop"), ("/0000", "action=accept proto=tcp dstports=81-81"), ("", "")]
+    {
+        system.bh_ok(&["store", "write", &format!("{root}{node}"), value]).unwrap();
+    }
+    until(&system, "the rule holds", || {
+        a.send(&to_b(80));
+        b.receive_within(Duration::from_millis(50), is_tcp).is_none()
+    });
+    for _ in 0..2 {
+        a.send(&to_b(80));
+        a.send(&to_b(81));
+        assert_eq!(b.receive(is_tcp).bytes[36..38], [0, 81]);
+        assert_eq!(a.dhcp(3, Some(ip), 5), ip, "the lease is renewed");
+        let killed = system.kill(&[netback().to_owned()]).unwrap();
+        system.wait_restarted(&killed, SOON).unwrap();
+    }
+    system.bh_ok(&["store", "rm", &root]).unwrap();
+    until(&system, "the rules are gone", || {
+        a.send(&to_b(80));
+        b.receive_within(Duration::from_millis(50), is_tcp).is_some()
+    });
 }

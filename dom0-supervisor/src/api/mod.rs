@@ -191,6 +191,39 @@ impl Toolstack for Api {
         Ok(Response::new(DetachDiskReply {}))
     }
 
+    async fn list_vifs(&self, request: Request<GuestRef>) -> Answer<ListVifsReply> {
+        let guest = request.into_inner().guest;
+        let vifs = self.blocking(move |m| m.vifs(&guest)).await?;
+        Ok(Response::new(ListVifsReply { vifs }))
+    }
+
+    async fn attach_vif(&self, request: Request<AttachVifRequest>) -> Answer<AttachVifReply> {
+        let AttachVifRequest { guest, vif } = request.into_inner();
+        let id = self
+            .blocking(move |m| {
+                let entry = crate::config::VifEntry::parse(&vif).map_err(|e| OpError::Invalid(e.0))?;
+                m.attach_vif(&guest, entry)
+            })
+            .await?;
+        Ok(Response::new(AttachVifReply { id }))
+    }
+
+    async fn detach_vif(&self, request: Request<DetachVifRequest>) -> Answer<DetachVifReply> {
+        let DetachVifRequest { guest, id, force } = request.into_inner();
+        self.blocking(move |m| m.detach_vif(&guest, id, force)).await?;
+        Ok(Response::new(DetachVifReply {}))
+    }
+
+    async fn move_vif(&self, request: Request<MoveVifRequest>) -> Answer<MoveVifReply> {
+        let MoveVifRequest { guest, id, backend } = request.into_inner();
+        self.blocking(move |m| {
+            let backend = backend.parse().map_err(|e: crate::config::ConfigError| OpError::Invalid(e.0))?;
+            m.move_vif(&guest, id, backend)
+        })
+        .await?;
+        Ok(Response::new(MoveVifReply {}))
+    }
+
     async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Answer<ResizeDiskReply> {
         let ResizeDiskRequest { guest, vdev, bytes } = request.into_inner();
         if bytes == 0 {

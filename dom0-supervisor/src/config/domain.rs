@@ -107,6 +107,9 @@ pub enum Lifecycle {
 pub struct VifEntry {
     /// A netback service of the host file.
     pub backend: Name,
+    /// Its number in the guest; its place in the list if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devid: Option<u32>,
     /// Made from the guest's uuid if missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
@@ -122,12 +125,58 @@ pub struct VifEntry {
     /// No packets to and from other guests.
     #[serde(default, skip_serializing_if = "is_no")]
     pub isolated: bool,
+    /// Routed: DHCP requests of the guest are answered.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub dhcp: bool,
+    /// Routed: IPv6 routers are advertised to the guest.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub ra: bool,
     /// Bytes a second that the guest may send.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<u64>,
     /// Rules for what the guest sends, in Qubes' form.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub firewall: Vec<String>,
+}
+
+impl VifEntry {
+    /// One at a backend, with nothing else said.
+    pub fn of(backend: Name) -> VifEntry {
+        VifEntry {
+            backend,
+            devid: None,
+            mac: None,
+            ip: Vec::new(),
+            mtu: None,
+            antispoof: true,
+            isolated: false,
+            dhcp: true,
+            ra: true,
+            rate: None,
+            firewall: Vec::new(),
+        }
+    }
+
+    /// One by itself: the keys of `[[vif]]` as TOML, one a line.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn parse(text: &str) -> Result<VifEntry, ConfigError> {
+        #[derive(Deserialize)]
+        struct File {
+            vif: VifEntry,
+        }
+        let file: File = super::text::parse(&format!("[vif]\n{text}"), "vif")?;
+        Ok(file.vif)
+    }
+
+    /// As [`VifEntry::parse`] reads it.
+    ///
+    /// # Errors
+    /// What cannot be written as TOML.
+    pub fn to_text(&self) -> Result<String, ConfigError> {
+        toml::to_string(self).map_err(|e| ConfigError(e.to_string()))
+    }
 }
 
 fn yes() -> bool {
@@ -160,7 +209,7 @@ impl DomainFile {
         Ok(file)
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         match self.guest_type {
             GuestType::Pvh => self.check_pvh()?,
             GuestType::Process => self.check_process()?,
@@ -192,6 +241,15 @@ impl DomainFile {
             }
             if vif.ip.len() > 64 {
                 return Err(format!("vif {index}: at most 64 addresses"));
+            }
+        }
+        let mut ids = std::collections::BTreeSet::new();
+        for (index, vif) in self.vif.iter().enumerate() {
+            let id = vif.devid.unwrap_or(index as u32);
+            if id > 255 || !ids.insert(id) {
+                return Err(format!(
+                    "vif {index}: number {id} is there twice, or above 255; leave devid out"
+                ));
             }
         }
         let mut macs = std::collections::BTreeSet::new();

@@ -185,6 +185,21 @@ pub struct NetbackEntry {
     pub args: Vec<String>,
     /// Routed: the router behind the uplink.
     pub uplink_gateway: Option<std::net::Ipv4Addr>,
+    /// Routed: the IPv6 address that the driver domain has on the guests' side, as "fd00:0:0:1::1/64".
+    pub gateway6: Option<String>,
+    /// Routed: the driver domain's own IPv6 address on the uplink.
+    pub uplink_address6: Option<String>,
+    /// Routed: the IPv6 router behind the uplink.
+    pub uplink_gateway6: Option<std::net::Ipv6Addr>,
+    /// DNS servers, for guests (by DHCP) and for names in firewall rules.
+    #[serde(default)]
+    pub dns: Vec<std::net::IpAddr>,
+    /// Routed: DHCP is offered.
+    #[serde(default = "yes")]
+    pub dhcp: bool,
+    /// Routed: IPv6 routers are advertised.
+    #[serde(default = "yes")]
+    pub ra: bool,
     /// Instead of the host's default.
     pub restart: Option<RestartEntry>,
     /// Instead of the host's default.
@@ -204,6 +219,10 @@ pub enum NetbackMode {
     Routed,
     /// IP routing; outside, guests have the uplink's address.
     Nat,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_state_dir() -> PathBuf {
@@ -284,14 +303,20 @@ impl HostFile {
                     return bad(format!("netback {}: uplink {uplink} is that of {other} too", netback.name));
                 }
             }
-            let addresses = [("gateway", &netback.gateway), ("uplink_address", &netback.uplink_address)];
-            for (key, address) in addresses {
+            let addresses = [
+                ("gateway", &netback.gateway, false),
+                ("uplink_address", &netback.uplink_address, false),
+                ("gateway6", &netback.gateway6, true),
+                ("uplink_address6", &netback.uplink_address6, true),
+            ];
+            for (key, address, six) in addresses {
                 if let Some(address) = address
-                    && !is_ip_prefix(address)
+                    && (!is_ip_prefix(address) || address.contains(':') != six)
                 {
                     return bad(format!(
-                        "netback {}: {key} {address:?} must be an address and prefix length as 10.0.0.1/24",
-                        netback.name
+                        "netback {}: {key} {address:?} must be an address and prefix length as {}",
+                        netback.name,
+                        if six { "fd00:0:0:1::1/64" } else { "10.0.0.1/24" }
                     ));
                 }
             }
@@ -315,8 +340,9 @@ impl HostFile {
 
 fn is_ip_prefix(text: &str) -> bool {
     let Some((address, length)) = text.split_once('/') else { return false };
-    let Ok(address) = address.parse::<std::net::Ipv4Addr>() else { return false };
-    !address.is_unspecified() && length.parse::<u8>().is_ok_and(|l| l <= 32)
+    let Ok(address) = address.parse::<std::net::IpAddr>() else { return false };
+    let most = if address.is_ipv4() { 32 } else { 128 };
+    !address.is_unspecified() && length.parse::<u8>().is_ok_and(|l| l <= most)
 }
 
 #[cfg(test)]

@@ -108,7 +108,7 @@ impl Manager {
                 .destroy_unmanaged(&unmanaged)
                 .map_err(|e| e.at(&format!("guest {}", unmanaged.name)));
         }
-        self.finish_disk_operation(guest)?;
+        self.finish_device_operation(guest)?;
         let (name, id, wait) = {
             let mut inner = self.inner();
             let Some((name, _)) = inner.state.find(guest) else { return Err(no_guest(guest)) };

@@ -43,7 +43,7 @@ impl Manager {
             let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
             let (name, mut probe) = (name.clone(), record.clone());
             let at = format!("guest {name}");
-            self.may_change_disks(&inner.state, &name, &probe).map_err(|e| e.at(&at))?;
+            self.may_change_devices(&inner.state, &name, &probe).map_err(|e| e.at(&at))?;
             if index_of(&probe, &entry).is_some() {
                 return Err(OpError::Exists(format!("{at}: it has a disk {} already", entry.vdev.name())));
             }
@@ -139,7 +139,7 @@ impl Manager {
         let mut inner = self.inner();
         let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
         let (name, mut record) = (name.clone(), record.clone());
-        self.may_change_disks(&inner.state, &name, &record).map_err(|e| e.at(&format!("guest {name}")))?;
+        self.may_change_devices(&inner.state, &name, &record).map_err(|e| e.at(&format!("guest {name}")))?;
         let index = record.config.disk.iter().position(|disk| disk.vdev.name() == vdev);
         let index = index.ok_or_else(|| no_disk(&name, vdev))?;
         let disk = &mut record.config.disk[index];
@@ -172,7 +172,7 @@ impl Manager {
             let mut inner = self.inner();
             let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
             let at = format!("guest {name}");
-            self.may_change_disks(&inner.state, name, record).map_err(|e| e.at(&at))?;
+            self.may_change_devices(&inner.state, name, record).map_err(|e| e.at(&at))?;
             let entry = record.config.disk.iter().find(|disk| disk.vdev.name() == vdev);
             let entry = entry.ok_or_else(|| no_disk(name, vdev))?;
             let change = change(entry).map_err(|e| e.at(&format!("{at}: disk {vdev}")))?;
@@ -184,7 +184,7 @@ impl Manager {
         self.run_claimed(id).map_err(|e| e.at(&format!("guest {name}: disk {vdev}")))
     }
 
-    fn may_change_disks(
+    pub(super) fn may_change_devices(
         &self,
         state: &crate::state::State,
         name: &str,
@@ -229,12 +229,12 @@ impl Manager {
         Ok((name.clone(), found.ok_or_else(gone)?))
     }
 
-    /// Brings an operation on a disk of this guest to its end: another is waiting.
-    pub(super) fn finish_disk_operation(&self, guest: &str) -> Result<(), OpError> {
+    /// Brings an operation on a device of this guest to its end: another is waiting.
+    pub(super) fn finish_device_operation(&self, guest: &str) -> Result<(), OpError> {
         let id = {
             let inner = self.inner();
             let Some((name, _)) = inner.state.find(guest) else { return Ok(()) };
-            let found = inner.state.saga_of(name).filter(|(_, saga)| saga.kind.of_disk()).map(|(id, _)| id);
+            let found = inner.state.saga_of(name).filter(|(_, saga)| saga.kind.of_device()).map(|(id, _)| id);
             found.map(|id| (id, name.clone()))
         };
         if let Some((_, name)) = &id {
@@ -271,7 +271,7 @@ impl Manager {
                     && let Some(domain) = guest.domain
                     && self.store.read(&format!("{}/frontend-id", device.back))?.is_none()
                 {
-                    self.store.apply(&xs_layout::disk_nodes(guest, domain.domid, device.id))?;
+                    self.store.apply(&xs_layout::nodes_of_one(guest, domain.domid, "vbd", device.id))?;
                 }
                 Ok(nothing())
             }
@@ -408,43 +408,53 @@ impl Manager {
     }
 
     fn disk_ready(&self, guest: &Guest, index: usize) -> Result<Change, OpError> {
-        let Some(device) = device_of(guest, index) else { return Ok(nothing()) };
+        if let Some(device) = device_of(guest, index) {
+            self.taken_up(&device)?;
+        }
+        Ok(nothing())
+    }
+
+    /// Waits until a device's backend has taken it up.
+    pub(super) fn taken_up(&self, device: &DevicePaths) -> Result<(), OpError> {
         let began = Instant::now();
-        while !self.device_ready(&device)? {
+        while !self.device_ready(device)? {
             if began.elapsed() > self.timing.ready {
                 return Err(OpError::Failed(format!(
-                    "disk {}: backend {} did not take it up within {} s; see bh services",
-                    device.name,
+                    "{}: backend {} did not take it up within {} s; see bh services",
+                    super::steps_do::label(device),
                     device.backend,
                     self.timing.ready.as_secs()
                 )));
             }
             std::thread::sleep(self.timing.poll);
         }
-        Ok(nothing())
+        Ok(())
     }
 
     /// Asks both ends to let go and waits; with `force` only for a little.
     fn disk_unplug(&self, guest: &Guest, index: usize, force: bool) -> Result<Change, OpError> {
-        let Some(device) = device_of(guest, index) else { return Ok(nothing()) };
+        if let Some(device) = device_of(guest, index) {
+            let stays = "the guest does not let go of it (is it mounted?); unmount it there, or --force";
+            self.let_go(&device, force, stays)?;
+        }
+        Ok(nothing())
+    }
+
+    /// Asks both ends of a device to let go and waits; with `force` only for a little. `stays`: what is said when they do not.
+    pub(super) fn let_go(&self, device: &DevicePaths, force: bool, stays: &str) -> Result<(), OpError> {
         let over = |state| matches!(state, XenbusState::Unknown | XenbusState::Closed);
         if over(state_of(self, &device.back)?) {
-            return Ok(nothing());
+            return Ok(());
         }
-        self.store.apply(&xs_layout::unplug_device(&device, false))?;
+        self.store.apply(&xs_layout::unplug_device(device, false))?;
         let began = Instant::now();
         let patience = if force { self.timing.close } else { self.timing.ready };
         loop {
             if over(state_of(self, &device.back)?) {
-                return Ok(nothing());
+                return Ok(());
             }
             if began.elapsed() > patience {
-                if force {
-                    return Ok(nothing());
-                }
-                return Err(OpError::Failed(
-                    "the guest does not let go of it (is it mounted?); unmount it there, or --force".into(),
-                ));
+                return if force { Ok(()) } else { Err(OpError::Failed(stays.into())) };
             }
             std::thread::sleep(self.timing.poll);
         }

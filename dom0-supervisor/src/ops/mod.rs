@@ -18,6 +18,7 @@ pub(crate) use steps_do::numbers;
 mod steps_do;
 mod steps_undo;
 mod unmanaged;
+mod vif;
 
 #[cfg(test)]
 mod bad_input_tests;
@@ -72,6 +73,22 @@ pub(crate) enum Step {
     DiskRemoveBackend,
     /// Remove it from the record.
     DiskForget,
+    /// One vif: find its backend.
+    VifBackend,
+    /// Write its nodes.
+    VifNodes,
+    /// Wait until its backend took it up.
+    VifReady,
+    /// Have both ends let go.
+    VifUnplug,
+    /// It stays after all.
+    VifReplug,
+    /// Remove its nodes.
+    VifRemoveNodes,
+    /// It is another backend's.
+    VifSwitch,
+    /// Remove it from the record.
+    VifForget,
     /// Let its backend open the new image, and have its next process do so.
     SnapshotPrepare,
     /// Make that process, and see that it has a disk.
@@ -122,6 +139,15 @@ pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
         ],
         (Phase::Undo, SagaKind::SnapshotDisk | SagaKind::CommitDisk | SagaKind::ChangeMedium) => {
             &[Step::SnapshotBack]
+        }
+        (Phase::Do, SagaKind::AttachVif) => &[Step::VifBackend, Step::VifNodes, Step::VifReady],
+        (Phase::Do, SagaKind::DetachVif) | (Phase::Undo, SagaKind::AttachVif) => {
+            &[Step::VifUnplug, Step::VifRemoveNodes, Step::VifForget]
+        }
+        (Phase::Undo, SagaKind::DetachVif) => &[Step::VifReplug],
+        // There and back are the same way.
+        (_, SagaKind::MoveVif) => {
+            &[Step::VifUnplug, Step::VifRemoveNodes, Step::VifSwitch, Step::VifNodes, Step::VifReady]
         }
         (Phase::Do, SagaKind::Destroy) | (Phase::Undo, _) => &REMOVE,
     }
@@ -202,8 +228,12 @@ impl Manager {
                 Err(OpError::Unavailable(_)) if began.elapsed() < self.timing.passing => {
                     std::thread::sleep(self.timing.poll * 4);
                 }
-                // A disk that the guest has let go of stays away.
-                Err(e) if saga.kind == SagaKind::DetachDisk && saga.step > 0 => return Err(e),
+                // A device that the guest has let go of stays away.
+                Err(e)
+                    if matches!(saga.kind, SagaKind::DetachDisk | SagaKind::DetachVif) && saga.step > 0 =>
+                {
+                    return Err(e);
+                }
                 Err(e) if saga.phase == Phase::Do && saga.kind != SagaKind::Destroy => {
                     self.turn_back(id, &saga, &e)?;
                     began = Instant::now();
@@ -229,6 +259,14 @@ impl Manager {
             | Step::CommitPrepare
             | Step::CommitWait
             | Step::CommitPivot => self.disk_step(step, guest, saga),
+            Step::VifBackend
+            | Step::VifNodes
+            | Step::VifReady
+            | Step::VifUnplug
+            | Step::VifReplug
+            | Step::VifRemoveNodes
+            | Step::VifSwitch
+            | Step::VifForget => self.vif_step(step, guest, saga),
             Step::Backends => self.do_backends(guest),
             Step::Domain => self.do_domain(guest),
             Step::Nodes => self.do_nodes(guest),
@@ -276,6 +314,9 @@ impl Manager {
                 (SagaKind::SnapshotDisk, _) => "snapshot made".into(),
                 (SagaKind::CommitDisk, _) => "image committed".into(),
                 (SagaKind::ChangeMedium, _) => "medium changed".into(),
+                (SagaKind::AttachVif, _) => "vif attached".into(),
+                (SagaKind::DetachVif, _) => "vif detached".into(),
+                (SagaKind::MoveVif, _) => "vif moved".into(),
             };
             let domid =
                 self.inner().state.guests.get(&at.guest).and_then(|g| g.domain).map_or(0, |d| d.domid);

@@ -248,7 +248,7 @@ impl Manager {
 }
 
 /// For messages.
-fn label(device: &DevicePaths) -> String {
+pub(super) fn label(device: &DevicePaths) -> String {
     match device.kind {
         "vbd" => format!("disk {}", device.name),
         kind => format!("{kind} {}", device.name),

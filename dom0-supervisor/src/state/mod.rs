@@ -6,7 +6,7 @@ mod records;
 
 pub use file::{StateError, StateFile};
 pub use records::{
-    DiskChange, Failure, Guest, MadeOf, OwnDisk, Phase, RunningDomain, Saga, SagaKind, State,
+    DiskChange, Failure, Guest, MadeOf, OwnDisk, Phase, RunningDomain, Saga, SagaKind, State, VifChange,
     guest_uuid_text, private_backend_name, private_backend_uuid, service_uuid,
 };
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::config::{DiskEntry, DiskSource, DomainFile, Mac};
+use crate::config::{DiskEntry, DiskSource, DomainFile, Mac, Name};
 
 /// Everything that must outlive dom0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,11 +106,17 @@ pub enum SagaKind {
     CommitDisk,
     /// Put a medium into a running guest's drive, or take it out.
     ChangeMedium,
+    /// Give a running guest a network device.
+    AttachVif,
+    /// Take a network device from a running guest.
+    DetachVif,
+    /// Move a network device of a running guest to another driver domain.
+    MoveVif,
 }
 
 impl SagaKind {
-    /// It is about one disk of a guest that stays as it is otherwise.
-    pub fn of_disk(self) -> bool {
+    /// It is about one device of a guest that stays as it is otherwise.
+    pub fn of_device(self) -> bool {
         !matches!(self, SagaKind::Create | SagaKind::Destroy | SagaKind::Reboot)
     }
 }
@@ -143,6 +149,24 @@ pub struct Saga {
     /// What a disk's operation is about.
     #[serde(default)]
     pub disk: Option<DiskChange>,
+    /// What a network device's operation is about.
+    #[serde(default)]
+    pub vif: Option<VifChange>,
+}
+
+/// What an operation on a network device changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VifChange {
+    /// The device's number.
+    pub id: u32,
+    /// The driver domain that it is to have, or has.
+    pub backend: Name,
+    /// The one that it had before a move.
+    #[serde(default)]
+    pub former: Option<Name>,
+    /// Do not wait for the guest to let go.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// What an operation on a disk changes.
@@ -182,8 +206,10 @@ impl State {
     pub fn begin(&mut self, guest: &str, kind: SagaKind, why: Option<String>) -> u64 {
         let id = self.next_saga;
         self.next_saga += 1;
-        self.sagas
-            .insert(id, Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why, disk: None });
+        self.sagas.insert(
+            id,
+            Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why, disk: None, vif: None },
+        );
         id
     }
 
@@ -192,6 +218,15 @@ impl State {
         let id = self.begin(guest, kind, None);
         if let Some(saga) = self.sagas.get_mut(&id) {
             saga.disk = Some(disk);
+        }
+        id
+    }
+
+    /// Begins an operation on a network device; the caller saves.
+    pub fn begin_vif(&mut self, guest: &str, kind: SagaKind, vif: VifChange) -> u64 {
+        let id = self.begin(guest, kind, None);
+        if let Some(saga) = self.sagas.get_mut(&id) {
+            saga.vif = Some(vif);
         }
         id
     }
@@ -246,7 +281,17 @@ impl Guest {
 
     /// Ethernet address of vif `index`.
     pub fn mac(&self, index: usize) -> Mac {
-        self.config.vif[index].mac.unwrap_or_else(|| Mac::generated(&self.uuid, index as u32))
+        self.config.vif[index].mac.unwrap_or_else(|| Mac::generated(&self.uuid, self.vif_id(index)))
+    }
+
+    /// Number of vif `index`.
+    pub fn vif_id(&self, index: usize) -> u32 {
+        self.config.vif[index].devid.unwrap_or(index as u32)
+    }
+
+    /// Where the vif of this number is in the list.
+    pub fn vif_index(&self, id: u32) -> Option<usize> {
+        (0..self.config.vif.len()).find(|&index| self.vif_id(index) == id)
     }
 }
 

@@ -98,7 +98,8 @@ pub fn device_paths_of(guest: &Guest, domid: u16) -> Vec<DevicePaths> {
     }
     for (index, (vif, backend)) in guest.config.vif.iter().zip(&guest.vif_backends).enumerate() {
         if let Some(backend) = backend {
-            add("vif", index.to_string(), index as u32, vif.backend.to_string(), *backend);
+            let id = guest.vif_id(index);
+            add("vif", id.to_string(), id, vif.backend.to_string(), *backend);
         }
     }
     out
@@ -111,12 +112,12 @@ pub fn device_error_path(device: &DevicePaths) -> String {
     format!("{home}/error{rest}/error")
 }
 
-/// The nodes of one disk of a running guest, which may be its first.
-pub fn disk_nodes(guest: &Guest, domid: u16, number: u32) -> Vec<Change> {
+/// The nodes of one device of a running guest, which may be its first of the kind ("vbd", "vif").
+pub fn nodes_of_one(guest: &Guest, domid: u16, kind: &str, number: u32) -> Vec<Change> {
     let mut parent = Nodes::new(0, &[domid]);
-    parent.put(format!("{}/device/vbd", home(domid)), "");
+    parent.put(format!("{}/device/{kind}", home(domid)), "");
     let mut out = parent.out;
-    out.extend(nodes_of(guest, domid, |device| device.kind == "vbd" && device.id == number));
+    out.extend(nodes_of(guest, domid, |device| device.kind == kind && device.id == number));
     out
 }
 
@@ -183,11 +184,12 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
                 front.put(format!("{}/device-type", device.front), disk.devtype.word());
             }
             _ => {
-                let mac = guest.mac(device.id as usize).to_string();
+                let Some(index) = guest.vif_index(device.id) else { continue };
+                let mac = guest.mac(index).to_string();
                 back.put(format!("{}/handle", device.back), device.id.to_string());
                 back.put(format!("{}/mac", device.back), &mac);
                 back.put(format!("{}/type", device.back), "vif");
-                let vif = &guest.config.vif[device.id as usize];
+                let vif = &guest.config.vif[index];
                 for (node, value) in vif_settings(vif) {
                     back.put(format!("{}/{node}", device.back), value);
                 }
@@ -248,6 +250,11 @@ fn vif_settings(vif: &VifEntry) -> Vec<(&'static str, String)> {
     }
     if vif.isolated {
         out.push(("isolated", "1".into()));
+    }
+    for (node, on) in [("dhcp", vif.dhcp), ("ra", vif.ra)] {
+        if !on {
+            out.push((node, "0".into()));
+        }
     }
     if let Some(rate) = vif.rate {
         // As Xen's toolstack writes it: so many bytes in 50 ms.

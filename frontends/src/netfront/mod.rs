@@ -117,6 +117,11 @@ impl Queue {
         }
     }
 
+    /// Notifies the backend without a reason, as a frontend may.
+    pub fn kick(&self) {
+        self.ports.iter().for_each(Port::notify);
+    }
+
     /// Descriptors that become readable when the backend has answered.
     pub fn wait_fds(&self) -> [BorrowedFd<'_>; 2] {
         [self.ports[0].rx(), self.ports[1].rx()]

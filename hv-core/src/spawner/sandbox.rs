@@ -117,8 +117,10 @@ impl<'a> Prepared<'a> {
             }
             let limits = MountLimits { read_only: bind.read_only, no_dev: !is_device };
             step(&what, sys::limit_mount(mount.as_fd(), limits))?;
-            // Device nodes keep their owner: their modes are the host's statement. Everything else appears as root's own.
-            if !is_device && let Err(e) = sys::idmap_mount(mount.as_fd(), fds[4].as_fd()) {
+            // Device nodes keep their owner: their modes are the host's statement. So do /proc's files, which the kernel judges by the
+            // namespaces of who asks. Everything else appears as root's own.
+            let judged_elsewhere = is_device || Path::new(&bind.source).starts_with("/proc");
+            if !judged_elsewhere && let Err(e) = sys::idmap_mount(mount.as_fd(), fds[4].as_fd()) {
                 missing.push(format!(
                     "id-mapped mount of {} ({e}): its files belong to nobody inside {}",
                     bind.source, request.name

@@ -69,7 +69,7 @@ pub fn neighbour(h: &Headers<'_>, mac: Mac) -> Option<Vec<u8>> {
 pub struct Router {
     /// Its Ethernet address.
     pub mac: Mac,
-    /// The guests' network; on link, addresses are not made of it by the guests themselves but given by the toolstack.
+    /// The guests' network: an address in it and the length of its prefix.
     pub prefix: (Ipv6Addr, u8),
     /// Greatest packet.
     pub mtu: u32,
@@ -89,6 +89,11 @@ pub fn advertise(h: &Headers<'_>, router: &Router) -> Option<Vec<u8>> {
     if h.protocol() != Some(58) || h.icmp_type() != Some(133) {
         return None;
     }
+    Some(advertisement(h.src(), router))
+}
+
+/// A router advertisement for this guest.
+pub fn advertisement(to: Mac, router: &Router) -> Vec<u8> {
     // Hop limit 64, no flags, a router for half an hour; then its address, the MTU and the prefix.
     let mut body = vec![134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
     body.extend([1, 1]);
@@ -96,11 +101,12 @@ pub fn advertise(h: &Headers<'_>, router: &Router) -> Option<Vec<u8>> {
     body.extend([5, 1, 0, 0]);
     body.extend(router.mtu.to_be_bytes());
     let (prefix, len) = router.prefix;
-    // On link and autonomous, a day.
-    body.extend([3, 4, len, 0xc0]);
+    // Autonomous, a day; not on link: other guests are reached by the router.
+    body.extend([3, 4, len, 0x40]);
     body.extend([0, 1, 0x51, 0x80, 0, 1, 0x51, 0x80, 0, 0, 0, 0]);
-    body.extend(prefix.octets());
-    Some(icmpv6(h.src(), router.mac, ALL_NODES, link_local(router.mac), &body))
+    let network = u128::from(prefix) & u128::MAX.checked_shl(128 - u32::from(len.min(128))).unwrap_or(0);
+    body.extend(network.to_be_bytes());
+    icmpv6(to, router.mac, ALL_NODES, link_local(router.mac), &body)
 }
 
 /// Takes one from the hop limit of an IP packet that is routed here, in its first bytes `h`. False if it must not go on.

@@ -14,15 +14,19 @@
 //! domain take a short cut, the rest goes to the domain's kernel.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::{HvError, Hypercall};
 use domain_kit::ring::RingMem;
+use serde::{Deserialize, Serialize};
 
 use crate::headers::{Headers, Mac};
+use crate::kept;
+use crate::names::Names;
 use crate::offload::MAX_HEADERS;
+use crate::qubes::Sources;
 use crate::queue::rx::RxFrame;
 use crate::queue::{Copier, Fate, Frame};
 use crate::slots::PacketHash;
@@ -32,6 +36,7 @@ use domain_kit::ring::Span;
 
 pub mod answer;
 mod deliver;
+pub mod dhcp;
 pub mod fdb;
 pub mod port;
 pub mod rules;
@@ -74,7 +79,7 @@ impl Copier for Lane {
 }
 
 /// How packets are forwarded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Guests see the gateway alone.
     pub routed: Option<Gateway>,
@@ -83,14 +88,31 @@ pub struct Plan {
 }
 
 /// The gateway that routed guests see.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gateway {
     /// Its Ethernet address.
     pub mac: Mac,
-    /// Its IPv4 address.
-    pub ipv4: Ipv4Addr,
-    /// The guests' IPv6 network, if there is one, for router advertisements.
-    pub ipv6: Option<(std::net::Ipv6Addr, u8)>,
+    /// Its IPv4 address, and the length of the guests' network's prefix.
+    pub ipv4: (Ipv4Addr, u8),
+    /// Its IPv6 address, if it has one, and the guests' network's.
+    pub ipv6: Option<(Ipv6Addr, u8)>,
+    /// DHCP is offered, with this.
+    pub dhcp: Option<dhcp::Options>,
+    /// Routers are advertised.
+    pub ra: bool,
+}
+
+impl Gateway {
+    /// The address that a guest makes of a router advertisement and its Ethernet address (RFC 4862): the one address of the
+    /// guests' network that it may use without the toolstack's word.
+    fn autonomous(&self, mac: Mac) -> Option<Ipv6Addr> {
+        let (gateway, _) = self.ipv6.filter(|(_, prefix)| self.ra && *prefix == 64)?;
+        let (network, interface) = (gateway.octets(), answer::link_local(mac).octets());
+        let mut out = [0; 16];
+        out[..8].copy_from_slice(&network[..8]);
+        out[8..].copy_from_slice(&interface[8..]);
+        Some(out.into())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -98,6 +120,44 @@ struct Table {
     ports: BTreeMap<u16, Arc<Port>>,
     by_mac: HashMap<Mac, u16>,
     by_ip: HashMap<IpAddr, u16>,
+    /// Rules by source address.
+    sources: Arc<Sources>,
+    /// What names in rules mean.
+    names: Arc<Names>,
+}
+
+impl Table {
+    /// Whether rules let a guest with these settings send this.
+    fn allows(&self, settings: &Settings, h: &Headers<'_>) -> bool {
+        let more = || match h.ip() {
+            Some(ip) if !self.sources.is_empty() => {
+                self.sources.get(&ip.src()).is_none_or(|rules| rules.allows(h, &self.names))
+            }
+            _ => true,
+        };
+        settings.firewall.allows(h, &self.names) && more()
+    }
+}
+
+/// What is kept of the rules that are no vif's.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Rules {
+    sources: Sources,
+    names: Names,
+}
+
+/// Bytes of kept memory that the switch wants: see [`Memory`].
+pub const RULES_BYTES: usize = kept::BYTES;
+
+/// What a switch remembers in memory that outlives the incarnation.
+#[derive(Debug)]
+pub struct Memory {
+    /// [`fdb::BYTES`].
+    pub fdb: Span,
+    /// [`dhcp::BYTES`].
+    pub leases: Span,
+    /// [`RULES_BYTES`].
+    pub rules: Span,
 }
 
 /// The switch.
@@ -106,6 +166,8 @@ pub struct Switch {
     plan: Plan,
     table: RwLock<Arc<Table>>,
     fdb: Fdb<Span>,
+    leases: dhcp::Leases,
+    rules: Span,
     uplink: RwLock<Option<Arc<Tap>>>,
     /// The uplink's counters.
     pub stats: Arc<Stats>,
@@ -136,12 +198,16 @@ pub fn seconds() -> u32 {
 }
 
 impl Switch {
-    /// One without ports. `fdb` is kept memory of [`fdb::BYTES`].
-    pub fn new(plan: Plan, fdb: Span) -> Switch {
+    /// One without ports, that knows what its predecessor knew.
+    pub fn new(plan: Plan, memory: Memory) -> Switch {
+        let Rules { sources, names } = kept::load(&memory.rules).unwrap_or_default();
+        let table = Table { sources: Arc::new(sources), names: Arc::new(names), ..Table::default() };
         Switch {
             plan,
-            table: RwLock::default(),
-            fdb: Fdb::new(fdb),
+            table: RwLock::new(Arc::new(table)),
+            fdb: Fdb::new(memory.fdb),
+            leases: dhcp::Leases::new(memory.leases),
+            rules: memory.rules,
             uplink: RwLock::new(None),
             stats: Arc::default(),
         }
@@ -161,6 +227,11 @@ impl Switch {
         self.fdb.len()
     }
 
+    /// Addresses that guests have by DHCP.
+    pub fn leased(&self) -> usize {
+        self.leases.taken(seconds())
+    }
+
     /// The lowest number that no port has.
     pub fn free_slot(&self) -> u16 {
         let table = self.table();
@@ -171,6 +242,10 @@ impl Switch {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let mut ports = table.ports.clone();
         change(&mut ports);
+        let now = seconds();
+        for port in ports.values() {
+            port.settle(|settings| self.give_addresses(settings, now));
+        }
         let (mut by_mac, mut by_ip) = (HashMap::new(), HashMap::new());
         for (&slot, port) in &ports {
             let settings = port.settings();
@@ -190,7 +265,64 @@ impl Switch {
                 by_ip.entry(ip).or_insert(slot);
             }
         }
-        *table = Arc::new(Table { ports, by_mac, by_ip });
+        let (sources, names) = (table.sources.clone(), table.names.clone());
+        *table = Arc::new(Table { ports, by_mac, by_ip, sources, names });
+    }
+
+    /// Rules by source address.
+    pub fn sources(&self) -> Sources {
+        (*self.table().sources).clone()
+    }
+
+    /// What names mean.
+    pub fn names(&self) -> Names {
+        (*self.table().names).clone()
+    }
+
+    /// Other rules by source address, from the next batch of packets on.
+    pub fn set_sources(&self, sources: Sources) {
+        self.change_rules(|table| table.sources = Arc::new(sources));
+    }
+
+    /// Names mean something else, from the next batch of packets on.
+    pub fn set_names(&self, names: Names) {
+        self.change_rules(|table| table.names = Arc::new(names));
+    }
+
+    fn change_rules(&self, change: impl FnOnce(&mut Table)) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let Table { ports, by_mac, by_ip, sources, names } = &**table;
+        let (ports, by_mac, by_ip) = (ports.clone(), by_mac.clone(), by_ip.clone());
+        let mut next = Table { ports, by_mac, by_ip, sources: sources.clone(), names: names.clone() };
+        change(&mut next);
+        let rules = Rules { sources: (*next.sources).clone(), names: (*next.names).clone() };
+        if let Err(error) = kept::save(&self.rules, &rules) {
+            tracing::error!(%error, "rules are not kept: after a restart they hold once the store was read");
+        }
+        *table = Arc::new(next);
+    }
+
+    /// Names in all rules.
+    pub fn names_wanted(&self) -> Vec<String> {
+        let table = self.table();
+        let mut out = Vec::new();
+        let settings: Vec<_> = table.ports.values().map(|port| port.configured()).collect();
+        let firewalls = settings.iter().map(|s| &s.firewall).chain(table.sources.values());
+        out.extend(firewalls.flat_map(|f| &f.rules).filter_map(|rule| rule.host.clone()));
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// Adds the addresses that the domain itself gives to those of the toolstack's.
+    fn give_addresses(&self, settings: &mut Settings, now: u32) {
+        let (Some(gateway), Some(mac)) = (&self.plan.routed, settings.mac) else { return };
+        if settings.ipv4.is_empty() && settings.dhcp && gateway.dhcp.is_some() {
+            settings.ipv4.extend(self.leases.of(mac, now));
+        }
+        if settings.ipv6.is_empty() && settings.ra {
+            settings.ipv6.extend(gateway.autonomous(mac));
+        }
     }
 
     /// Adds a port.
@@ -314,6 +446,15 @@ impl Switch {
             Target::Uplink => Verdict::Uplink,
             Target::Flood => Verdict::Flood,
             Target::Answer(answer) => Verdict::Answer(answer),
+            Target::Dhcp => {
+                let mut whole = vec![0; frame.len.min(dhcp::MAX_FRAME)];
+                arena.copy_out(frame.at, &mut whole);
+                let answer = match origin {
+                    Origin::Vif(port) => self.dhcp(table, port, &whole, now),
+                    Origin::Uplink => None,
+                };
+                answer.map_or(Verdict::Drop(Denied::NoWay), Verdict::Answer)
+            }
             Target::Port(slot) => to_port(table, slot, arena, frame, bytes),
             Target::Route { slot, gateway } => {
                 let mac = table.ports.get(&slot).and_then(|p| p.settings().mac);
@@ -328,6 +469,37 @@ impl Switch {
         }
     }
 
+    /// The answer to a guest's DHCP request.
+    fn dhcp(&self, table: &Table, port: &Port, frame: &[u8], now: u32) -> Option<Vec<u8>> {
+        let gateway = self.plan.routed.as_ref()?;
+        let (options, settings) = (gateway.dhcp.as_ref()?, port.configured());
+        let (ipv4, prefix) = gateway.ipv4;
+        let network = dhcp::Network { mac: gateway.mac, gateway: ipv4, prefix, options };
+        let fixed = settings.ipv4.first().copied();
+        let client = dhcp::Client { mac: settings.mac.filter(|_| settings.dhcp)?, fixed, mtu: settings.mtu };
+        let others = |ip: Ipv4Addr| table.by_ip.get(&ip.into()).is_some_and(|&slot| slot != port.slot);
+        let outcome = self.leases.serve(frame, &network, &client, others, now);
+        if outcome.changed {
+            self.change(|_| {});
+        }
+        outcome.answer
+    }
+
+    /// Advertises the router to all guests that want it. They ask when they start; this keeps it from expiring.
+    pub fn advertise(&self, lane: &mut Lane) {
+        for port in self.table().ports.values() {
+            let settings = port.settings();
+            let (Some(router), Some(mac)) = (self.router(&settings), settings.mac) else { continue };
+            let advertisement = answer::advertisement(mac, &router);
+            self.answer(Origin::Vif(port), lane, &advertisement);
+        }
+    }
+
+    fn router(&self, settings: &Settings) -> Option<answer::Router> {
+        let gateway = self.plan.routed.as_ref().filter(|gateway| gateway.ra && settings.ra)?;
+        Some(answer::Router { mac: gateway.mac, prefix: gateway.ipv6?, mtu: settings.mtu })
+    }
+
     /// Whether two guests may talk.
     fn may_talk(&self, a: &Settings, b: &Settings) -> bool {
         !self.plan.isolated && !a.isolated && !b.isolated
@@ -338,7 +510,7 @@ impl Switch {
         if let Err(why) = settings.admit(h) {
             return Target::Drop(why);
         }
-        if !settings.firewall.allows(h) {
+        if !table.allows(&settings, h) {
             return Target::Drop(Denied::Rule);
         }
         if !settings.locked() && h.src()[0] & 1 == 0 && !table.by_mac.contains_key(&h.src()) {
@@ -397,13 +569,16 @@ impl Switch {
             let answer = ask.then(|| answer::neighbour(h, gateway.mac)).flatten();
             return answer.map_or(Target::Drop(Denied::NoWay), Target::Answer);
         }
-        if let Some(prefix) = gateway.ipv6 {
-            let router = answer::Router { mac: gateway.mac, prefix, mtu: settings.mtu };
-            if let Some(answer) = answer::advertise(h, &router) {
-                return Target::Answer(answer);
-            }
+        if let Some(router) = self.router(&settings)
+            && let Some(answer) = answer::advertise(h, &router)
+        {
+            return Target::Answer(answer);
         }
-        if !settings.firewall.allows(h) {
+        if h.protocol() == Some(17) && h.ports() == Some((68, 67)) && gateway.dhcp.is_some() && settings.dhcp
+        {
+            return Target::Dhcp;
+        }
+        if !table.allows(&settings, h) {
             return Target::Drop(Denied::Rule);
         }
         let Some(ip) = h.ip().filter(|_| h.dst() == gateway.mac) else { return Target::Drop(Denied::NoWay) };
@@ -447,6 +622,8 @@ enum Target {
     Uplink,
     Flood,
     Answer(Vec<u8>),
+    /// To the domain's DHCP server.
+    Dhcp,
 }
 
 #[cfg(test)]

@@ -70,8 +70,8 @@ pub struct Port {
     pub offloads: Offloads,
     /// Its queues.
     pub queues: Vec<RxHandle>,
-    /// The toolstack's settings.
-    pub settings: RwLock<Arc<Settings>>,
+    /// The toolstack's settings, and those that are in force: with addresses that the domain itself gave.
+    settings: RwLock<(Arc<Settings>, Arc<Settings>)>,
     /// The frontend's hashes.
     pub hash: RwLock<Arc<HashConfig>>,
     /// The frontend's multicast filter.
@@ -125,12 +125,13 @@ impl Port {
     pub fn new(parts: PortParts, on_failure: impl Fn(String) + Send + Sync + 'static) -> Port {
         let PortParts { slot, id, offloads, queues, settings, hash, groups, headroom, stats } = parts;
         let bucket = settings.rate.map(|rate| Bucket::new(rate, Instant::now()));
+        let settings = Arc::new(settings);
         Port {
             slot,
             id,
             offloads,
             queues,
-            settings: RwLock::new(Arc::new(settings)),
+            settings: RwLock::new((settings.clone(), settings)),
             hash: RwLock::new(Arc::new(hash)),
             groups: RwLock::new(groups),
             headroom: AtomicUsize::new(headroom),
@@ -141,18 +142,34 @@ impl Port {
         }
     }
 
-    /// The settings as they are now.
+    /// The settings that are in force now.
     pub fn settings(&self) -> Arc<Settings> {
-        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
-    /// New settings, from the next packet on.
+    /// The toolstack's settings.
+    pub fn configured(&self) -> Arc<Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// New settings of the toolstack's, from the next packet on.
     pub fn set(&self, settings: Settings) {
         let mut bucket = lock(&self.bucket);
         if self.settings().rate != settings.rate {
             *bucket = settings.rate.map(|rate| Bucket::new(rate, Instant::now()));
         }
-        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        let settings = Arc::new(settings);
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = (settings.clone(), settings);
+    }
+
+    /// What `with` makes of the toolstack's settings is in force from the next packet on.
+    pub fn settle(&self, with: impl FnOnce(&mut Settings)) {
+        let mut settings = (*self.configured()).clone();
+        with(&mut settings);
+        let mut both = self.settings.write().unwrap_or_else(PoisonError::into_inner);
+        if *both.1 != settings {
+            both.1 = Arc::new(settings);
+        }
     }
 
     /// The hash configuration as it is now.

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::headers::Headers;
+use crate::names::{Names, is_host_name};
 
 /// Most rules of a vif.
 pub const MAX_RULES: usize = 512;
@@ -81,7 +82,7 @@ impl FromStr for Net {
 /// A rule that cannot be understood. The whole set is then refused: a firewall with holes is worse than none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("firewall rule: {0}")]
-pub struct RuleError(String);
+pub struct RuleError(pub(crate) String);
 
 /// One rule; what is `None` fits everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +91,10 @@ pub struct Rule {
     pub action: Action,
     /// Where to.
     pub dst: Option<Net>,
+    /// The same by its name, which the domain resolves. While it is not resolved, a rule that accepts fits nothing and one that drops
+    /// fits every address.
+    #[serde(default)]
+    pub host: Option<String>,
     /// IP protocols, empty: all.
     pub protocols: Vec<u8>,
     /// Destination ports, both ends included.
@@ -140,11 +145,12 @@ impl FromStr for Rule {
                 }
                 "icmptype" => rule.icmp_type = Some(number()?),
                 "specialtarget" if value == "dns" => rule.dns = true,
-                "dsthost" => {
-                    return Err(RuleError(format!(
-                        "{word:?}: names are not resolved yet; give an address (dst4, dst6)"
-                    )));
-                }
+                // Qubes allows a network here, too.
+                "dsthost" => match value.parse() {
+                    Ok(net) => rule.dst = Some(net),
+                    Err(_) if is_host_name(value) => rule.host = Some(value.to_ascii_lowercase()),
+                    Err(_) => return Err(RuleError(format!("{word:?}: no name, address or network"))),
+                },
                 // Told to people, not to us.
                 "comment" => {}
                 _ => return Err(RuleError(format!("{key:?} is not known"))),
@@ -161,6 +167,9 @@ impl fmt::Display for Rule {
         if let Some(net) = self.dst {
             let family = if net.address.is_ipv4() { 4 } else { 6 };
             write!(f, " dst{family}={}/{}", net.address, net.prefix)?;
+        }
+        if let Some(host) = &self.host {
+            write!(f, " dsthost={host}")?;
         }
         match self.protocols[..] {
             [6] => write!(f, " proto=tcp")?,
@@ -179,10 +188,15 @@ impl fmt::Display for Rule {
 }
 
 impl Rule {
-    fn fits(&self, headers: &Headers<'_>, dst: IpAddr) -> bool {
+    fn fits(&self, headers: &Headers<'_>, dst: IpAddr, names: &Names) -> bool {
         let protocol = headers.protocol();
         let port = headers.ports().map(|(_, dst)| dst);
-        self.dst.is_none_or(|net| net.contains(dst))
+        let named = |host: &String| match names.get(host) {
+            Some(addresses) => addresses.contains(&dst),
+            None => self.action == Action::Drop,
+        };
+        self.host.as_ref().is_none_or(named)
+            && self.dst.is_none_or(|net| net.contains(dst))
             && (self.protocols.is_empty() || protocol.is_some_and(|p| self.protocols.contains(&p)))
             && self.ports.is_none_or(|(low, high)| port.is_some_and(|p| (low..=high).contains(&p)))
             && self.icmp_type.is_none_or(|kind| headers.icmp_type() == Some(kind))
@@ -203,7 +217,7 @@ impl Firewall {
     /// Whether a packet from the guest may go on. What is not IP (ARP) may.
     ///
     /// A later fragment has no ports: rules with ports do not fit it.
-    pub fn allows(&self, headers: &Headers<'_>) -> bool {
+    pub fn allows(&self, headers: &Headers<'_>, names: &Names) -> bool {
         if self.rules.is_empty() && self.policy == Action::Accept {
             return true;
         }
@@ -217,7 +231,7 @@ impl Firewall {
         if neighbour_discovery(headers) {
             return true;
         }
-        let found = self.rules.iter().find(|rule| rule.fits(headers, ip.dst()));
+        let found = self.rules.iter().find(|rule| rule.fits(headers, ip.dst(), names));
         found.map_or(self.policy, |rule| rule.action) == Action::Accept
     }
 }
@@ -251,7 +265,9 @@ mod tests {
         ];
         let rules: Vec<Rule> = rules.iter().map(|r| r.parse().unwrap()).collect();
         let firewall = Firewall { rules, policy: Action::Drop };
-        let allowed = |protocol, dst, port| firewall.allows(&Headers::parse(&packet(protocol, dst, port)));
+        let allowed = |protocol, dst, port| {
+            firewall.allows(&Headers::parse(&packet(protocol, dst, port)), &Names::new())
+        };
         assert!(allowed(6, [10, 2, 0, 1], 443));
         assert!(!allowed(6, [10, 1, 0, 1], 443), "the first");
         assert!(!allowed(6, [10, 2, 0, 1], 444));
@@ -259,16 +275,16 @@ mod tests {
         assert!(allowed(17, [9, 9, 9, 9], 53));
         let mut echo = packet(1, [9, 9, 9, 9], 0);
         echo[34] = 8;
-        assert!(firewall.allows(&Headers::parse(&echo)));
+        assert!(firewall.allows(&Headers::parse(&echo), &Names::new()));
         echo[34] = 13;
-        assert!(!firewall.allows(&Headers::parse(&echo)));
+        assert!(!firewall.allows(&Headers::parse(&echo), &Names::new()));
         let mut fragment = packet(6, [10, 2, 0, 1], 443);
         fragment[21] = 1;
-        assert!(!firewall.allows(&Headers::parse(&fragment)));
+        assert!(!firewall.allows(&Headers::parse(&fragment), &Names::new()));
         let mut cut = packet(6, [10, 2, 0, 1], 443);
         cut[14] = 0x41;
-        assert!(!firewall.allows(&Headers::parse(&cut)), "not parsed, not accepted");
-        assert!(Firewall::default().allows(&Headers::parse(&cut)));
+        assert!(!firewall.allows(&Headers::parse(&cut), &Names::new()), "not parsed, not accepted");
+        assert!(Firewall::default().allows(&Headers::parse(&cut), &Names::new()));
     }
 
     #[test]
@@ -278,6 +294,7 @@ mod tests {
             "action=drop dst4=10.0.0.0/8 proto=tcp dstports=1-65535",
             "action=accept dst6=2001:db8::/32 proto=icmp icmptype=128",
             "action=accept specialtarget=dns",
+            "action=accept dsthost=example.org proto=tcp",
         ] {
             assert_eq!(text.parse::<Rule>().unwrap().to_string(), text);
         }
@@ -291,11 +308,27 @@ mod tests {
             "action=drop dstports=70000",
             "action=drop proto=gre",
             "action=drop x=y",
-            "action=accept dsthost=example.org",
+            "action=accept dsthost=a..b",
         ] {
             assert!(bad.parse::<Rule>().is_err(), "{bad}");
         }
         assert!("10.0.0.0/0".parse::<Net>().unwrap().contains([1, 2, 3, 4].into()));
         assert!(!"10.0.0.0/8".parse::<Net>().unwrap().contains([11, 2, 3, 4].into()));
+    }
+
+    #[test]
+    fn names_fit_what_they_resolve_to() {
+        let rule = |text: &str| Firewall { rules: vec![text.parse().unwrap()], policy: Action::Drop };
+        let names = Names::from([("example.org".to_owned(), vec![[10, 2, 0, 1].into()])]);
+        let to = |dst| packet(6, dst, 443);
+        let accept = rule("action=accept dsthost=Example.org");
+        assert!(accept.allows(&Headers::parse(&to([10, 2, 0, 1])), &names));
+        assert!(!accept.allows(&Headers::parse(&to([10, 2, 0, 2])), &names));
+        assert!(!accept.allows(&Headers::parse(&to([10, 2, 0, 1])), &Names::new()), "not resolved yet");
+        let drop = Firewall { policy: Action::Accept, ..rule("action=drop dsthost=example.org") };
+        assert!(!drop.allows(&Headers::parse(&to([10, 2, 0, 1])), &names));
+        assert!(drop.allows(&Headers::parse(&to([10, 2, 0, 2])), &names));
+        assert!(!drop.allows(&Headers::parse(&to([10, 2, 0, 2])), &Names::new()), "it might be that one");
+        assert!(rule("action=accept dsthost=10.0.0.0/8").allows(&Headers::parse(&to([10, 9, 9, 9])), &names));
     }
 }

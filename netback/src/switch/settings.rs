@@ -19,6 +19,7 @@ pub struct Rate {
 
 /// A vif's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Settings {
     /// The guest's Ethernet address.
     pub mac: Option<Mac>,
@@ -36,6 +37,10 @@ pub struct Settings {
     pub rate: Option<Rate>,
     /// Rules for what it sends.
     pub firewall: Firewall,
+    /// Routed: DHCP requests are answered.
+    pub dhcp: bool,
+    /// Routed: routers are advertised.
+    pub ra: bool,
 }
 
 impl Default for Settings {
@@ -49,6 +54,8 @@ impl Default for Settings {
             mtu: 1500,
             rate: None,
             firewall: Firewall::default(),
+            dhcp: true,
+            ra: true,
         }
     }
 }

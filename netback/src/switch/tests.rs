@@ -26,12 +26,19 @@ struct Net {
 impl Net {
     fn new(plan: Plan) -> Net {
         let span = |len| Span::new(Arc::new(SharedMem::create("test", len).unwrap().0), 0, len);
-        Net { switch: Switch::new(plan, span(fdb::BYTES)), arena: span(8192) }
+        let memory = Memory { fdb: span(fdb::BYTES), leases: span(dhcp::BYTES), rules: span(RULES_BYTES) };
+        Net { switch: Switch::new(plan, memory), arena: span(8192) }
     }
 
     fn routed() -> Net {
         Net::new(Plan {
-            routed: Some(Gateway { mac: US, ipv4: [10, 0, 0, 254].into(), ipv6: None }),
+            routed: Some(Gateway {
+                mac: US,
+                ipv4: ([10, 0, 0, 254].into(), 24),
+                ipv6: Some(("fd00:0:0:7::1".parse().unwrap(), 64)),
+                dhcp: Some(dhcp::Options::default()),
+                ra: true,
+            }),
             isolated: false,
         })
     }
@@ -200,4 +207,70 @@ fn what_does_not_fit_a_port_is_not_given_to_it() {
     assert_eq!(b.stats.rx_dropped.get(), 1);
     net.switch.settings_changed(2, Settings { mtu: 9000, ..(*b.settings()).clone() });
     assert_eq!(net.slot(Origin::Vif(&a), &long), Some(2), "jumbo");
+}
+
+#[test]
+fn addresses_that_the_domain_gives() {
+    use smoltcp::wire::{DhcpMessageType, DhcpPacket, DhcpRepr};
+    let net = Net::routed();
+    let a = net.port(1, |s| s.ipv4.clear());
+    let b = net.port(2, |s| {
+        s.ipv4.clear();
+        (s.dhcp, s.ra) = (false, false);
+    });
+    let client = |n: u8| dhcp::Client { mac: mac(n), fixed: None, mtu: 1500 };
+    let none = Ipv4Addr::UNSPECIFIED;
+    let ask = |port: &Port, n: u8, kind, wish| {
+        let frame = dhcp::tests::request(&client(n), kind, wish, none);
+        net.arena.copy_in(64, &frame);
+        let frame = Frame { at: 64, len: frame.len(), meta: offload::Meta::default() };
+        let table = net.switch.table();
+        match net.switch.decide(&table, Origin::Vif(port), &net.arena, &frame, seconds()) {
+            Verdict::Answer(bytes) => {
+                let packet = DhcpPacket::new_checked(&bytes[42..]).unwrap();
+                let repr = DhcpRepr::parse(&packet).unwrap();
+                Some((repr.message_type, repr.your_ip))
+            }
+            _ => None,
+        }
+    };
+    let (kind, ip) = ask(&a, 1, DhcpMessageType::Discover, None).unwrap();
+    assert_eq!((kind, a.settings().ipv4.len()), (DhcpMessageType::Offer, 0), "an offer is not taken yet");
+    let took = ask(&a, 1, DhcpMessageType::Request, Some(ip)).unwrap();
+    assert_eq!(took, (DhcpMessageType::Ack, ip));
+    assert_eq!(a.settings().ipv4, [ip], "its own from now on, and what it sends is checked against it");
+    assert_eq!(net.slot(Origin::Uplink, &self::ip(mac(1), US, 9, ip.octets())), Some(1));
+    let Verdict::Answer(answer) = net.decide(Origin::Uplink, &arp(US, 9, ip.octets())) else { panic!() };
+    assert_eq!(Headers::parse(&answer).arp().unwrap().sender, (mac(1), ip));
+    assert!(ask(&b, 2, DhcpMessageType::Discover, None).is_none(), "not for this vif");
+    assert!(ask(&a, 2, DhcpMessageType::Discover, None).is_none(), "in another's name");
+    // IPv6: the address that it makes of the advertisement.
+    let autonomous: Ipv6Addr = "fd00::7:216:3eff:fe00:1".parse().unwrap();
+    assert_eq!((&a.settings().ipv6[..], b.settings().ipv6.len()), (&[autonomous][..], 0));
+    // What the toolstack changes leaves the lease.
+    net.switch.settings_changed(1, Settings { mtu: 9000, ..(*a.configured()).clone() });
+    assert_eq!((a.settings().ipv4.clone(), a.settings().mtu), (vec![ip], 9000));
+    net.switch
+        .settings_changed(1, Settings { ipv4: vec![[10, 0, 0, 9].into()], ..(*a.configured()).clone() });
+    assert_eq!(a.settings().ipv4, [Ipv4Addr::new(10, 0, 0, 9)], "its word counts");
+}
+
+#[test]
+fn rules_by_source_and_by_name() {
+    let net = Net::new(Plan::default());
+    let (a, _b) = (net.port(1, |s| s.firewall.rules.clear()), net.port(2, |_| {}));
+    let packet = ip(mac(2), mac(1), 1, [10, 0, 0, 2]);
+    assert_eq!(net.slot(Origin::Vif(&a), &packet), Some(2));
+    let rules = "action=accept dsthost=b.example".parse().unwrap();
+    let firewall = rules::Firewall { rules: vec![rules], policy: rules::Action::Drop };
+    net.switch.set_sources(Sources::from([(IpAddr::from([10, 0, 0, 1]), firewall)]));
+    assert_eq!(net.decide(Origin::Vif(&a), &packet), Verdict::Drop(Denied::Rule));
+    assert_eq!(net.switch.names_wanted(), ["b.example"]);
+    net.switch.set_names(Names::from([("b.example".into(), vec![[10, 0, 0, 2].into()])]));
+    assert_eq!(net.slot(Origin::Vif(&a), &packet), Some(2));
+    // The next incarnation's switch knows both.
+    let rules: Rules = kept::load(&net.switch.rules).unwrap();
+    assert_eq!((rules.sources.len(), rules.names["b.example"].len()), (1, 1));
+    net.switch.set_sources(Sources::new());
+    assert_eq!(net.switch.names_wanted().len(), 0);
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Dom0, Failure, PATIENCE};
 use crate::table::{Table, or_dash};
-use crate::{Args, Command, Wait, block, console, json as to_json};
+use crate::{Args, Command, Wait, block, console, json as to_json, network};
 
 /// How long dom0 may take to make a guest.
 const CREATE: Duration = Duration::from_secs(120);
@@ -44,6 +44,16 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         }
         Command::BlockSnapshot { guest, vdev, image } => {
             block::snapshot(&dom0, guest, vdev, &image, args.json).await
+        }
+        Command::NetworkList { guest } => network::list(&dom0, guest, args.json).await,
+        Command::NetworkAttach { guest, vif, wanted } => {
+            network::attach(&dom0, guest, vif, wanted, args.json).await
+        }
+        Command::NetworkDetach { guest, vif, force } => {
+            network::detach(&dom0, guest, vif, force, args.json).await
+        }
+        Command::NetworkMove { guest, vif, backend } => {
+            network::change(&dom0, guest, vif, backend, args.json).await
         }
         Command::Services { statistics, brief } => {
             services(&dom0, statistics || (args.json && !brief), args.json).await

@@ -5,6 +5,7 @@ mod client;
 mod commands;
 mod console;
 mod json;
+mod network;
 mod store;
 mod table;
 
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use client::Failure;
+use dom0_supervisor::config::Name;
 
 /// Manages guests and services of a Bulkhead host.
 #[derive(Debug, Parser)]
@@ -155,6 +157,40 @@ enum Command {
         /// Bytes at once after a rest; a tenth of a second's if left out.
         #[arg(long)]
         bandwidth_burst: Option<String>,
+    },
+    /// Network devices of a guest.
+    NetworkList {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// Give a running guest a network device.
+    NetworkAttach {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Its number; the lowest that is free if missing.
+        vif: Option<u32>,
+        #[command(flatten)]
+        wanted: network::Wanted,
+    },
+    /// Take a network device from a running guest.
+    NetworkDetach {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Its number.
+        vif: u32,
+        /// Even if the guest does not let go of it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Move a network device of a running guest to another netback, also when the old one is gone for good.
+    NetworkMove {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Its number.
+        vif: u32,
+        /// The netback that is to serve it.
+        #[arg(long)]
+        backend: Name,
     },
     /// Service domains.
     Services {

@@ -5,6 +5,7 @@
 mod disk;
 mod net;
 mod options;
+mod plug;
 mod report;
 mod work;
 

@@ -17,6 +17,7 @@ use workload::ping::{LOST_AFTER, PingStats};
 use workload::stream::{self, StreamStats};
 
 use crate::options::{Network, Options, Work};
+use crate::plug::Plug;
 use workload::report::Report;
 
 /// Bytes of each of the TCP socket's buffers.
@@ -40,6 +41,7 @@ pub struct NetStats {
 
 /// The running load.
 pub struct NetLoad {
+    plug: Plug,
     front: NetFront,
     iface: Interface,
     sockets: SocketSet<'static>,
@@ -52,6 +54,7 @@ impl NetLoad {
     /// Sets an interface up over a connected device. What was asked for without an address of a peer is reported.
     pub fn new(
         mut front: NetFront,
+        plug: Plug,
         network: Network,
         options: &Options,
         reporter: &dyn Report,
@@ -96,7 +99,7 @@ impl NetLoad {
                 None => reporter.error("ping", &"needs --ping IP or --peer IP:PORT"),
             }
         }
-        (NetLoad { front, iface, sockets, base, stream, ping }, stats)
+        (NetLoad { plug, front, iface, sockets, base, stream, ping }, stats)
     }
 
     fn now(&self) -> NetInstant {
@@ -107,6 +110,16 @@ impl NetLoad {
     pub fn run(mut self, stop: &AtomicBool, limit: Duration, reporter: &dyn Report) {
         let mut stopping: Option<Instant> = None;
         loop {
+            if self.plug.closed() {
+                // Addresses and connections stay as they are: all that changes is the cable.
+                match self.plug.again() {
+                    Ok(front) => self.front = front,
+                    Err(e) => {
+                        reporter.error("net", &format!("the device was taken away: {e}"));
+                        return;
+                    }
+                }
+            }
             self.front.clear();
             if stopping.is_none() && stop.load(Relaxed) {
                 stopping = Some(Instant::now());

@@ -9,7 +9,7 @@ use anyhow::Context;
 use domain_kit::Domain;
 use domain_kit::xenbus::Frontend;
 use domain_kit::xs::XsClient;
-use frontends::netfront::{self, NetFront};
+use frontends::netfront;
 use workload::load::{Load, LoadConfig};
 use workload::report::{Json, Report};
 use workload::work::Work;
@@ -17,6 +17,7 @@ use workload::work::Work;
 use crate::disk;
 use crate::net::{NetLoad, NetStats};
 use crate::options::{self, Options};
+use crate::plug::Plug;
 use crate::report::Reporter;
 
 /// How long a backend may take to come up.
@@ -77,8 +78,9 @@ fn start_net(
     let id = *ids.first().context("this guest has no NIC")?;
     let network = options.ip.context("the NIC needs --ip A.B.C.D/N")?;
     let wanted = netfront::Options { queues: options.queues, ..netfront::Options::default() };
-    let front = NetFront::connect_with(&domain.hv, xs, domain.domid(), id, wanted, CONNECT)?;
-    let (load, stats) = NetLoad::new(front, network, options, &**reporter);
+    let mut plug = Plug::new(domain.hv.new_channel()?, xs.clone(), domain.domid(), id, wanted);
+    let front = plug.connect(CONNECT)?;
+    let (load, stats) = NetLoad::new(front, plug, network, options, &**reporter);
     let (stop, reporter) = (stop.clone(), reporter.clone());
     let thread =
         thread::Builder::new().name("net".into()).spawn(move || load.run(&stop, LINGER, &*reporter))?;

@@ -1,0 +1,77 @@
+//! A network device that the toolstack may unplug and plug in again, at another backend perhaps.
+
+use std::time::{Duration, Instant};
+
+use domain_kit::Hypercall;
+use domain_kit::xenbus::{Frontend, XenbusState};
+use domain_kit::xs::{WatchSet, XsClient, XsError};
+use frontends::ConnectError;
+use frontends::netfront::{NetFront, Options};
+
+/// How long the backend may take to let go.
+const CLOSE: Duration = Duration::from_secs(5);
+/// How long the device may be away.
+const AWAY: Duration = Duration::from_secs(30);
+
+/// Follows one device.
+pub struct Plug {
+    hv: Hypercall,
+    xs: XsClient,
+    domid: u16,
+    id: u32,
+    options: Options,
+    /// The device and its backend's state, as connected last.
+    now: Option<(Frontend, WatchSet)>,
+}
+
+impl Plug {
+    pub fn new(hv: Hypercall, xs: XsClient, domid: u16, id: u32, options: Options) -> Plug {
+        Plug { hv, xs, domid, id, options, now: None }
+    }
+
+    /// Connects the device as it is now.
+    pub fn connect(&mut self, timeout: Duration) -> Result<NetFront, ConnectError> {
+        let front = NetFront::connect_with(&self.hv, &self.xs, self.domid, self.id, self.options, timeout)?;
+        let device = Frontend::open(&self.xs, self.domid, "vif", self.id)?;
+        let watches = self.xs.watch_set()?;
+        watches.watch(&format!("{}/state", device.backend), "state")?;
+        self.now = Some((device, watches));
+        Ok(front)
+    }
+
+    /// True if the backend wants the device closed; it is then.
+    pub fn closed(&mut self) -> bool {
+        let Some((device, watches)) = &self.now else { return false };
+        if watches.try_next().is_none() {
+            return false;
+        }
+        let over = match device.backend_state() {
+            Ok(XenbusState::Closing | XenbusState::Closed) => true,
+            Err(e) => e.is_not_found(),
+            Ok(_) => false,
+        };
+        if over {
+            // Gone already, perhaps.
+            let _told: Result<(), XsError> = device.close(CLOSE);
+            self.now = None;
+        }
+        over
+    }
+
+    /// Connects the device again as soon as it is there again.
+    pub fn again(&mut self) -> Result<NetFront, ConnectError> {
+        let deadline = Instant::now() + AWAY;
+        loop {
+            let there = Frontend::open(&self.xs, self.domid, "vif", self.id)
+                .and_then(|device| Ok((device.own_state()?, device.backend_state()?)));
+            let fresh = matches!(
+                there,
+                Ok((XenbusState::Initialising, XenbusState::Initialising | XenbusState::InitWait))
+            );
+            if fresh || Instant::now() > deadline {
+                return self.connect(AWAY);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
