@@ -116,5 +116,8 @@ fn streams_and_pings_outlive_netback() {
 #[test]
 #[ignore = "cargo xtask soak"]
 fn soak_net() {
-    run(if std::env::var_os("BH_SOAK").is_some() { 10_000 } else { 300 }, 6);
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let most = if std::env::var_os("BH_SOAK").is_some() { 10_000 } else { 300 };
+    // In parts, each with another seed.
+    run(number("BH_SOAK_KILLS").unwrap_or(most) as usize, number("BH_SOAK_SEED").unwrap_or(6));
 }

@@ -4,6 +4,7 @@ pub mod block;
 pub mod boot;
 pub mod evtchn;
 pub mod net;
+pub mod packets;
 pub mod pair;
 pub mod restart;
 pub mod store;

@@ -32,7 +32,10 @@ const NAMES: &[(&str, &str, &str)] = &[
 
 /// All lines of the case.
 pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
-    or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)))
+    let mut all = or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)));
+    let packets = super::borrowed(world).and_then(|world| super::packets::lines(settings, world));
+    all.extend(or_missing(super::packets::NAMES, packets));
+    all
 }
 
 fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {

@@ -53,13 +53,17 @@ path = "{disk}"
 
 [[vif]]
 backend = "{NETBACK}"
+
+# For packets without a TCP.
+[[vif]]
+backend = "{NETBACK}"
 "#,
             program = settings.bin_dir.join("bench-guest").display(),
             disk = disk.display(),
         );
         let guest = system
             .create(&domain_file)
-            .and_then(|()| domid(&system))
+            .and_then(|()| domid(&system, GUEST))
             .and_then(|domid| Remote::connect(&super::pair::control_socket(system.dir(), domid), UP))
             .inspect_err(|_| crate::cases::show_log(&system))?;
         Ok(World { system, guest, disk, _dir: dir })
@@ -67,6 +71,24 @@ backend = "{NETBACK}"
 }
 
 impl World {
+    /// Another guest, with a NIC alone.
+    ///
+    /// # Errors
+    /// In words, with the last lines of the logs.
+    pub fn second_guest(&self, settings: &Settings) -> Result<Remote> {
+        const NAME: &str = "bench2";
+        let program = settings.bin_dir.join("bench-guest");
+        let file = format!(
+            "name = \"{NAME}\"\ntype = \"process\"\nprogram = \"{}\"\n[[vif]]\nbackend = \"{NETBACK}\"\n",
+            program.display()
+        );
+        self.system
+            .create(&file)
+            .and_then(|()| domid(&self.system, NAME))
+            .and_then(|domid| Remote::connect(&super::pair::control_socket(self.system.dir(), domid), UP))
+            .inspect_err(|_| crate::cases::show_log(&self.system))
+    }
+
     /// Host process id of the guest.
     ///
     /// # Errors
@@ -87,8 +109,8 @@ pub(crate) fn listed(system: &System, name: &str) -> Result<serde_json::Value> {
     guests.iter().find(|g| g["name"] == name).cloned().with_context(|| format!("{name} is not in the list"))
 }
 
-fn domid(system: &System) -> Result<u16> {
-    let domid = listed(system, GUEST)?["domid"].as_u64().context("the guest has no domid")?;
+fn domid(system: &System, name: &str) -> Result<u16> {
+    let domid = listed(system, name)?["domid"].as_u64().context("the guest has no domid")?;
     Ok(u16::try_from(domid)?)
 }
 

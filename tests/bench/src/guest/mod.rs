@@ -6,6 +6,7 @@ mod copy;
 mod events;
 mod load;
 mod net;
+mod packets;
 mod store;
 
 use std::collections::HashMap;
@@ -27,6 +28,7 @@ pub struct Guest {
     store: store::Store,
     block: block::Block,
     net: net::Net,
+    packets: packets::Packets,
     loads: HashMap<String, load::Load>,
 }
 
@@ -46,6 +48,7 @@ pub fn run() -> Result<()> {
         store: store::Store::default(),
         block: block::Block::default(),
         net: net::Net::default(),
+        packets: packets::Packets::default(),
         loads: HashMap::new(),
         domain,
     };
@@ -85,6 +88,15 @@ impl Guest {
             "block" => {
                 let client = self.store.client(&self.domain)?;
                 self.block.run(&self.domain, client, command)
+            }
+            "packets_mac" | "packets_send" | "packets_take" => {
+                let client = self.store.client(&self.domain)?;
+                let packets = &mut self.packets;
+                match text(command, "cmd")? {
+                    "packets_mac" => packets.mac(&self.domain, client, command),
+                    "packets_send" => packets.send(&self.domain, client, command),
+                    _ => packets.take(&self.domain, client, command),
+                }
             }
             "stream" => locked(&*self.endpoint()?).stream_command(command),
             "ping_outside" => locked(&*self.endpoint()?).ping_command(command),

@@ -1,0 +1,143 @@
+//! Packets from guest to guest through netback, beside the machine's memory.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bulkhead_tests::system::{NETBACK, System};
+use domain_kit::mem::SharedMem;
+use serde_json::json;
+
+use super::Settings;
+use super::world::World;
+use crate::peers::memory;
+use crate::report::{Goal, Line};
+use crate::rounds::{Contestant, take_turns};
+use crate::stats::Series;
+use crate::wire::Remote;
+
+/// Length of one turn.
+const TURN: Duration = Duration::from_millis(400);
+/// A large segment: 64 KiB of IP.
+const LARGE: usize = 65_014;
+const SMALL: usize = 64;
+/// Packets per second and core that small ones are to reach, thousands.
+const SMALL_GOAL: f64 = 1000.0;
+
+/// Names, units and goals of the lines.
+pub const NAMES: &[(&str, &str, &str)] = &[
+    ("net 64 KiB segments, guest to guest", "MiB/s", ">= 0.50 x memcpy, two copies"),
+    ("net 64-byte packets, guest to guest", "k/s", ""),
+    ("net 64-byte packets, per core of netback and hv-core", "k/s", ">= 1000 k/s"),
+];
+
+/// Processor time of a process so far, seconds.
+fn cpu_seconds(pid: i32) -> Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Behind the name, which can hold anything: the 14th and 15th field are the 12th and 13th from there.
+    let rest = text.rsplit_once(')').context("/proc/PID/stat")?.1;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let ticks: u64 = [11, 12].iter().filter_map(|&i| fields.get(i)?.parse::<u64>().ok()).sum();
+    Ok(ticks as f64 / 100.0)
+}
+
+fn busy(system: &System) -> Result<f64> {
+    let netback = system.services()?.get(NETBACK).context("no netback")?.pid;
+    Ok(cpu_seconds(netback)? + cpu_seconds(system.hv_core_pid().cast_signed())?)
+}
+
+struct Pair<'a> {
+    from: &'a mut Remote,
+    to: &'a mut Remote,
+    mac: serde_json::Value,
+}
+
+impl Pair<'_> {
+    /// Packets and bytes per second that arrive.
+    fn pump(&mut self, len: usize) -> Result<(f64, f64)> {
+        let ms = TURN.as_millis() as u64;
+        let send = json!({"cmd": "packets_send", "vif": 1, "to": self.mac, "len": len, "ms": ms + 150});
+        let take = json!({"cmd": "packets_take", "vif": 0, "ms": ms});
+        let Pair { from, to, .. } = self;
+        let got = std::thread::scope(|scope| {
+            let taker = scope.spawn(|| to.call(&take));
+            std::thread::sleep(Duration::from_millis(20));
+            let sent = from.call(&send);
+            let got = taker.join().map_err(|_| anyhow::anyhow!("the taker panicked"))?;
+            sent.and(got)
+        })?;
+        let number = |key: &str| got[key].as_f64().unwrap_or(0.0);
+        let seconds = number("seconds");
+        anyhow::ensure!(seconds > 0.0, "no packet came: {got}");
+        Ok((number("packets") / seconds, number("bytes") / seconds))
+    }
+}
+
+/// Bytes per second that go through two copies, as each byte of a packet does: out of one guest's pages, into another's.
+fn two_copies() -> Result<f64> {
+    const BYTES: usize = 4 << 20;
+    const PIECE: usize = 64 << 10;
+    let make = || Ok::<_, std::io::Error>(Arc::new(SharedMem::create("bench", BYTES)?.0));
+    let (a, b, c) = (make()?, make()?, make()?);
+    let (start, mut done) = (Instant::now(), 0usize);
+    while start.elapsed() < TURN {
+        let at = done % BYTES;
+        memory::copy(&a, &b, at, PIECE);
+        memory::copy(&b, &c, at, PIECE);
+        done += PIECE;
+    }
+    Ok(done as f64 / start.elapsed().as_secs_f64())
+}
+
+/// All lines.
+///
+/// # Errors
+/// What could not be set up or measured.
+pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
+    let mut other = world.second_guest(settings)?;
+    let mac = other.call(&json!({"cmd": "packets_mac", "vif": 0}))?["mac"].clone();
+    world.guest.call(&json!({"cmd": "packets_mac", "vif": 1}))?;
+    let World { system, guest, .. } = world;
+    let pair = std::cell::RefCell::new(Pair { from: guest, to: &mut other, mac });
+    const MIB: f64 = (1 << 20) as f64;
+    let series = take_turns(
+        settings.rounds,
+        &mut [
+            Contestant::new("netback", || Ok(pair.borrow_mut().pump(LARGE)?.1 / MIB)),
+            Contestant::new("memcpy, two copies", || Ok(two_copies()? / MIB)),
+        ],
+    )?;
+    let [ours, limit]: [Series; 2] = series.try_into().ok().context("as many series as contestants")?;
+    let goal = Goal::RatioAtLeast(0.5);
+    let large = Line::beside(NAMES[0].0, "MiB/s", &ours, ("memcpy, two copies", &limit), goal)
+        .note("no TCP in the guests; beside netback's two copies the guests copy once each");
+    let (mut rate, mut per_core) = (Series::default(), Series::default());
+    for round in 0..=settings.rounds {
+        let before = busy(system)?;
+        let start = Instant::now();
+        let packets = pair.borrow_mut().pump(SMALL)?.0;
+        // Of the whole turn, whose edges are not counted.
+        let cores = (busy(system)? - before) / start.elapsed().as_secs_f64();
+        if round > 0 {
+            rate.push(packets / 1e3);
+            per_core.push(packets / 1e3 / cores.max(0.01));
+        }
+    }
+    let line = |name: &str, series: &Series| Line {
+        name: name.into(),
+        unit: "k/s".into(),
+        ours: Some(series.median()),
+        samples: series.len(),
+        ..Line::default()
+    };
+    let small =
+        line(NAMES[1].0, &rate).note("sender, netback, hv-core and receiver share this machine's processors");
+    let reached = per_core.median() >= SMALL_GOAL;
+    let core = Line {
+        limit: Some(SMALL_GOAL),
+        goal: NAMES[2].2.into(),
+        met: Some(reached),
+        ..line(NAMES[2].0, &per_core)
+    };
+    Ok(vec![large, small, core])
+}

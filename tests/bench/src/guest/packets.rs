@@ -1,0 +1,127 @@
+//! Packets by themselves, without a TCP of the guest's: what netfront, ring, netback and ring again carry.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use domain_kit::Domain;
+use domain_kit::xs::XsClient;
+use frontends::netfront::{NetFront, PacketMeta};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+
+/// How long the backend may take.
+const CONNECT: Duration = Duration::from_secs(10);
+/// Packets between two looks at the clock.
+const BURST: usize = 64;
+
+/// The NIC that is for this alone, connected at first use.
+#[derive(Default)]
+pub struct Packets {
+    front: Option<NetFront>,
+}
+
+/// TCP over IPv4 as far as netback looks, `len` bytes from the Ethernet header on; short ones are no IP.
+fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
+    let mut f = vec![0x5a; len];
+    f[..6].copy_from_slice(&to);
+    f[6..12].copy_from_slice(&from);
+    if len < 1000 {
+        // An ethertype for experiments (IEEE 802).
+        f[12..14].copy_from_slice(&[0x88, 0xb5]);
+        return f;
+    }
+    f[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+    f[16..18].copy_from_slice(&((len - 14) as u16).to_be_bytes());
+    f[18..34].copy_from_slice(&[0, 1, 0, 0, 64, 6, 0, 0, 10, 77, 9, 1, 10, 77, 9, 2]);
+    f[46] = 0x50;
+    f
+}
+
+fn sleep(front: &mut NetFront) -> Result<()> {
+    if front.final_check()? {
+        return Ok(());
+    }
+    let mut fds: Vec<_> =
+        front.all_wait_fds().into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    let _interrupted_is_woken = poll(&mut fds, PollTimeout::from(20u8));
+    Ok(())
+}
+
+impl Packets {
+    fn front(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<&mut NetFront> {
+        if self.front.is_none() {
+            let vif = u32::try_from(super::number(command, "vif")?)?;
+            self.front = Some(NetFront::connect(&domain.hv, xs, domain.domid(), vif, CONNECT)?);
+        }
+        self.front.as_mut().context("the NIC")
+    }
+
+    /// Its Ethernet address.
+    pub fn mac(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
+        Ok(json!({"mac": self.front(domain, xs, command)?.mac()}))
+    }
+
+    /// Sends packets of one length for a time, as many as there is room for.
+    pub fn send(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
+        let to: [u8; 6] = serde_json::from_value(command["to"].clone()).context("to")?;
+        let len = super::number(command, "len")? as usize;
+        let time = Duration::from_millis(super::number(command, "ms")?);
+        let front = self.front(domain, xs, command)?;
+        let packet = frame(to, front.mac(), len);
+        let large = len > 1514;
+        let meta =
+            PacketMeta { csum_blank: large, gso_tcpv4: large.then_some(1448), ..PacketMeta::default() };
+        let (start, mut sent) = (Instant::now(), 0u64);
+        while start.elapsed() < time {
+            front.clear();
+            let queue = front.queue();
+            queue.reap()?;
+            let mut burst = 0;
+            while burst < BURST && queue.send(&packet, meta) {
+                burst += 1;
+            }
+            sent += burst as u64;
+            front.flush();
+            if burst == 0 {
+                sleep(front)?;
+            }
+        }
+        Ok(json!({"packets": sent}))
+    }
+
+    /// Takes packets for a time that begins with the first one.
+    pub fn take(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
+        let time = Duration::from_millis(super::number(command, "ms")?);
+        let front = self.front(domain, xs, command)?;
+        // What is left of the time before.
+        while front.receive_any()?.is_some() {}
+        front.flush();
+        let (mut first, began) = (None, Instant::now());
+        let (mut packets, mut bytes) = (0u64, 0u64);
+        loop {
+            front.clear();
+            let mut burst = 0;
+            while burst < BURST {
+                let Some(packet) = front.receive_any()? else { break };
+                (burst, packets, bytes) = (burst + 1, packets + 1, bytes + packet.bytes.len() as u64);
+            }
+            front.flush();
+            let start = match first {
+                None if burst > 0 => {
+                    // The first burst only starts the clock.
+                    (packets, bytes) = (0, 0);
+                    *first.insert(Instant::now())
+                }
+                None => began + Duration::from_secs(5),
+                Some(start) => start,
+            };
+            if start.elapsed() >= time || (first.is_none() && Instant::now() > start) {
+                let seconds = first.map_or(0.0, |start| start.elapsed().as_secs_f64());
+                return Ok(json!({"packets": packets, "bytes": bytes, "seconds": seconds}));
+            }
+            if burst == 0 {
+                sleep(front)?;
+            }
+        }
+    }
+}
