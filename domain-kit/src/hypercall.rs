@@ -406,6 +406,13 @@ impl Hypercall {
         Ok((answer.head::<ResourceInfo>()?.kind, answer.fd()?))
     }
 
+    /// [`Op::ResourceAccept`]: the connection, which is in the fd store under `name` now.
+    pub fn resource_accept(&self, resource: &str, name: &str, tag: u64) -> HvResult<OwnedFd> {
+        let resource = Self::name_req(Op::ResourceAccept, resource)?.name;
+        let name = Self::name_req(Op::ResourceAccept, name)?.name;
+        self.simple(Op::ResourceAccept, &AcceptReq { resource, name, tag })?.fd()
+    }
+
     /// [`Op::ResourceList`].
     pub fn resource_list(&self) -> HvResult<Vec<ResourceInfo>> {
         self.list(Op::ResourceList, |r: &ResourceInfo| NameReq { name: r.name })

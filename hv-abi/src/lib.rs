@@ -121,6 +121,10 @@ pub enum Op {
     ResourceOpen = 50,
     /// [`NameReq`] or no body → [`ListRep`] then an array of [`ResourceInfo`], by name.
     ResourceList = 51,
+    /// [`AcceptReq`] → [`FdInfo`], fds \[dup\]: takes a connection from a listening socket and puts it into the fd store in one step, so
+    /// that no end of the caller comes in between. `EAGAIN` nobody waits, `ENOENT` no such resource, `EINVAL` it is no listener,
+    /// `ENOSPC` the store is full (nobody is taken then).
+    ResourceAccept = 52,
 
     /// [`RingReq`] → nothing: where the caller's xenstore ring is (gref granted to, port allocated for the xenstore domain).
     SetStoreRing = 60,
@@ -534,6 +538,18 @@ pub struct FdPutReq {
     pub kind: u32,
     /// Zero.
     pub pad: u32,
+    /// The owner's mark.
+    pub tag: u64,
+}
+
+/// Request of [`Op::ResourceAccept`].
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AcceptReq {
+    /// The listening socket.
+    pub resource: Name,
+    /// Under which name the connection is stored; what was there is replaced.
+    pub name: Name,
     /// The owner's mark.
     pub tag: u64,
 }

@@ -60,12 +60,17 @@ impl FdStore {
         FdStore { entries: BTreeMap::new(), limit }
     }
 
+    /// Whether something can be stored under this name.
+    pub fn has_room(&self, name: &Name) -> bool {
+        self.entries.contains_key(&name.0) || self.entries.len() < self.limit as usize
+    }
+
     /// Stores; gives back what was under that name, for the caller to close outside of any lock.
     ///
     /// # Errors
     /// `ENOSPC` it is full; the descriptor comes back to be closed.
     pub fn put(&mut self, name: &Name, entry: Entry) -> Result<Option<Entry>, (Errno, Entry)> {
-        if !self.entries.contains_key(&name.0) && self.entries.len() >= self.limit as usize {
+        if !self.has_room(name) {
             return Err((Errno::ENOSPC, entry));
         }
         Ok(self.entries.insert(name.0, entry))

@@ -300,6 +300,8 @@ impl Lifecycle {
         };
         self.set_resources(peer, listeners, gone)?;
         if let Some(d) = self.hv.lock().get_mut(peer) {
+            // Another path is another program, whatever the domain kept.
+            d.program = d.program.take().filter(|_| d.spec.program == spec.program);
             d.spec = spec;
         }
         Ok(())

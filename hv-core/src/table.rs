@@ -72,6 +72,8 @@ pub struct Domain {
     pub generation: u32,
     /// The current incarnation's process.
     pub process: Option<Process>,
+    /// The program of the last incarnation, where the next one after a kill is to run the very same ([`Domain::keeps_program`]).
+    pub program: Option<Arc<OwnedFd>>,
     /// Kept across incarnations.
     pub kept: Option<Kept>,
     /// How the last incarnation ended.
@@ -120,6 +122,12 @@ impl Domain {
     /// True if it has one of these roles.
     pub fn has(&self, roles: u32) -> bool {
         self.spec.roles & roles != 0
+    }
+
+    /// Whether a program that was replaced on disk is taken up only when the old one ended by itself. xenstored runs its journal's
+    /// last events again after a kill, which another version might do differently: versions change by its live update or SIGTERM.
+    pub fn keeps_program(&self) -> bool {
+        self.has(ROLE_XENSTORE)
     }
 
     /// As the ABI tells it; rings only if `rings`.

@@ -1,7 +1,8 @@
 //! xenstored as a service domain: journal and sockets in hv-core's fd store, rings of all domains.
 
-use std::collections::BTreeMap;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
@@ -14,6 +15,7 @@ use domain_kit::control::{self, ServiceControl};
 use domain_kit::evtchn::Port;
 use domain_kit::grants::{GrantError, MappedGrants};
 use domain_kit::mem::{Page, sealed_memfd};
+use domain_kit::xs::SharedPage as _;
 use domain_kit::{Domain, HvError};
 use hv_abi::{
     DomInfo, ROLE_BACKEND, ROLE_CONSOLE, ROLE_DOM0, ROLE_XENSTORE, VIRQ_DOM_EXC, dom_state, fd_kind,
@@ -22,6 +24,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use proto::service::Counter;
+use xen_abi::xs_wire::{XENSTORE_ERROR_OFFSET, XENSTORE_REQ_CONS_OFFSET, XENSTORE_RSP_PROD_OFFSET};
 use xenstored::calls::Caller;
 use xenstored::daemon::{Daemon, Stats};
 use xenstored::domains::{Domains, Ring, Seen};
@@ -29,13 +32,16 @@ use xenstored::engine::{Engine, Options};
 use xenstored::journal::log::Log;
 use xenstored::journal::mem::Mem;
 use xenstored::keeper::FdKeeper;
-use xenstored::live::{Plan, Started, Successor};
+use xenstored::live::{Accepts, Handover, Plan, Started, Successor};
+use xenstored::migrate::{Ends, RingEnd};
 use xenstored::store::{Class, ConnId};
 
 use crate::view::{self, View};
 
 /// Name of the journal in the fd store.
 const JOURNAL: &str = "journal";
+/// Name of the stream that a predecessor left at a live update; its tag is the connection that asked for it.
+const STREAM: &str = "stream";
 /// Sockets are kept under this and the connection's number.
 const CONN: &str = "conn-";
 /// How long counters wait for the event loop.
@@ -52,9 +58,13 @@ pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
         SignalFd::with_flags(&stop, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
     let domain = Domain::join("xenstored")?;
 
-    let mem = journal_memory(&domain, half_size).context("the journal's memory")?;
+    let virq = domain.hv.port_bind_virq(VIRQ_DOM_EXC, 0).context("VIRQ_DOM_EXC")?;
+    let mut domains =
+        HvDomains { domain: Arc::clone(&domain), virq, held: BTreeMap::new(), found: BTreeMap::new() };
     let options =
         Options { half_size, salvage, own_fault: domain.predecessor_crashed(), ..Options::default() };
+    take_stream(&domain, &options, &mut domains).context("the predecessor's stream")?;
+    let mem = journal_memory(&domain, half_size).context("the journal's memory")?;
     let (engine, opened) = Engine::open(Rc::new(mem), &options).context("the journal")?;
     if let Some(dropped) = &opened.dropped {
         tracing::error!(dropped, "the journal was damaged; the store is older than it was");
@@ -81,11 +91,9 @@ pub fn run(salvage: bool, half_size: u64) -> anyhow::Result<()> {
         }
         Err(e) => return Err(e).context("the listening socket"),
     };
-    let virq = domain.hv.port_bind_virq(VIRQ_DOM_EXC, 0).context("VIRQ_DOM_EXC")?;
     let keeper = Kept(Arc::clone(&domain));
-    let domains = HvDomains { domain: Arc::clone(&domain), virq, held: BTreeMap::new() };
     let mut daemon = Daemon::new(engine, listener, stop.as_fd(), keeper, domains)?;
-    daemon.set_successor(Box::new(NextIncarnation));
+    daemon.set_successor(Box::new(NextIncarnation(Arc::clone(&domain))));
     let numbers = Numbers { stats: daemon.stats(), caller: daemon.caller() };
     let view = View::service(daemon.caller(), daemon.door(), daemon.stats());
     let routes = tonic::service::Routes::new(view);
@@ -110,8 +118,82 @@ fn journal_memory(domain: &Domain, half_size: u64) -> anyhow::Result<Mem> {
         }
         Err(e) => return Err(e.into()),
     };
+    map(fd)
+}
+
+fn map(fd: OwnedFd) -> anyhow::Result<Mem> {
     let len = usize::try_from(nix::sys::stat::fstat(&fd)?.st_size)?;
     Ok(Mem::map(fd.into(), len)?)
+}
+
+/// If the predecessor handed over a stream, makes the journal of it. A kill at any point in between means doing it again: nobody is
+/// served before the stream is gone.
+fn take_stream(domain: &Arc<Domain>, options: &Options, domains: &mut HvDomains) -> anyhow::Result<()> {
+    let (info, stream) = match domain.hv.fd_get(STREAM) {
+        Ok(found) => found,
+        Err(e) if e.is(Errno::ENOENT) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    let mut bytes = Vec::new();
+    let mut file = File::from(stream);
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    let fd = sealed_memfd("xenstored-journal", Log::memory_len(options.half_size) as usize)?;
+    let mem = map(fd.try_clone()?)?;
+    let kept = Kept(Arc::clone(domain)).all()?.into_iter().map(|(id, _)| id).collect();
+    let seen = domains.list()?;
+    let mut ends = Found { kept, seen, domains };
+    match Engine::import(Rc::new(mem), options, &bytes, &mut ends) {
+        Ok((engine, imported)) => {
+            engine.mark_live(ConnId(info.tag));
+            domain.hv.fd_put(JOURNAL, fd_kind::MEMFD, 0, &fd)?;
+            let (nodes, connections) = (imported.nodes, imported.kept[0]);
+            // At every level of logging: it happens only when an administrator asks for it.
+            tracing::warn!(nodes, connections, left_out = imported.left_out[0], "stream taken over");
+        }
+        // The predecessor's journal is as it left it, if its layout is this one's.
+        Err(e) => tracing::error!(error = %e, "the predecessor's stream is not used"),
+    }
+    domain.hv.fd_delete(STREAM)?;
+    Ok(())
+}
+
+/// What of the connections in a stream is still there: sockets in the fd store, rings of living domains.
+struct Found<'a> {
+    kept: BTreeSet<ConnId>,
+    seen: Vec<Seen>,
+    domains: &'a mut HvDomains,
+}
+
+impl Ends for Found<'_> {
+    fn socket(&mut self, number: u32, _fd: u32) -> bool {
+        self.kept.contains(&ConnId(number.into()))
+    }
+
+    fn ring(&mut self, domid: u16) -> Option<RingEnd> {
+        let seen = *self.seen.iter().find(|s| s.domid == domid && !s.dying)?;
+        let (gref, port) = seen.ring?;
+        match self.domains.map(&seen, gref) {
+            Ok(mapped) => {
+                let page = Page { mem: Arc::clone(&mapped.mem), base: mapped.offset(0) };
+                let end = RingEnd {
+                    instance: seen.instance,
+                    gref,
+                    port,
+                    class: seen.class,
+                    req_cons: page.load_u32(XENSTORE_REQ_CONS_OFFSET),
+                    rsp_prod: page.load_u32(XENSTORE_RSP_PROD_OFFSET),
+                    error: page.load_u32(XENSTORE_ERROR_OFFSET),
+                };
+                self.domains.found.insert(domid, mapped);
+                Some(end)
+            }
+            Err(e) => {
+                tracing::error!(domid, error = %e, "a domain's ring is lost, it has to connect again");
+                None
+            }
+        }
+    }
 }
 
 fn io_error(e: HvError) -> io::Error {
@@ -131,6 +213,11 @@ struct Kept(Arc<Domain>);
 impl FdKeeper for Kept {
     fn put(&mut self, id: ConnId, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.0.hv.fd_put(&format!("{CONN}{}", id.0), fd_kind::SOCKET, id.0, fd).map_err(io_error)
+    }
+
+    /// By hv-core, in one step: a kill can't come between the two, so the client never sees its connection closed.
+    fn accept(&mut self, id: ConnId, _listener: &UnixListener) -> io::Result<OwnedFd> {
+        self.0.hv.resource_accept(SOCKET, &format!("{CONN}{}", id.0), id.0).map_err(io_error)
     }
 
     fn remove(&mut self, id: ConnId) {
@@ -155,20 +242,27 @@ impl FdKeeper for Kept {
 }
 
 /// Live update: hv-core starts the domain's program again, which dom0 may have replaced; all descriptors are in the fd store.
-struct NextIncarnation;
+struct NextIncarnation(Arc<Domain>);
+
+impl NextIncarnation {
+    fn keep(&self, asking: ConnId, stream: &[u8]) -> anyhow::Result<()> {
+        let fd = sealed_memfd("xenstored-stream", stream.len())?;
+        File::from(fd.try_clone()?).write_all(stream)?;
+        Ok(self.0.hv.fd_put(STREAM, fd_kind::MEMFD, asking.0, &fd)?)
+    }
+}
 
 impl Successor for NextIncarnation {
-    fn check(&self, _plan: &Plan) -> Result<(), String> {
-        Ok(())
+    fn check(&self, _plan: &Plan) -> Result<Accepts, String> {
+        // What the next program takes over can't be asked from in here.
+        Ok(Accepts::Journal)
     }
 
-    fn start(
-        &mut self,
-        _plan: &Plan,
-        _listener: Option<BorrowedFd<'_>>,
-        _sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-    ) -> Started {
-        Started::Replaced
+    fn start(&mut self, handover: &Handover<'_>) -> Started {
+        match handover.stream.map_or(Ok(()), |stream| self.keep(handover.asking, stream)) {
+            Ok(()) => Started::Replaced,
+            Err(e) => Started::Failed(format!("The stream can't be kept: {e:#}.")),
+        }
     }
 }
 
@@ -183,6 +277,30 @@ struct HvDomains {
     domain: Arc<Domain>,
     virq: Port,
     held: BTreeMap<u16, Held>,
+    /// Pages that are mapped and not attached yet.
+    found: BTreeMap<u16, MappedGrants>,
+}
+
+impl HvDomains {
+    /// A domain's ring page; the same again after a restart.
+    fn map(&self, seen: &Seen, gref: u32) -> io::Result<MappedGrants> {
+        let hv = &self.domain.hv;
+        let tag = map_tag(seen.instance, gref);
+        let mut ours = None;
+        for map in hv.grant_list().map_err(io_error)?.iter().filter(|m| m.domid == seen.domid) {
+            if map.tag == tag {
+                ours = Some(map.handle);
+            } else if map.mine == 0 {
+                // A predecessor's map of a ring that is no more.
+                let _ = hv.grant_unmap(map.handle);
+            }
+        }
+        let page = match ours {
+            Some(handle) => MappedGrants::claim(hv, handle),
+            None => MappedGrants::map(hv, seen.domid, &[gref], tag),
+        };
+        page.map_err(grant_error)
+    }
 }
 
 /// Marks a grant map as the ring of one creation of a domain.
@@ -221,22 +339,11 @@ impl Domains for HvDomains {
 
     fn attach(&mut self, seen: &Seen) -> io::Result<Ring> {
         let (gref, port) = seen.ring.ok_or(io::ErrorKind::InvalidInput)?;
-        let hv = &self.domain.hv;
-        let tag = map_tag(seen.instance, gref);
-        let mut ours = None;
-        for map in hv.grant_list().map_err(io_error)?.iter().filter(|m| m.domid == seen.domid) {
-            if map.tag == tag {
-                ours = Some(map.handle);
-            } else if map.mine == 0 {
-                // A predecessor's map of a ring that is no more.
-                let _ = hv.grant_unmap(map.handle);
-            }
-        }
-        let page = match ours {
-            Some(handle) => MappedGrants::claim(hv, handle),
-            None => MappedGrants::map(hv, seen.domid, &[gref], tag),
+        let page = match self.found.remove(&seen.domid) {
+            Some(page) => page,
+            None => self.map(seen, gref)?,
         };
-        let page = page.map_err(grant_error)?;
+        let hv = &self.domain.hv;
         let ring_page = Page { mem: Arc::clone(&page.mem), base: page.offset(0) };
         let port = match hv.port_bind_interdomain(seen.domid, port) {
             Ok(port) => port,

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
 use crate::store::ConnId;
 
@@ -13,6 +14,17 @@ pub trait FdKeeper {
     /// # Errors
     /// When it can't be kept; the client is refused then.
     fn put(&mut self, id: ConnId, fd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Takes a client from the listening socket and keeps it, as [`FdKeeper::put`] does.
+    ///
+    /// # Errors
+    /// `WouldBlock` if nobody waits, `StorageFull` if no more can be kept, else accept(2)'s.
+    fn accept(&mut self, id: ConnId, listener: &UnixListener) -> io::Result<OwnedFd> {
+        // The stream stays blocking: its calls carry MSG_DONTWAIT.
+        let fd = OwnedFd::from(listener.accept()?.0);
+        self.put(id, fd.as_fd())?;
+        Ok(fd)
+    }
 
     /// Drops a connection's dup.
     fn remove(&mut self, id: ConnId);

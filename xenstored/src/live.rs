@@ -1,7 +1,8 @@
 //! CONTROL live-update: another binary goes on where this process stands, with every connection kept.
 //!
 //! The commands are those that `xenstore-control live-update` sends: `-f FILE`, `-c COMMANDLINE`, `-s [-F] [-t S] [-v N]`, `-a`.
-//! State is handed over in the journal, which is compacted first, so that the other binary may carry requests out differently.
+//! State is handed over in the journal, which is compacted first, so that the other binary may carry requests out differently; or,
+//! to a binary of another journal layout and with `-v`, as Xen's migration stream.
 //! Open transactions are kept too, so there is nothing to wait for and `-F` and `-t` change nothing. The `-s` request stays in
 //! its connection's input with a mark in the journal; the other binary answers it.
 #![forbid(unsafe_code)]
@@ -9,11 +10,9 @@
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
+use crate::migrate::VERSION as STREAM_VERSION;
 use crate::store::ConnId;
 use crate::wire::{Errno, decimal};
-
-/// Newest version of the migration stream (docs/designs/xenstore-migration.md) that can be asked for.
-const STREAM_VERSION: u32 = 2;
 
 /// What is to be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +21,17 @@ pub struct Plan {
     pub file: PathBuf,
     /// Arguments, if they are not to be the same as this process's.
     pub arguments: Option<String>,
+    /// The version of the migration stream by which state is handed over; none: in the journal.
+    pub stream: Option<u32>,
+}
+
+/// What a binary takes over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accepts {
+    /// This version's journal.
+    Journal,
+    /// A migration stream alone.
+    Stream,
 }
 
 /// How an attempt ended.
@@ -33,37 +43,42 @@ pub enum Started {
     Failed(String),
 }
 
+/// What the other binary is given.
+#[derive(Debug)]
+pub struct Handover<'a> {
+    /// What is to be started.
+    pub plan: &'a Plan,
+    /// Whose request it answers first.
+    pub asking: ConnId,
+    /// The listening socket.
+    pub listener: Option<BorrowedFd<'a>>,
+    /// The clients'.
+    pub sockets: &'a [(ConnId, BorrowedFd<'a>)],
+    /// The state, if it is not taken from the journal.
+    pub stream: Option<&'a [u8]>,
+}
+
 /// Starts other binaries.
 pub trait Successor {
-    /// Whether the binary is there and takes over this version's journal.
+    /// Whether the binary is there, and what it takes over.
     ///
     /// # Errors
     /// What is wrong with it, for the administrator.
-    fn check(&self, plan: &Plan) -> Result<(), String>;
+    fn check(&self, plan: &Plan) -> Result<Accepts, String>;
 
     /// Starts it in place of this process.
-    fn start(
-        &mut self,
-        plan: &Plan,
-        listener: Option<BorrowedFd<'_>>,
-        sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-    ) -> Started;
+    fn start(&mut self, handover: &Handover<'_>) -> Started;
 }
 
 /// Live update is not possible.
 pub struct NoSuccessor;
 
 impl Successor for NoSuccessor {
-    fn check(&self, _plan: &Plan) -> Result<(), String> {
+    fn check(&self, _plan: &Plan) -> Result<Accepts, String> {
         Err("Live update is not possible here.".into())
     }
 
-    fn start(
-        &mut self,
-        _plan: &Plan,
-        _listener: Option<BorrowedFd<'_>>,
-        _sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-    ) -> Started {
+    fn start(&mut self, _handover: &Handover<'_>) -> Started {
         Started::Failed("Live update is not possible here.".into())
     }
 }
@@ -91,9 +106,10 @@ impl Session {
                 if self.0.as_ref().is_some_and(|(who, _)| *who != conn) {
                     return text("live-update session already active.");
                 }
-                let plan = Plan { file: os_path(file), arguments: None };
+                let mut plan = Plan { file: os_path(file), arguments: None, stream: None };
                 match successor.check(&plan) {
-                    Ok(()) => {
+                    Ok(accepts) => {
+                        plan.stream = (accepts == Accepts::Stream).then_some(STREAM_VERSION);
                         self.0 = Some((conn, plan));
                         text("OK")
                     }
@@ -113,6 +129,7 @@ impl Session {
             },
             [b"-s", options @ ..] => {
                 let mut options = options.iter();
+                let mut stream = None;
                 while let Some(option) = options.next() {
                     let valid = match *option {
                         b"-F" => true,
@@ -121,13 +138,20 @@ impl Session {
                             Some(Ok(v)) if v == 0 || v > STREAM_VERSION => {
                                 return text("Migration stream version not supported.");
                             }
-                            version => matches!(version, Some(Ok(_))),
+                            Some(Ok(version)) => {
+                                stream = Some(version);
+                                true
+                            }
+                            _ => false,
                         },
                         _ => false,
                     };
                     if !valid {
                         return Step::Answer(Err(Errno::EINVAL));
                     }
+                }
+                if let (Some((_, plan)), Some(version)) = (&mut self.0, stream) {
+                    plan.stream = Some(version);
                 }
                 Step::Start
             }
@@ -157,15 +181,14 @@ mod tests {
 
     struct Any;
     impl Successor for Any {
-        fn check(&self, plan: &Plan) -> Result<(), String> {
-            if plan.file.as_os_str() == "bad" { Err("File not accessible.".into()) } else { Ok(()) }
+        fn check(&self, plan: &Plan) -> Result<Accepts, String> {
+            match plan.file.to_str() {
+                Some("bad") => Err("File not accessible.".into()),
+                Some("other") => Ok(Accepts::Stream),
+                _ => Ok(Accepts::Journal),
+            }
         }
-        fn start(
-            &mut self,
-            _plan: &Plan,
-            _listener: Option<BorrowedFd<'_>>,
-            _sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-        ) -> Started {
+        fn start(&mut self, _handover: &Handover<'_>) -> Started {
             Started::Replaced
         }
     }
@@ -190,8 +213,15 @@ mod tests {
         }
         assert_eq!(step(1, &["-s", "-t", "60", "-F", "-v", "2"]), Step::Start);
         assert_eq!(session.take(ConnId(2)), None);
-        let plan = Plan { file: "good".into(), arguments: Some("--a b".into()) };
+        let plan = Plan { file: "good".into(), arguments: Some("--a b".into()), stream: Some(2) };
         assert_eq!(session.take(ConnId(1)), Some(plan));
         assert_eq!(session.take(ConnId(1)), None);
+        for (file, stream) in [("other", Some(2)), ("good", None)] {
+            for args in [&["-f", file][..], &["-s"]] {
+                let args: Vec<Vec<u8>> = args.iter().map(|a| a.as_bytes().to_vec()).collect();
+                session.step(ConnId(1), &args, &Any);
+            }
+            assert_eq!(session.take(ConnId(1)).and_then(|plan| plan.stream), stream, "{file}");
+        }
     }
 }

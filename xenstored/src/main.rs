@@ -40,7 +40,7 @@ struct Args {
     /// Make a new --state from a migration stream, and end.
     #[arg(long, value_name = "FILE", requires = "state", conflicts_with_all = ["standalone", "export"])]
     import: Option<PathBuf>,
-    /// Live update: whether this binary takes over a journal of this layout.
+    /// Live update: says whether this binary takes over a journal of this layout, or a stream alone.
     #[arg(long, hide = true, value_name = "LAYOUT")]
     accepts: Option<u64>,
     /// Live update: where the predecessor's descriptors are listed.
@@ -51,10 +51,9 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     if let Some(layout) = args.accepts {
-        if layout != xenstored::journal::layout::MAGIC {
-            bail!("another layout");
-        }
-        println!("{}", standalone::ACCEPTED);
+        // Of another layout it takes over a migration stream.
+        let same = layout == xenstored::journal::layout::MAGIC;
+        println!("{}", if same { standalone::ACCEPTED } else { standalone::STREAM });
         return Ok(());
     }
     if !args.standalone && args.export.is_none() && args.import.is_none() {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
 use xenstored::engine::{Engine, Options};
-use xenstored::migrate;
+use xenstored::migrate::{self, NoEnds, Sources};
 
 use crate::standalone::open_state;
 
@@ -21,7 +21,8 @@ pub fn export(state: &Path, file: &Path, salvage: bool, half_size: u64) -> anyho
     if let Some(dropped) = &opened.dropped {
         tracing::error!(dropped, "the journal was damaged; the stream is older than the store was");
     }
-    let stream = migrate::export(&engine.store, |id, _| engine.unread_input(id));
+    let sources = Sources { input: &|id| engine.unread_input(id), socket: &|_| None, listener: None };
+    let stream = migrate::export(&engine.store, migrate::VERSION, &sources);
     std::fs::write(file, &stream).with_context(|| format!("{}: can't be written", file.display()))?;
     println!("{} nodes, {} bytes", engine.store.tree.len(), stream.len());
     Ok(())
@@ -35,20 +36,18 @@ pub fn import(state: &Path, file: &Path, half_size: u64) -> anyhow::Result<()> {
     }
     let (mem, _lock) = open_state(state, half_size, None)?;
     let options = Options { half_size, ..Options::default() };
-    let (mut engine, _) = Engine::open(Rc::new(mem), &options)?;
-    let imported = migrate::import(&stream, &mut engine.store)
-        .map_err(anyhow::Error::from)
-        .and_then(|imported| engine.compact().map(|()| imported).map_err(anyhow::Error::from));
-    let imported = match imported {
-        Ok(imported) => imported,
+    let imported = match Engine::import(Rc::new(mem), &options, &stream, &mut NoEnds) {
+        Ok((_, imported)) => imported,
         Err(e) => {
             let _ = std::fs::remove_file(state);
             return Err(e).with_context(|| file.display().to_string());
         }
     };
+    let [connections, watches, transactions] = imported.left_out;
     println!(
-        "{} nodes, {} domains; left out: {} connections, {} watches, {} transactions",
-        imported.nodes, imported.domains, imported.connections, imported.watches, imported.transactions
+        "{} nodes, {} domains; left out, as their clients are not here: {connections} connections, {watches} watches, \
+         {transactions} transactions",
+        imported.nodes, imported.domains
     );
     Ok(())
 }

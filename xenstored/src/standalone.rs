@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
@@ -22,12 +22,13 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use xenstored::daemon::Daemon;
 use xenstored::domains::NoDomains;
-use xenstored::engine::{Engine, Options};
+use xenstored::engine::{Engine, Opened, Options};
 use xenstored::journal::layout::MAGIC;
 use xenstored::journal::log::Log;
 use xenstored::journal::mem::Mem;
 use xenstored::keeper::NoKeeper;
-use xenstored::live::{Plan, Started, Successor};
+use xenstored::live::{Accepts, Handover, Plan, Started, Successor};
+use xenstored::migrate::{Ends, RingEnd};
 use xenstored::store::ConnId;
 
 /// Serves until SIGTERM or SIGINT. With `inherit`, a predecessor's sockets are taken over.
@@ -47,14 +48,19 @@ pub fn run(
 
     // The file is locked before anything of the predecessor's is touched: it may still be going down.
     let mut inherited = inherit.map(Inherited::take).transpose().context("the predecessor's descriptors")?;
-    let (mem, lock) = open_state(state, half_size, inherited.as_mut().and_then(|i| i.state.take()))?;
     let options = Options { half_size, salvage, ..Options::default() };
-    let (engine, opened) = Engine::open(Rc::new(mem), &options).with_context(|| {
-        format!(
-            "{}: not used; --salvage starts from what is whole, another --state starts anew",
-            state.display()
-        )
-    })?;
+    let streamed = inherited.as_mut().and_then(|i| i.stream.take().map(|(conn, stream)| (conn, stream, i)));
+    let (engine, opened, lock) = match streamed {
+        Some((asking, stream, ends)) => match take_stream(state, stream, asking, &options, ends) {
+            Ok((engine, lock)) => (engine, Opened { fresh: true, ..Opened::default() }, lock),
+            Err(e) => {
+                // The predecessor's journal is as it left it, if its layout is this one's.
+                tracing::error!(error = format!("{e:#}"), "the predecessor's stream is not used");
+                open_journal(state, &options, ends.state.take())?
+            }
+        },
+        None => open_journal(state, &options, inherited.as_mut().and_then(|i| i.state.take()))?,
+    };
     if let Some(dropped) = &opened.dropped {
         tracing::error!(dropped, "the journal was damaged; the store is older than it was");
     }
@@ -81,6 +87,44 @@ pub fn run(
     // So that tools fail at once instead of finding a socket that nobody answers.
     let _ = std::fs::remove_file(socket);
     Ok(())
+}
+
+fn open_journal(
+    state: &Path,
+    options: &Options,
+    inherited: Option<File>,
+) -> anyhow::Result<(Engine, Opened, Flock<File>)> {
+    let (mem, lock) = open_state(state, options.half_size, inherited)?;
+    let (engine, opened) = Engine::open(Rc::new(mem), options).with_context(|| {
+        format!(
+            "{}: not used; --salvage starts from what is whole, another --state starts anew",
+            state.display()
+        )
+    })?;
+    Ok((engine, opened, lock))
+}
+
+/// Makes a journal of the predecessor's stream, in a file that replaces the old one when all is in it.
+fn take_stream(
+    state: &Path,
+    mut stream: File,
+    asking: ConnId,
+    options: &Options,
+    inherited: &mut Inherited,
+) -> anyhow::Result<(Engine, Flock<File>)> {
+    let new = state.with_extension("import");
+    // Left by one that was killed here.
+    let _ = std::fs::remove_file(&new);
+    let (mem, lock) = open_state(&new, options.half_size, None)?;
+    let mut bytes = Vec::new();
+    stream.rewind()?;
+    stream.read_to_end(&mut bytes)?;
+    let (engine, imported) = Engine::import(Rc::new(mem), options, &bytes, inherited)?;
+    engine.mark_live(asking);
+    std::fs::rename(&new, state).with_context(|| format!("{}: can't be replaced", state.display()))?;
+    let left_out = imported.left_out[0];
+    tracing::info!(nodes = imported.nodes, connections = imported.kept[0], left_out, "stream taken over");
+    Ok((engine, lock))
 }
 
 /// Opens and locks a journal's file, or takes over the one that the predecessor locked.
@@ -134,6 +178,18 @@ struct Inherited {
     state: Option<File>,
     listener: Option<UnixListener>,
     sockets: Vec<(ConnId, OwnedFd)>,
+    /// A migration stream instead of `state`, and whose request started the update.
+    stream: Option<(ConnId, File)>,
+}
+
+impl Ends for Inherited {
+    fn socket(&mut self, number: u32, _fd: u32) -> bool {
+        self.sockets.iter().any(|(id, _)| id.0 == u64::from(number))
+    }
+
+    fn ring(&mut self, _domid: u16) -> Option<RingEnd> {
+        None
+    }
 }
 
 impl Inherited {
@@ -148,6 +204,9 @@ impl Inherited {
             match words[..] {
                 ["state", fd] => inherited.state = Some(take_inherited(fd.parse()?)?.into()),
                 ["listener", fd] => inherited.listener = Some(take_inherited(fd.parse()?)?.into()),
+                ["stream", id, fd] => {
+                    inherited.stream = Some((ConnId(id.parse()?), take_inherited(fd.parse()?)?.into()));
+                }
                 ["conn", id, fd] => {
                     inherited.sockets.push((ConnId(id.parse()?), take_inherited(fd.parse()?)?));
                 }
@@ -165,23 +224,28 @@ struct Exec {
 
 /// What a binary prints that takes over the journal.
 pub const ACCEPTED: &str = "accepted";
+/// What one prints whose journals have another layout.
+pub const STREAM: &str = "stream";
 /// How long a binary may take to say whether it takes over the journal.
 const CHECK: Duration = Duration::from_secs(1);
 
 impl Exec {
-    fn exec(
-        &self,
-        plan: &Plan,
-        listener: Option<BorrowedFd<'_>>,
-        sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-    ) -> anyhow::Result<Infallible> {
-        let mut list = File::from(memfd_create(c"xenstored-live-update", MFdFlags::MFD_CLOEXEC)?);
-        let sockets: Vec<_> = sockets.collect();
+    fn exec(&self, handover: &Handover<'_>) -> anyhow::Result<Infallible> {
+        let Handover { plan, asking, listener, sockets, stream } = *handover;
+        let file = |name| anyhow::Ok(File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?));
+        let mut list = file(c"xenstored-live-update")?;
+        let mut streamed = None;
         let mut text = format!("state {}\n", self.state.as_raw_fd());
+        if let Some(stream) = stream {
+            let mut into = file(c"xenstored-stream")?;
+            into.write_all(stream)?;
+            text.push_str(&format!("stream {} {}\n", asking.0, into.as_raw_fd()));
+            streamed = Some(into);
+        }
         if let Some(listener) = listener {
             text.push_str(&format!("listener {}\n", listener.as_raw_fd()));
         }
-        for (id, fd) in &sockets {
+        for (id, fd) in sockets {
             text.push_str(&format!("conn {} {}\n", id.0, fd.as_raw_fd()));
         }
         list.write_all(text.as_bytes())?;
@@ -208,7 +272,7 @@ impl Exec {
         args.push(CString::new(list.as_raw_fd().to_string())?);
         let all = || {
             let own = [list.as_fd(), self.state.as_fd()].into_iter().chain(listener);
-            own.chain(sockets.iter().map(|(_, fd)| *fd))
+            own.chain(streamed.as_ref().map(|s| s.as_fd())).chain(sockets.iter().map(|(_, fd)| *fd))
         };
         let set = |flags: FdFlag| all().try_for_each(|fd| fcntl(fd, FcntlArg::F_SETFD(flags)).map(drop));
         set(FdFlag::empty())?;
@@ -219,7 +283,7 @@ impl Exec {
 }
 
 impl Successor for Exec {
-    fn check(&self, plan: &Plan) -> Result<(), String> {
+    fn check(&self, plan: &Plan) -> Result<Accepts, String> {
         let meta = std::fs::metadata(&plan.file).map_err(|_| "File not accessible.")?;
         if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {
             return Err("File not executable.".into());
@@ -239,10 +303,11 @@ impl Successor for Exec {
                     let mut said = String::new();
                     let read = child.stdout.take().map(|out| out.take(16).read_to_string(&mut said));
                     // Of a program that is no xenstored, success says nothing.
-                    if matches!(read, Some(Ok(_))) && said.trim_end() == ACCEPTED {
-                        return Ok(());
-                    }
-                    return Err("The binary does not take over this journal.".into());
+                    return match (read, said.trim_end()) {
+                        (Some(Ok(_)), ACCEPTED) => Ok(Accepts::Journal),
+                        (Some(Ok(_)), STREAM) => Ok(Accepts::Stream),
+                        _ => Err("The binary does not take over this journal.".into()),
+                    };
                 }
                 Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(200)),
                 _ => {
@@ -254,13 +319,8 @@ impl Successor for Exec {
         }
     }
 
-    fn start(
-        &mut self,
-        plan: &Plan,
-        listener: Option<BorrowedFd<'_>>,
-        sockets: &mut dyn Iterator<Item = (ConnId, BorrowedFd<'_>)>,
-    ) -> Started {
-        match self.exec(plan, listener, sockets) {
+    fn start(&mut self, handover: &Handover<'_>) -> Started {
+        match self.exec(handover) {
             Ok(never) => match never {},
             Err(e) => Started::Failed(format!("Error activating new binary: {e:#}.")),
         }

@@ -173,6 +173,11 @@ impl WatchIndex {
         })
     }
 
+    /// Whether any watch hears of a change of `path`.
+    pub fn concern(&self, path: &[u8]) -> bool {
+        !self.is_empty() && self.matching(path).next().is_some()
+    }
+
     /// Watched paths strictly below `path`, the deepest of each branch first.
     pub fn paths_below(&self, path: &[u8]) -> Vec<Arc<[u8]>> {
         let mut start = path.to_vec();

@@ -67,13 +67,27 @@ impl Client {
     }
 }
 
-fn update(client: &mut Client, file: &str) {
+fn update(client: &mut Client, file: &str, options: &[&str]) {
     assert_eq!(client.control(&["live-update", "-f", file]), "OK");
-    assert_eq!(client.control(&["live-update", "-s", "-t", "5"]), "OK");
+    assert_eq!(client.control(&[&["live-update", "-s", "-t", "5"], options].concat()), "OK");
 }
 
 #[test]
-fn everything_is_kept() {
+fn everything_is_kept_in_the_journal() {
+    everything_is_kept(&[]);
+}
+
+#[test]
+fn everything_is_kept_in_a_stream() {
+    everything_is_kept(&["-v", "2"]);
+}
+
+#[test]
+fn everything_is_kept_in_a_stream_of_version_1() {
+    everything_is_kept(&["-v", "1"]);
+}
+
+fn everything_is_kept(options: &[&str]) {
     let daemon = Daemon::start();
     let binary = daemon.dir.path().join("new-xenstored");
     std::fs::copy(env!("CARGO_BIN_EXE_xenstored"), &binary).expect("copy");
@@ -84,6 +98,19 @@ fn everything_is_kept() {
     a.ask(4, 0, b"/w\0token\0");
     let tx: u32 = String::from_utf8_lossy(&a.ask(6, 0, b"\0")).trim_end_matches('\0').parse().expect("id");
     a.ask(11, tx, b"/w/in-tx\x001");
+    // One that saw what another changes after the update, and one that saw what was changed before.
+    let start = |client: &mut Client| -> u32 {
+        String::from_utf8_lossy(&client.ask(6, 0, b"\0")).trim_end_matches('\0').parse().expect("id")
+    };
+    let (late, early, clean) = (start(&mut admin), start(&mut admin), start(&mut admin));
+    admin.ask(11, 0, b"/seen\0old");
+    admin.ask(11, 0, b"/changed\0old");
+    for tx in [late, early, clean] {
+        assert_eq!(admin.ask(2, tx, b"/seen\0"), b"old");
+        admin.ask(11, tx, format!("/by-{tx}\0x").as_bytes());
+    }
+    assert_eq!(admin.ask(2, early, b"/changed\0"), b"old");
+    admin.ask(11, 0, b"/changed\0new");
     // A request of which the half is sent.
     let half = b.message(11, 0, b"/w/half\0whole");
     b.stream.write_all(&half[..20]).expect("send");
@@ -97,12 +124,21 @@ fn everything_is_kept() {
     assert_eq!(admin.control(&["live-update", "-a"]), "OK");
     assert_eq!(admin.control(&["live-update", "-s"]), "Not in live-update session.");
     for round in 0..5 {
-        update(&mut admin, file);
+        update(&mut admin, file, options);
         let exe = std::fs::read_link(format!("/proc/{pid}/exe")).expect("the same process");
         assert!(exe.ends_with("new-xenstored"), "round {round}: {exe:?}");
     }
     b.stream.write_all(&half[20..]).expect("send");
     assert_eq!(b.reply(), (11, b"OK\0".to_vec()));
+    admin.ask(7, clean, b"T\0");
+    admin.ask(11, 0, b"/seen\0new");
+    for tx in [late, early] {
+        let end = admin.message(7, tx, b"T\0");
+        admin.stream.write_all(&end).expect("send");
+        assert_eq!(admin.reply(), (16, b"EAGAIN\0".to_vec()));
+    }
+    let by = |tx: u32| format!("/by-{tx}\0").into_bytes();
+    assert_eq!(admin.ask(2, 0, &by(clean)), b"x");
     a.ask(11, tx, b"/w/in-tx2\x002");
     a.ask(7, tx, b"T\0");
     assert_eq!(b.ask(2, 0, b"/w/in-tx2\0"), b"2");
@@ -143,7 +179,7 @@ fn the_gap_is_short() {
         .collect();
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(20));
-        update(&mut admin, env!("CARGO_BIN_EXE_xenstored"));
+        update(&mut admin, env!("CARGO_BIN_EXE_xenstored"), &[]);
     }
     stop.store(true, Ordering::Relaxed);
     let results: Vec<_> = clients.into_iter().map(|c| c.join().expect("client")).collect();

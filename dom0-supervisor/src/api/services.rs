@@ -9,6 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::Api;
 use crate::manager::{Manager, OpError};
+use crate::specs::ServiceKind;
 
 /// How long one service may take to tell its counters.
 const ASK: Duration = Duration::from_secs(1);
@@ -57,8 +58,11 @@ impl Api {
     }
 }
 
+/// Within this time xenstored ends by itself.
+const ENDS: Duration = Duration::from_secs(3);
+
 /// Ends a service's process (SIGKILL: every service is made for it) and waits for the next incarnation; starts that of a failed
-/// one.
+/// one. xenstored is asked to end first: after a kill hv-core runs the same program again, which may have been replaced on disk.
 pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Result<ServiceInfo, OpError> {
     let find = || -> Result<ServiceInfo, OpError> {
         let all = manager.services()?;
@@ -79,6 +83,7 @@ pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Resul
         return Ok(before);
     }
     let domid = u16::try_from(before.domid).unwrap_or(0);
+    let mut asked = (before.kind == ServiceKind::Xenstored.word()).then(|| Instant::now() + ENDS);
     match before.state.as_str() {
         // Refused until now; whatever was wrong may be right.
         "missing" if before.guest.is_empty() => {
@@ -94,11 +99,14 @@ pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Resul
             manager.hv.start(domid, before.instance)?;
         }
         "dying" => return Err(OpError::Failed(format!("service {name} is being taken down"))),
-        _ => manager.hv.kill(domid, before.instance, 9)?,
+        _ => manager.hv.kill(domid, before.instance, if asked.is_some() { 15 } else { 9 })?,
     }
     let deadline = Instant::now() + timeout;
     loop {
         let now = find()?;
+        if now.generation == before.generation && asked.take_if(|until| Instant::now() > *until).is_some() {
+            manager.hv.kill(domid, before.instance, 9)?;
+        }
         if now.state == "running" && now.generation > before.generation {
             return Ok(now);
         }

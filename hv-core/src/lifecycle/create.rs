@@ -114,6 +114,7 @@ impl Lifecycle {
             state: dom_state::CREATED,
             generation: 0,
             process: None,
+            program: None,
             kept: None,
             prev_exit: ExitInfo::default(),
             prev_exit_ns: 0,
@@ -201,15 +202,19 @@ impl Lifecycle {
 
     /// Starts the next incarnation's process.
     pub(super) fn start_process(&mut self, peer: Peer) -> Result<(), String> {
-        let (spec, generation, fds) = {
+        let (spec, generation, fds, before) = {
             let table = self.hv.lock();
             let d = table.get(peer).ok_or("it is gone")?;
             let kept = d.kept.as_ref().ok_or("it was never set up")?;
             let fds = [&kept.control, &kept.log, &kept.userns, &kept.netns].map(Arc::clone);
-            (d.spec.clone(), d.generation + 1, fds)
+            let killed = d.prev_exit.how == EXIT_SIGNAL && d.prev_exit.own_fault == 0;
+            (d.spec.clone(), d.generation + 1, fds, d.program.clone().filter(|_| killed))
         };
         let [control, log, userns, netns] = fds;
-        let program = program::open(&spec.program)?;
+        let program = match before {
+            Some(program) => program,
+            None => Arc::new(program::open(&spec.program)?),
+        };
         let (ours, theirs) = sock::pair().map_err(|e| format!("socketpair: {e}"))?;
         let is_dom0 = spec.roles & ROLE_DOM0 != 0;
         let most_channels = spec.limits.channels;
@@ -250,6 +255,7 @@ impl Lifecycle {
             table.by_pid.insert(started.pid, peer.domid);
             let d = table.get_mut(peer).ok_or("it is gone")?;
             d.generation = generation;
+            d.program = d.keeps_program().then_some(program);
             d.state = dom_state::RUNNING;
             d.served = false;
             d.shutdown_reason = 0;

@@ -203,6 +203,7 @@ fn call(hv: &Arc<Hv>, c: &Caller, op: Op, body: &[u8], fds: Vec<OwnedFd>) -> Ans
         Op::FdDelete => store::delete(hv, c, body),
         Op::ResourceOpen => store::resource_open(hv, c, body),
         Op::ResourceList => store::resource_list(hv, c, body),
+        Op::ResourceAccept => store::resource_accept(hv, c, body),
         Op::SetStoreRing => domains::set_ring(hv, c, body, |d| &mut d.store_ring),
         Op::SetConsoleRing => domains::set_ring(hv, c, body, |d| &mut d.console_ring),
         Op::DomInfo => domains::info(hv, c, body),

@@ -2,6 +2,7 @@
 
 use std::ops::Bound;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use hv_abi::*;
@@ -66,6 +67,42 @@ pub(super) fn resource_open(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
         }
     };
     Ok(Reply::of(&ResourceInfo { name, kind: resource.kind, pad: 0 }).with([fd]))
+}
+
+pub(super) fn resource_accept(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
+    let req: AcceptReq = exact(body)?;
+    if req.name.as_str().is_none() {
+        return Err(Errno::EINVAL);
+    }
+    let listener = {
+        let mut table = hv.lock();
+        let d = Hv::own(&mut table, c)?;
+        let resource = d.resources.get(&req.resource.0).ok_or(Errno::ENOENT)?;
+        let listener = resource.listener.clone().ok_or(Errno::EINVAL)?;
+        if !d.fds.has_room(&req.name) {
+            return Err(Errno::ENOSPC);
+        }
+        listener
+    };
+    let listener = UnixListener::from(listener.try_clone().map_err(errno)?);
+    // Shared with the domain: one that takes it back in this moment holds up itself alone.
+    listener.set_nonblocking(true).map_err(errno)?;
+    let fd = Arc::new(OwnedFd::from(listener.accept().map_err(errno)?.0));
+    let entry = Entry { kind: fd_kind::SOCKET, tag: req.tag, fd: fd.clone() };
+    let result = Hv::own(&mut hv.lock(), c)
+        .map_err(|e| (e, None))
+        .and_then(|d| d.fds.put(&req.name, entry).map_err(|(e, entry)| (e, Some(entry))));
+    match result {
+        Ok(_replaced) => {
+            let info = FdInfo { name: req.name, kind: fd_kind::SOCKET, pad: 0, tag: req.tag };
+            Ok(Reply::of(&info).with([fd]))
+        }
+        Err((errno, _refused)) => Err(errno),
+    }
+}
+
+fn errno(e: std::io::Error) -> Errno {
+    Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))
 }
 
 pub(super) fn resource_list(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {

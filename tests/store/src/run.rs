@@ -31,6 +31,8 @@ pub const RINGS: u16 = 4;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// One action in so many is a live update, half of those with a kill in the middle.
 const UPDATES: u32 = 12;
+/// How long visitors stay away.
+const VISIT: Duration = Duration::from_millis(2);
 /// Load between two moments at which everything due must have come.
 const STRETCH: Duration = Duration::from_secs(2);
 
@@ -47,6 +49,8 @@ pub struct Outcome {
     pub events: u64,
     /// Increments of the counter.
     pub counted: u64,
+    /// Clients that connected in between, were answered and left.
+    pub visits: u64,
     /// How often each error was the right answer.
     pub errors: BTreeMap<String, u64>,
     /// Longest wait of any request between a kill and the next: median, 99th percentile, longest, in milliseconds.
@@ -64,7 +68,30 @@ struct Killer {
     updates: AtomicUsize,
     /// Replies so far, told by the load.
     replies: AtomicU64,
+    /// Visitors that were answered.
+    visits: AtomicU64,
     failure: Mutex<Option<String>>,
+}
+
+/// Connects, asks one thing, reads the answer and leaves, again and again: none may find its connection closed, whatever is killed
+/// while it is taken up.
+fn visit(killer: &Killer, path: &Path) -> Result<()> {
+    let mut request = Vec::new();
+    for word in [Op::GetDomainPath as u32, 7, 0, 2] {
+        request.extend_from_slice(&word.to_ne_bytes());
+    }
+    request.extend_from_slice(b"5\0");
+    while !killer.stop.load(Ordering::Relaxed) {
+        let mut stream = UnixStream::connect(path).context("a visitor's connection")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&request).context("a visitor's request")?;
+        let mut reply = [0; 16 + 16];
+        stream.read_exact(&mut reply).context("a visitor's reply")?;
+        ensure!(reply[16..] == *b"/local/domain/5\0", "a visitor was answered {reply:?}");
+        killer.visits.fetch_add(1, Ordering::Relaxed);
+        std::thread::sleep(VISIT);
+    }
+    Ok(())
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -113,7 +140,10 @@ impl Killer {
     /// is killed in the middle of it.
     fn update(&self, control: &mut UnixStream, victim: Option<i32>, rng: &mut SmallRng) -> Result<()> {
         let mut bytes = Vec::new();
-        for payload in [&b"live-update\0-f\0/xenstored\0"[..], b"live-update\0-s\0"] {
+        // A third by the migration stream, the others by the journal.
+        let start: &[u8] =
+            if rng.random_ratio(1, 3) { b"live-update\0-s\0-v\x002\0" } else { b"live-update\0-s\0" };
+        for payload in [&b"live-update\0-f\0/xenstored\0"[..], start] {
             for word in [Op::Control as u32, 0, 0, payload.len() as u32] {
                 bytes.extend_from_slice(&word.to_ne_bytes());
             }
@@ -183,10 +213,20 @@ fn load(world: &World, kills: usize, seed: u64) -> Result<Outcome> {
             *locked(&killer.failure) = Some(format!("{e:#}"));
         }
     });
+    let (killer, path) = (Arc::clone(&load.killer), world.socket_path());
+    let visitor = std::thread::spawn(move || {
+        if let Err(e) = visit(&killer, &path) {
+            locked(&killer.failure).get_or_insert(format!("{e:#}"));
+        }
+    });
     let result = load.stretches(kills);
     load.killer.stop.store(true, Ordering::Relaxed);
     thread.join().map_err(|_| anyhow!("the killer panicked"))?;
+    visitor.join().map_err(|_| anyhow!("the visitor panicked"))?;
     result?;
+    if let Some(failure) = locked(&load.killer.failure).take() {
+        bail!("{failure}");
+    }
     load.settle().context("after the last kill")?;
     load.verify()?;
     load.pauses.sort();
@@ -197,6 +237,7 @@ fn load(world: &World, kills: usize, seed: u64) -> Result<Outcome> {
         replies: load.shared.replies,
         events: load.shared.ledger.seen() + load.shared.counter_events,
         counted: load.shared.counted.len() as u64,
+        visits: load.killer.visits.load(Ordering::Relaxed),
         errors: load.shared.errors,
         pauses: [0.5, 0.99, 1.0].map(|p| at(p).map_or(0.0, |d| d.as_secs_f64() * 1e3)),
         took: start.elapsed(),

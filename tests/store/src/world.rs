@@ -66,7 +66,12 @@ impl World {
     /// # Errors
     /// None can be had.
     pub fn socket(&self) -> Result<UnixStream> {
-        self.connect(&self.dir.path().join("socket"))
+        self.connect(&self.socket_path())
+    }
+
+    /// Where xenstored listens.
+    pub fn socket_path(&self) -> PathBuf {
+        self.dir.path().join("socket")
     }
 
     fn control(&self, domid: u16) -> Result<UnixStream> {

@@ -13,7 +13,7 @@ fn bin_dir() -> PathBuf {
 fn kills(count: usize, seed: u64) {
     let outcome = run(&bin_dir(), count, seed).unwrap_or_else(|e| panic!("{e:#}"));
     println!("{outcome:#?}");
-    assert!(outcome.kills >= count && outcome.updates > 0);
+    assert!(outcome.kills >= count && outcome.updates > 0 && outcome.visits > count as u64);
     assert!(outcome.counted > 0 && outcome.events > count as u64 && outcome.replies > 10 * count as u64);
     for error in ["EACCES", "EAGAIN", "EEXIST", "ENOENT", "ENOSPC"] {
         assert!(outcome.errors.contains_key(error), "{error} never was the right answer");

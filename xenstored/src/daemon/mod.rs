@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod domains;
+mod sockets;
 mod update;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -182,38 +183,6 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         self.door.clone()
     }
 
-    fn take_up_sockets(&mut self) -> Result<(), DaemonError> {
-        let mut kept: BTreeMap<ConnId, OwnedFd> = self.keeper.all()?.into_iter().collect();
-        let known: Vec<ConnId> =
-            self.engine.store.conns().filter(|(_, c)| c.domid.is_none()).map(|(id, _)| id).collect();
-        for id in known {
-            match kept.remove(&id) {
-                Some(fd) => self.add_socket(id, fd)?,
-                None => self.engine.close(id)?,
-            }
-        }
-        for (id, fd) in kept {
-            // Killed between the keeping of the socket and its record in the journal.
-            if id == self.engine.store.next_conn() && self.engine.open_socket()? == Some(id) {
-                self.add_socket(id, fd)?;
-            } else {
-                self.keeper.remove(id);
-            }
-        }
-        self.drop_closed();
-        Ok(())
-    }
-
-    fn add_socket(&mut self, id: ConnId, fd: OwnedFd) -> Result<(), DaemonError> {
-        let interest = EpollFlags::EPOLLIN;
-        self.epoll.add(&fd, EpollEvent::new(interest, CONNS + id.0))?;
-        let link = Link::Socket { fd, interest, ended: false, blocked: false, gated: false };
-        self.links.insert(id, link);
-        self.flush(id)?;
-        self.wake(id);
-        Ok(())
-    }
-
     fn wake(&mut self, id: ConnId) {
         if self.queued.insert(id, ()).is_none() {
             self.runnable.push_back(id);
@@ -307,50 +276,6 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             EpollTimeout::from(left.min(1000) as u16)
         })
-    }
-
-    fn accept(&mut self) -> Result<(), DaemonError> {
-        loop {
-            let Some(listener) = &self.listener else { return Ok(()) };
-            // The stream stays blocking: its calls carry MSG_DONTWAIT.
-            let fd = match listener.accept() {
-                Ok((stream, _)) => OwnedFd::from(stream),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e)
-                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) =>
-                {
-                    continue;
-                }
-                Err(e) => {
-                    // Out of descriptors or memory: the client waits in the backlog.
-                    tracing::error!(error = %e, "accept failed");
-                    std::thread::sleep(Duration::from_millis(10));
-                    return Ok(());
-                }
-            };
-            self.admit(fd)?;
-        }
-    }
-
-    /// A new client by socket.
-    fn admit(&mut self, fd: OwnedFd) -> Result<(), DaemonError> {
-        let id = self.engine.store.next_conn();
-        if let Err(e) = self.keeper.put(id, fd.as_fd()) {
-            tracing::error!(error = %e, "a client is refused: its socket can't be kept");
-            return Ok(());
-        }
-        match self.engine.open_socket() {
-            Ok(Some(id)) => self.add_socket(id, fd)?,
-            Ok(None) => {
-                tracing::error!("a client is refused: all connection slots are taken");
-                self.keeper.remove(id);
-            }
-            Err(e) => {
-                tracing::error!(error = %e, "a client is refused");
-                self.keeper.remove(id);
-            }
-        }
-        Ok(())
     }
 
     fn ready(&mut self, id: ConnId, events: EpollFlags) -> Result<(), DaemonError> {

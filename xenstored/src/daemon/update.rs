@@ -1,11 +1,12 @@
 //! Live update (see [`crate::live`]).
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use super::{Daemon, DaemonError, Link};
 use crate::domains::Domains;
 use crate::keeper::FdKeeper;
-use crate::live::{Plan, Started, Step};
+use crate::live::{Handover, Plan, Started, Step};
+use crate::migrate::{self, Sources};
 use crate::store::ConnId;
 
 impl<K: FdKeeper, D: Domains> Daemon<K, D> {
@@ -38,12 +39,25 @@ impl<K: FdKeeper, D: Domains> Daemon<K, D> {
         }
         tracing::info!(file = %plan.file.display(), "live update");
         self.engine.mark_live(id);
-        let sockets = self.links.iter().filter_map(|(id, link)| match link {
-            Link::Socket { fd, .. } => Some((*id, fd.as_fd())),
-            Link::Ring(_) => None,
-        });
+        let sockets: Vec<(ConnId, BorrowedFd<'_>)> = self
+            .links
+            .iter()
+            .filter_map(|(id, link)| match link {
+                Link::Socket { fd, .. } => Some((*id, fd.as_fd())),
+                Link::Ring(_) => None,
+            })
+            .collect();
         let listener = self.listener.as_ref().map(|l| l.as_fd());
-        match self.successor.start(plan, listener, &mut { sockets }) {
+        let engine = &self.engine;
+        let stream = plan.stream.map(|version| {
+            let number = |fd: BorrowedFd<'_>| fd.as_raw_fd().cast_unsigned();
+            let socket = |id| sockets.iter().find(|(which, _)| *which == id).map(|(_, fd)| number(*fd));
+            let listener = listener.map(number);
+            let sources = Sources { input: &|id| engine.unread_input(id), socket: &socket, listener };
+            migrate::export(&engine.store, version, &sources)
+        });
+        let handover = Handover { plan, asking: id, listener, sockets: &sockets, stream: stream.as_deref() };
+        match self.successor.start(&handover) {
             Started::Replaced => {
                 self.replaced = true;
                 Ok(None)

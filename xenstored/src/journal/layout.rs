@@ -17,7 +17,7 @@
 pub const MAGIC: u64 = u64::from_le_bytes(*b"BHXSJRN3");
 /// How requests are carried out: raised whenever the same events would give another state or other output, because
 /// the journal runs events again. A journal with another number is refused unless a clean end left no event in it.
-pub const BEHAVIOUR: u64 = 3;
+pub const BEHAVIOUR: u64 = 4;
 
 /// Superblock words.
 pub mod sb {

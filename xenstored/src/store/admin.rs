@@ -114,8 +114,12 @@ impl Store {
         Ok(())
     }
 
-    /// Sets what a domain gets when it is introduced.
+    /// Sets what a domain has, or gets when it is introduced.
     pub(crate) fn prepare(&mut self, domid: u16, features: u32, quota: Quota) {
+        if let Some(domain) = self.domains.get_mut(&domid) {
+            (domain.features, domain.quota) = (features, quota);
+            return;
+        }
         self.prepared.insert(domid, Prepared { features: Some(features), quota: Some(quota) });
     }
 

@@ -9,6 +9,7 @@ mod conns;
 mod control;
 mod event;
 mod growth;
+mod imported;
 pub mod nodes;
 mod queue;
 mod quota;
@@ -26,6 +27,7 @@ pub use admin::{
 };
 pub use conns::{ConnMap, IdHasher};
 pub use event::Event;
+pub use imported::Step;
 pub use queue::{Folded, OutQueue, WatchKey};
 pub use quota::{Account, ITEMS, Item, Limits, Notice, Quota};
 pub use snapshot::{Loaded, Loader, write_snapshot};

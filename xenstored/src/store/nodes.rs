@@ -21,8 +21,10 @@ pub struct Env<'a> {
     pub base: &'a [u8],
     /// The caller's quota; ignored for privileged callers.
     pub quota: &'a Quota,
-    /// Outside transactions: the watches, so that a removal finds those below.
+    /// All watches: what none of them hears of needs no preparation.
     pub watches: Option<&'a WatchIndex>,
+    /// The operation is part of a transaction: watches hear of it at the commit.
+    pub later: bool,
     /// The caller may use DOMID_ANY in permissions.
     pub any: bool,
     /// The domains that exist, as far as the store knows.
@@ -105,9 +107,18 @@ pub fn run<V: View>(
 }
 
 impl<'a> Env<'a> {
-    /// Outside or inside of transactions; `watches` is to be set for the first.
+    /// Inside of a transaction, or outside with `later` and `watches` set.
     pub fn new(caller: Caller, base: &'a [u8], quota: &'a Quota) -> Self {
-        Self { caller, base, quota, watches: None, any: true, domains: None, refused: Cell::new(None) }
+        Self {
+            caller,
+            base,
+            quota,
+            watches: None,
+            later: true,
+            any: true,
+            domains: None,
+            refused: Cell::new(None),
+        }
     }
 
     /// The quota for which something was refused.
@@ -201,14 +212,32 @@ pub fn modified<V: View>(view: &V, path: &[u8], old: Option<Perms>) -> Changed {
     Changed { path: path.into(), exact: false, removed: false, perms }
 }
 
-/// What watches are told of a subtree that is about to go: those below it first.
-pub fn removed<V: View>(view: &V, watches: &WatchIndex, path: &[u8], changes: &mut Vec<Changed>) {
+/// What watches below a node are told when it is about to go.
+pub fn removed_below<V: View>(view: &V, watches: &WatchIndex, path: &[u8], changes: &mut Vec<Changed>) {
     for below in watches.paths_below(path) {
         if matches!(view.find(&below), Lookup::Node(_)) {
             changes.push(Changed { exact: true, removed: true, ..modified(view, &below, None) });
         }
     }
-    changes.push(Changed { removed: true, ..modified(view, path, None) });
+}
+
+/// What watches are told of a subtree that is about to go: those below it first.
+pub fn removed<V: View>(view: &V, watches: &WatchIndex, path: &[u8], changes: &mut Vec<Changed>) {
+    removed_below(view, watches, path, changes);
+    if watches.concern(path) {
+        changes.push(Changed { removed: true, ..modified(view, path, None) });
+    }
+}
+
+/// Notes a change for the watches that hear of it. In a transaction there may be others at its end.
+fn note<V: View>(view: &V, env: &Env<'_>, path: &[u8], old: Option<Perms>, changes: &mut Vec<Changed>) {
+    match (env.watches.is_none_or(|w| w.concern(path)), env.later) {
+        (true, _) => changes.push(modified(view, path, old)),
+        (false, true) => {
+            changes.push(Changed { path: path.into(), exact: false, removed: false, perms: Vec::new() });
+        }
+        (false, false) => {}
+    }
 }
 
 /// WRITE (`value` given) and MKDIR.
@@ -228,7 +257,7 @@ fn write<V: View>(
             let Some(value) = value else { return Ok(()) };
             env.within(Item::NodeSize, value.len() as u64)?;
             view.set_value(&path, value);
-            changes.push(modified(view, &path, None));
+            note(view, env, &path, None, changes);
             return Ok(());
         }
         Lookup::Missing { existing, perms } => (existing, perms.clone()),
@@ -245,7 +274,7 @@ fn write<V: View>(
         let value = if step.len() == path.len() { value.unwrap_or_default() } else { b"" };
         view.create(step, value, perms.clone());
     }
-    changes.push(modified(view, &path, None));
+    note(view, env, &path, None, changes);
     Ok(())
 }
 
@@ -262,7 +291,7 @@ fn remove<V: View>(view: &mut V, env: &Env<'_>, raw: &[u8], changes: &mut Vec<Ch
             return if why == Errno::ENOENT && parent_exists { Ok(()) } else { Err(why) };
         }
     }
-    match env.watches {
+    match env.watches.filter(|_| !env.later) {
         Some(watches) => removed(view, watches, &path, changes),
         None => {
             changes.push(Changed { path: (*path).into(), exact: false, removed: true, perms: Vec::new() })
@@ -317,6 +346,6 @@ fn set_perms<V: View>(
         return Err(Errno::EPERM);
     }
     view.set_perms(&path, perms);
-    changes.push(modified(view, &path, Some(old)));
+    note(view, env, &path, Some(old), changes);
     Ok(())
 }

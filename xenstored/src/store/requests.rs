@@ -57,6 +57,7 @@ impl Store {
     pub(super) fn answer(&mut self, id: ConnId, consumed: u64, message: &[u8], error: bool, text: &[u8]) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         conn.consumed = consumed;
+        self.requests += 1;
         let Some((head, _)) = message.split_first_chunk::<HEADER>() else { return };
         let Ok(head) = Header::decode(head) else { return };
         let kind = if error { Op::Error.raw() } else { head.kind };
@@ -177,6 +178,7 @@ impl Store {
         let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
         env.any = ctx.features & FEATURE_DOMID_ANY != 0;
         env.domains = Some(&self.domains);
+        (env.watches, env.later) = (Some(&self.watches), ctx.tx_id != 0);
         if ctx.tx_id != 0 {
             let tx =
                 self.conns.get_mut(&ctx.id).and_then(|c| c.txs.get_mut(&ctx.tx_id)).ok_or(Errno::ENOENT)?;
@@ -185,7 +187,6 @@ impl Store {
             return self.settle(ctx, env.refused(), result, Some((Item::TransactionNodes, touched)));
         }
         let mut changes = Vec::new();
-        env.watches = Some(&self.watches);
         let result = nodes::run(&mut self.tree, &env, op, payload, reply, &mut changes);
         let refused = env.refused();
         for change in &changes {
@@ -290,6 +291,7 @@ impl Store {
         let mut env = Env::new(ctx.caller, &ctx.base, &ctx.quota);
         env.any = ctx.features & FEATURE_DOMID_ANY != 0;
         env.domains = Some(&self.domains);
+        env.watches = Some(&self.watches);
         match tx.commit(&mut self.tree, &env, &self.watches) {
             Ok(changes) => {
                 conn.conflicts = 0;

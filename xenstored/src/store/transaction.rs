@@ -1,24 +1,29 @@
 //! Transactions: an overlay to read from, and the list of what was done with what was answered.
 //!
-//! At commit the operations run again on the tree as it is now, unless nothing changed since the start.
+//! At commit the operations run again on the tree as it is now, unless nothing that they touched changed since the start.
 //! If every reply comes out the same, the transaction could just as well have run now as a whole, so its
 //! changes are carried out; if one differs, the answer is EAGAIN. Hence two transactions conflict only if one
 //! of them *saw* what the other changed: writers of the same node do not starve each other (XSA-206), and a
 //! commit is all or nothing (XSA-415, XSA-421).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hasher as _};
 
 use xen_abi::xs_wire::XsMsgType as Op;
 
 use super::Item;
 use super::nodes::{self, Changed, Env};
-use crate::tree::{Lookup, Overlay, Tree, TxView, View as _};
+use crate::path::canonicalize;
+use crate::tree::{Change, Lookup, Overlay, Tree, TxView, View as _};
 use crate::watches::WatchIndex;
-use crate::wire::Errno;
+use crate::wire::{Errno, strings};
 
 /// Most bytes of requests in a transaction, whoever's it is.
 const BYTES_MAX: usize = 64 << 20;
+/// Start of a transaction of which is not known when it began.
+pub(super) const UNKNOWN: u64 = u64::MAX;
+/// Changes among which one is found by looking at all.
+const FEW: usize = 16;
 
 /// One operation of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +52,7 @@ pub struct Transaction {
 }
 
 /// Digest of an answer. `DefaultHasher::new` has fixed keys, so a digest holds across restarts of one binary.
-fn digest(result: Result<(), Errno>, reply: &[u8]) -> u64 {
+pub(super) fn digest(result: Result<(), Errno>, reply: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     match result {
         Ok(()) => hasher.write(reply),
@@ -61,6 +66,7 @@ fn digest(result: Result<(), Errno>, reply: &[u8]) -> u64 {
 pub struct Changes {
     /// In the order of their first mention.
     pub list: Vec<Changed>,
+    /// Where each path is, once they are not few.
     index: HashMap<Box<[u8]>, usize>,
 }
 
@@ -68,9 +74,9 @@ impl Changes {
     /// Adds what one operation did.
     pub fn merge(&mut self, from: Vec<Changed>) {
         for change in from {
-            match self.index.get(&change.path) {
+            match self.position(&change.path) {
                 Some(at) => {
-                    let known = &mut self.list[*at];
+                    let known = &mut self.list[at];
                     known.removed |= change.removed;
                     for perms in change.perms {
                         if !known.perms.contains(&perms) {
@@ -78,12 +84,19 @@ impl Changes {
                         }
                     }
                 }
-                None => {
-                    self.index.insert(change.path.clone(), self.list.len());
-                    self.list.push(change);
-                }
+                None => self.list.push(change),
             }
         }
+    }
+
+    fn position(&mut self, path: &[u8]) -> Option<usize> {
+        if self.list.len() <= FEW {
+            return self.list.iter().position(|c| *c.path == *path);
+        }
+        for at in self.index.len()..self.list.len() {
+            self.index.insert(self.list[at].path.clone(), at);
+        }
+        self.index.get(path).copied()
     }
 }
 
@@ -124,6 +137,56 @@ impl Transaction {
         !env.caller.privileged && env.quota.exceeds(Item::Memory, false, (self.bytes + cost) as u64)
     }
 
+    /// Whether what it saw and changed is as it was at its start, so that it would run the same again.
+    fn undisturbed(&self, tree: &Tree, env: &Env<'_>) -> bool {
+        // What others did to its owner's quota or to domains that permissions name is not in the nodes.
+        let alone = env.caller.privileged
+            || self.over.owned.values().all(|by| *by == 0) && !self.ops.iter().any(|s| s.op == Op::SetPerms);
+        alone
+            && self.start != UNKNOWN
+            && self.ops.iter().all(|step| {
+                let raw = strings(&step.payload).next().unwrap_or_default();
+                let path = canonicalize(raw, env.base, true, usize::MAX);
+                // What is no path gets the same answer whatever the tree is.
+                path.map_or(true, |path| tree.last_change(&path) <= self.start)
+            })
+    }
+
+    /// Runs all of it again on the tree as it is now.
+    ///
+    /// # Errors
+    /// EAGAIN when something that the transaction saw has changed.
+    pub fn again(&self, tree: &Tree, env: &Env<'_>) -> Result<Transaction, Errno> {
+        let mut again = Transaction::new(tree);
+        let mut reply = Vec::new();
+        for step in &self.ops {
+            reply.clear();
+            let mut changes = Vec::new();
+            let mut view = TxView { base: tree, over: &mut again.over };
+            let result = nodes::run(&mut view, env, step.op, &step.payload, &mut reply, &mut changes);
+            if digest(result, &reply) != step.answer {
+                return Err(Errno::EAGAIN);
+            }
+            again.changes.merge(changes);
+        }
+        Ok(again)
+    }
+
+    /// The paths of nodes that it wrote or removed.
+    pub fn changed_paths(&self) -> BTreeSet<Vec<u8>> {
+        let mut trail: Vec<&[u8]> = Vec::new();
+        let mut paths = BTreeSet::new();
+        for (depth, name, over) in self.over.walk() {
+            trail.truncate(depth - 1);
+            trail.push(name);
+            if over.change != Change::None {
+                let path = trail.join(&b"/"[..]);
+                paths.insert(if path.is_empty() { b"/".to_vec() } else { path });
+            }
+        }
+        paths
+    }
+
     /// Commits. Returns what watches are to hear of.
     ///
     /// # Errors
@@ -134,23 +197,15 @@ impl Transaction {
         env: &Env<'_>,
         watches: &WatchIndex,
     ) -> Result<Vec<Changed>, Errno> {
-        if tree.generation() != self.start {
-            let mut again = Transaction::new(tree);
-            let mut reply = Vec::new();
-            for step in &self.ops {
-                reply.clear();
-                let mut changes = Vec::new();
-                let mut view = TxView { base: tree, over: &mut again.over };
-                let result = nodes::run(&mut view, env, step.op, &step.payload, &mut reply, &mut changes);
-                if digest(result, &reply) != step.answer {
-                    return Err(Errno::EAGAIN);
-                }
-                again.changes.merge(changes);
-            }
-            self = again;
+        if tree.generation() != self.start && !self.undisturbed(tree, env) {
+            self = self.again(tree, env)?;
         }
         let mut told = Vec::new();
         for change in std::mem::take(&mut self.changes.list) {
+            let heard = watches.concern(&change.path);
+            if !heard && (!change.removed || watches.is_empty()) {
+                continue;
+            }
             let before = match tree.find(&change.path) {
                 Lookup::Node(found) => Some(found.perms.clone()),
                 Lookup::Missing { .. } => None,
@@ -160,12 +215,12 @@ impl Transaction {
             let exists = matches!(view.find(&change.path), Lookup::Node(_));
             if change.removed && before.is_some() {
                 // Watches below hear of what really goes; what was made again is told of by its own entry.
-                nodes::removed(tree, watches, &change.path, &mut told);
-                if exists {
-                    told.pop();
+                nodes::removed_below(tree, watches, &change.path, &mut told);
+                if !exists && heard {
+                    told.push(Changed { removed: true, ..nodes::modified(tree, &change.path, None) });
                 }
             }
-            if exists {
+            if exists && heard {
                 let mut perms = now.perms;
                 perms.extend(change.perms);
                 told.push(Changed { perms, ..change });

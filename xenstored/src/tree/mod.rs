@@ -188,6 +188,18 @@ impl Tree {
         path::names(path).try_fold(HIDDEN_ROOT, |id, name| self.child(id, name))
     }
 
+    /// The generation in which the node at `path`, or the list of children in which it is missing, changed last.
+    pub fn last_change(&self, path: &[u8]) -> u64 {
+        let mut id = HIDDEN_ROOT;
+        for name in path::names(path) {
+            match self.child(id, name) {
+                Some(next) => id = next,
+                None => break,
+            }
+        }
+        self.record(id).generation
+    }
+
     /// A node's path.
     pub fn path_of(&self, id: NodeId) -> Vec<u8> {
         let mut names = Vec::new();

@@ -124,7 +124,15 @@ impl Lab {
             message.extend_from_slice(&word.to_ne_bytes());
         }
         message.extend_from_slice(payload.as_bytes());
-        self.store.apply(&Event::Request { conn: id, consumed: 0, message: &message });
+        // As the engine does it.
+        let privileged = self.store.conn(id).is_some_and(|c| c.privileged());
+        match self.store.look(payload.as_bytes()).filter(|_| op == 0 && privileged) {
+            Some((error, text)) => {
+                let message = &message[..16];
+                self.store.apply(&Event::Answer { conn: id, consumed: 0, message, error, text: &text })
+            }
+            None => self.store.apply(&Event::Request { conn: id, consumed: 0, message: &message }),
+        };
         let reply = self.collect(Some(self.req_id));
         // RELEASE of the caller's own domain leaves nobody to answer.
         if self.store.conn(id).is_none() {

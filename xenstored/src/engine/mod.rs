@@ -5,22 +5,22 @@
 //! an event that was not committed has had no effect, and its request is still in the connection's input buffer.
 #![forbid(unsafe_code)]
 
+mod open;
+
 use std::rc::Rc;
 
 use xen_abi::xs_wire::XsMsgType as Op;
 
-use crate::codec::{Reader, Writer};
-use crate::journal::JournalError;
-use crate::journal::arena::Arena;
-use crate::journal::layout::{BEHAVIOUR, SLOTS, sb};
-use crate::journal::log::{Full, Log, MIN_HALF};
+pub use open::{ImportError, Opened, Options};
+
+use crate::codec::Writer;
+use crate::journal::layout::sb;
+use crate::journal::log::{Full, Log};
 use crate::journal::mem::Mem;
 use crate::journal::slots::Slot;
-use crate::store::{Class, Conn, ConnId, Event, Item, Limits, Loaded, Loader, Notice, Store, write_snapshot};
+use crate::store::{Class, Conn, ConnId, Event, Item, Notice, Store, write_snapshot};
 use crate::wire::{Errno, HEADER, Header, TooLong};
 
-/// A request that made the daemon die by its own fault this often costs its connection.
-const POISON: u64 = 3;
 /// Bytes of unread output at which no more requests of a client are taken.
 const UNREAD_GUEST: u64 = 16 << 10;
 const UNREAD_SERVICE: u64 = 64 << 10;
@@ -29,40 +29,6 @@ const UNREAD_DOM0: u64 = 256 << 10;
 const LIVE: &[u8] = b"live-update\0";
 /// The journal is also compacted when so many times `compact_at` bytes of the arena changed.
 const CHANGED_AT: u64 = 4;
-
-/// How to open a journal.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Bytes of each half when a journal is made.
-    pub half_size: u64,
-    /// Bytes of events, and of changed pages, after which the log is compacted.
-    pub compact_at: u64,
-    /// Start from what is whole when a record is damaged, instead of refusing.
-    pub salvage: bool,
-    /// Limits to set; `None` keeps those of the journal.
-    pub limits: Option<Limits>,
-    /// The predecessor died by its own fault (panic, SIGSEGV), not by a signal from outside.
-    pub own_fault: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { half_size: 256 << 20, compact_at: 512 << 10, salvage: false, limits: None, own_fault: false }
-    }
-}
-
-/// What opening a journal found.
-#[derive(Debug, Default)]
-pub struct Opened {
-    /// There was none: a fresh store.
-    pub fresh: bool,
-    /// Events run again.
-    pub replayed: u64,
-    /// What was dropped, with [`Options::salvage`].
-    pub dropped: Option<String>,
-    /// The connection whose request killed the daemon too often; it is cut off.
-    pub poisoned: Option<ConnId>,
-}
 
 /// What [`Engine::process`] ended with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,137 +66,6 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens the journal in `mem`, or makes one.
-    ///
-    /// # Errors
-    /// [`JournalError`].
-    pub fn open(mem: Rc<Mem>, options: &Options) -> Result<(Self, Opened), JournalError> {
-        let mut opened = Opened::default();
-        let (store, log) = if Log::exists(&mem)? {
-            Self::replay(&mem, options, &mut opened)?
-        } else {
-            opened.fresh = true;
-            if Log::memory_len(options.half_size) > mem.len() as u64 || options.half_size < MIN_HALF {
-                return Err(JournalError::Damaged("the file is too short for such halves".into()));
-            }
-            let log = Log::format(Rc::clone(&mem), options.half_size);
-            (Store::in_arena(Arena::format(&mem, options.half_size)?), log)
-        };
-        let mut log = log;
-        log.compact_at(options.compact_at);
-        let mut engine = Self {
-            store,
-            log,
-            mem,
-            free: Vec::new(),
-            record: Writer::default(),
-            message: Vec::new(),
-            compact_at: options.compact_at,
-            crowded: false,
-        };
-        if opened.fresh {
-            engine.compact()?;
-            engine.log.seal();
-        }
-        engine.attach(&mut opened, options)?;
-        Ok((engine, opened))
-    }
-
-    fn replay(mem: &Rc<Mem>, options: &Options, opened: &mut Opened) -> Result<(Store, Log), JournalError> {
-        let behaviour = mem.load_u64(sb::BEHAVIOUR);
-        let epoch = mem.load_u64(sb::ACTIVE) >> 1;
-        let arena = Arena::open(mem, mem.load_u64(sb::HALF), epoch)?;
-        let mut loader = Some(Loader::new(arena));
-        let mut store: Option<Store> = None;
-        let (log, dropped) = Log::open(Rc::clone(mem), options.salvage, |body| match &mut store {
-            None => {
-                let part = loader.as_mut().ok_or("a snapshot after the snapshot")?.record(body)?;
-                if part == Loaded::Complete {
-                    store = loader.take().map(Loader::finish);
-                }
-                Ok(part == Loaded::Complete)
-            }
-            Some(store) => {
-                let (body, digest) = body.split_last_chunk::<4>().ok_or("a record without a digest")?;
-                let mut input = Reader(body);
-                let event = Event::decode(&mut input).filter(|_| input.done()).ok_or("not an event")?;
-                opened.replayed += 1;
-                if store.apply(&event).to_le_bytes() != *digest {
-                    return Err("running it again gives other output".into());
-                }
-                // Old output is dropped as it comes, or a long log would need its whole traffic in memory.
-                for id in store.take_touched() {
-                    let sent = store.conn(id).map(|c| (c.tag, Slot::new(mem, c.slot)));
-                    if let Some((tag, slot)) = sent
-                        && slot.tag() == tag
-                    {
-                        store.drop_output(id, slot.sent());
-                    }
-                }
-                store.take_closed();
-                store.take_notices();
-                store.take_freed_into(&mut Vec::new());
-                Ok(false)
-            }
-        })?;
-        if behaviour != BEHAVIOUR {
-            if opened.replayed > 0 {
-                return Err(JournalError::Behaviour { found: behaviour, ours: BEHAVIOUR });
-            }
-            mem.store_u64(sb::BEHAVIOUR, BEHAVIOUR);
-        }
-        opened.dropped = dropped;
-        Ok((store.ok_or_else(|| JournalError::Damaged("no snapshot".into()))?, log))
-    }
-
-    /// Brings the slots in line with the replayed state.
-    fn attach(&mut self, opened: &mut Opened, options: &Options) -> Result<(), JournalError> {
-        let conns: Vec<(ConnId, u32, u64)> = self.store.conns().map(|(id, c)| (id, c.slot, c.tag)).collect();
-        let used: std::collections::BTreeSet<u32> = conns.iter().map(|(_, slot, _)| *slot).collect();
-        self.free = (0..SLOTS).rev().filter(|slot| !used.contains(slot)).collect();
-        let mut broken = Vec::new();
-        for (id, index, tag) in conns {
-            let slot = Slot::new(&self.mem, index);
-            if slot.tag() != tag {
-                slot.init(tag);
-            }
-            slot.settle();
-            let (received, sent) = (slot.received(), slot.sent());
-            self.store.drop_output(id, sent);
-            let Some(conn) = self.store.conn(id) else { continue };
-            if conn.consumed > received || sent > conn.out.end() {
-                // Only if later records were dropped: its replies are out, its requests are forgotten.
-                broken.push((id, conn.domid.is_some()));
-            }
-        }
-        if !broken.is_empty() && opened.dropped.is_none() {
-            return Err(JournalError::Damaged(format!("{} connections are ahead of the log", broken.len())));
-        }
-        for (id, ring) in broken {
-            let event = if ring { Event::Ignore { conn: id, error: 1 } } else { Event::Close(id) };
-            self.commit(&event)?;
-        }
-        let blamed = ConnId(self.mem.load_u64(sb::EXEC_CONN));
-        let at = self.mem.load_u64(sb::EXEC_AT);
-        let innocent = self.store.conn(blamed).is_none_or(|c| c.consumed != at);
-        if options.own_fault && blamed.0 != 0 && !innocent {
-            let slot = self.store.conn(blamed).map(|c| Slot::new(&self.mem, c.slot));
-            if slot.is_some_and(|s| s.blame(at) >= POISON) {
-                opened.poisoned = Some(blamed);
-                self.cut_off(blamed, 3)?;
-            }
-        }
-        self.mem.store_u64(sb::EXEC_CONN, 0);
-        if let Some(limits) = options.limits.as_ref().filter(|l| *l != self.store.limits()) {
-            self.commit(&Event::Limits(limits.clone()))?;
-        }
-        let ids: Vec<ConnId> = self.store.conns().map(|(id, _)| id).collect();
-        for id in ids {
-            self.note_drained(id)?;
-        }
-        Ok(())
-    }
-
     /// Writes a snapshot, so that the next start has no event to run again (and may be another version's).
     ///
     /// # Errors
@@ -527,6 +362,7 @@ impl Engine {
                 return Processed::Held;
             }
             let privileged = conn.privileged();
+            let in_order = head.tx_id == 0 || conn.txs.contains_key(&head.tx_id);
             let mut message = std::mem::take(&mut self.message);
             message.resize(len, 0);
             slot.read_input(at, &mut message);
@@ -537,7 +373,19 @@ impl Engine {
             self.mem.store_u64(sb::EXEC_AT, at);
             self.mem.store_u64(sb::EXEC_CONN, id.0);
             let consumed = at + len as u64;
-            let mut done = self.commit(&Event::Request { conn: id, consumed, message: &message });
+            // What only looks is recorded with its answer: it may tell of what is this process's alone, and costs nothing again.
+            let look = if privileged && head.op() == Some(Op::Control) && in_order {
+                self.store.look(&message[HEADER..])
+            } else {
+                None
+            };
+            let mut done = match &look {
+                Some((error, text)) => {
+                    let message = &message[..HEADER];
+                    self.commit(&Event::Answer { conn: id, consumed, message, error: *error, text })
+                }
+                None => self.commit(&Event::Request { conn: id, consumed, message: &message }),
+            };
             if let Err(e) = done {
                 // Answered like this, it needs no room in the arena; if there is none in the log either, it waits.
                 let (message, text) = (&message[..HEADER], Errno::ENOMEM.payload());
