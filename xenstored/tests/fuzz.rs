@@ -1,8 +1,8 @@
-//! Fuzzing of what others write: requests on a connection, a ring's page, a journal. On stable Rust and without a fuzzer installed: inputs
+//! Fuzzing of what others write: requests on a connection, a ring's page, a journal, a migration stream. On stable Rust and without a fuzzer installed: inputs
 //! of the committed corpus (`tests/corpus/<target>`) and what a seeded mutation makes of them. An input that shows something new
 //! (another kind of answer, another way to be refused) joins the corpus of the run.
 //!
-//! `BH_FUZZ_SECONDS` sets how long each target runs (8), `BH_FUZZ_SEED` the seed. An input that fails is written to the temporary
+//! `cargo xtask fuzz` runs the same targets with libFuzzer. `BH_FUZZ_SECONDS` sets how long each target runs (4), `BH_FUZZ_SEED` the seed. An input that fails is written to the temporary
 //! directory, and its path is said; copied to the corpus, it is tried first ever after.
 
 #[path = "fuzz/mutate.rs"]
@@ -51,7 +51,7 @@ fn fuzz(name: &str, target: impl Fn(&[u8]) -> Vec<u64>) {
     }
     let seed = number("BH_FUZZ_SEED", 1);
     let mut rng = SmallRng::seed_from_u64(seed);
-    let until = Instant::now() + Duration::from_secs(number("BH_FUZZ_SECONDS", 8));
+    let until = Instant::now() + Duration::from_secs(number("BH_FUZZ_SECONDS", 4));
     let mut runs = 0u64;
     while Instant::now() < until {
         // New ones first: half of the time one of the last.
@@ -79,6 +79,11 @@ fn requests_on_a_connection() {
 #[test]
 fn a_rings_page() {
     fuzz("ring", targets::ring);
+}
+
+#[test]
+fn a_migration_stream() {
+    fuzz("stream", targets::stream);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change lands, with a table at the end.
 
-use crate::{lab_tests, licences, paths, run, setup};
+use crate::{fuzz, lab_tests, licences, paths, run, setup};
 use anyhow::{Result, bail};
 use clap::Args;
 use std::process::Command;
@@ -35,6 +35,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         ("rustdoc", Box::new(rustdoc)),
         ("build", Box::new(|| cargo(1500, &["build", "--workspace"], &[]))),
         ("tests", Box::new(|| cargo(1800, &["test", "--workspace", "--no-fail-fast"], &[]))),
+        ("fuzz", Box::new(fuzz::brief)),
     ];
     if !args.quick {
         for (name, test) in lab_tests::ALL {

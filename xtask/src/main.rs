@@ -1,4 +1,4 @@
-//! Project automation: demo, test, lab, bench, soak
+//! Project automation: demo, test, lab, bench, soak, fuzz
 //!
 //! Each task is a module with its options (`…Args`) and a `run` that returns the exit status.
 
@@ -7,6 +7,7 @@ mod checks;
 mod cpio;
 mod debian;
 mod demo;
+mod fuzz;
 mod guest;
 mod lab;
 mod lab_tests;
@@ -38,6 +39,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Runs the kill runs with their full counts.
     Soak(soak::SoakArgs),
+    /// Runs the coverage-guided fuzzers.
+    Fuzz(fuzz::FuzzArgs),
     /// Runs a command as root in the lab (L1 with hardware virtualization, emulated).
     Lab(lab::LabArgs),
     /// Makes the guest images (Debian kernels, our initramfs).
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Test(args) => (checks::run(args), 1),
         Task::Bench(args) => (bench::run(args), 1),
         Task::Soak(args) => (soak::run(args), 1),
+        Task::Fuzz(args) => (fuzz::run(args), 1),
         Task::Lab(args) => (lab::run(args), lab::EXIT_LAB),
         Task::GuestImage(args) => (guest::run(args), 1),
     };

@@ -1,0 +1,6 @@
+//! A migration stream.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    fuzz::targets::stream(input);
+});
