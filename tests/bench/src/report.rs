@@ -169,15 +169,32 @@ pub(crate) fn figure(value: f64) -> String {
     }
 }
 
+/// Contestants that have a column of their own: those of several lines, where lines have several.
+fn columns(lines: &[Line]) -> Vec<String> {
+    if lines.iter().filter(|l| l.peers.len() > 1).count() < 3 {
+        return Vec::new();
+    }
+    let mut names: Vec<String> = lines.iter().flat_map(|l| l.peers.keys().cloned()).collect();
+    names.sort();
+    names.dedup();
+    names.retain(|name| lines.iter().filter(|l| l.peers.contains_key(name)).count() > 2);
+    names
+}
+
 /// The table of some lines. Remarks follow it, numbered.
 pub fn table(lines: &[Line]) -> String {
     let dash = || "-".to_owned();
-    let mut rows = vec![["", "unit", "ours", "limit", "ratio (p10-p90)", "goal", ""].map(String::from)];
+    let columns = columns(lines);
+    let figures = if columns.is_empty() { vec!["limit".to_owned()] } else { columns.clone() };
+    let last = 2 + figures.len();
+    let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
+    let mut rows =
+        vec![[words(&["", "unit", "ours"]), figures, words(&["ratio (p10-p90)", "goal", ""])].concat()];
     let mut notes = String::new();
     let mut number = 0;
     for line in lines {
         let mut name = line.name.clone();
-        let others = line.peers.iter().filter(|(_, v)| Some(**v) != line.limit);
+        let others = line.peers.iter().filter(|(n, v)| !columns.contains(n) && Some(**v) != line.limit);
         let others: Vec<String> = others.map(|(n, v)| format!("{n} {}", figure(*v))).collect();
         let p99 = line.p99.map(|p| format!("p99 {}", figure(p)));
         let remarks: Vec<String> =
@@ -192,19 +209,19 @@ pub fn table(lines: &[Line]) -> String {
             (Some(r), None) => format!("{r:.2}"),
             _ => dash(),
         };
-        rows.push([
-            name,
-            line.unit.clone(),
-            line.ours.map_or_else(dash, figure),
-            line.limit.map_or_else(dash, figure),
-            ratio,
-            line.goal.clone(),
-            match line.met {
-                Some(true) => "met".into(),
-                Some(false) => "MISSED".into(),
-                None => String::new(),
-            },
-        ]);
+        let mut row = vec![name, line.unit.clone(), line.ours.map_or_else(dash, figure)];
+        if columns.is_empty() {
+            row.push(line.limit.map_or_else(dash, figure));
+        }
+        row.extend(columns.iter().map(|n| line.peers.get(n).map_or_else(dash, |v| figure(*v))));
+        row.push(ratio);
+        row.push(line.goal.clone());
+        row.push(match line.met {
+            Some(true) => "met".into(),
+            Some(false) => "MISSED".into(),
+            None => String::new(),
+        });
+        rows.push(row);
     }
     let widths: Vec<usize> =
         (0..rows[0].len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
@@ -214,7 +231,7 @@ pub fn table(lines: &[Line]) -> String {
         for (i, (cell, &width)) in row.iter().zip(&widths).enumerate() {
             // Figures to the right, words to the left.
             match i {
-                2 | 3 => drop(write!(text, "{cell:>width$}  ")),
+                i if (2..=last).contains(&i) => drop(write!(text, "{cell:>width$}  ")),
                 _ => drop(write!(text, "{cell:<width$}  ")),
             }
         }
@@ -259,6 +276,19 @@ mod tests {
         assert!(text.contains("loc [1]"), "{text}");
         assert!(text.contains("  [1] counted so"), "{text}");
         assert!(text.contains("MISSED"), "{text}");
+    }
+
+    #[test]
+    fn contestants_of_many_lines_have_columns() {
+        let peers =
+            |n| Line { peers: [("a".to_owned(), n), ("b".into(), 2.0 * n)].into(), ..Line::default() };
+        let lines = [peers(11.0), peers(12.0), peers(13.0), Line::under("c", "ms", 1.0, 2.0)];
+        let text = table(&lines);
+        assert!(
+            text.lines().next().is_some_and(|head| head.contains("ours") && head.contains("  b  ")),
+            "{text}"
+        );
+        assert!(text.contains("13.0") && text.contains("26.0") && !text.contains("[1]"), "{text}");
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub fn lines(arena: &Arena<'_>) -> Result<Vec<Line>> {
     ] {
         let all = RefCell::new(BTreeMap::new());
         let results = arena.on_two_processors(|| {
-            take_turns(arena.rounds().min(ROUNDS), &arena.daemons(), |who| {
+            take_turns(arena.rounds().min(ROUNDS), &arena.with_echo(), |who| {
                 let mut all = all.borrow_mut();
                 if let Entry::Vacant(entry) = all.entry(who) {
                     entry.insert(Watchers::new(arena, who, connections)?);
