@@ -109,6 +109,8 @@ fn everything_is_kept(options: &[&str]) {
         assert_eq!(admin.ask(2, tx, b"/seen\0"), b"old");
         admin.ask(11, tx, format!("/by-{tx}\0x").as_bytes());
     }
+    // What it saw counts although it has changed it itself.
+    admin.ask(11, late, b"/seen\0mine");
     assert_eq!(admin.ask(2, early, b"/changed\0"), b"old");
     admin.ask(11, 0, b"/changed\0new");
     // A request of which the half is sent.

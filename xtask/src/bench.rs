@@ -47,10 +47,12 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         setup::packages(&[("qemu-system-common", "/usr/bin/qemu-storage-daemon")])?;
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let alone = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty() && args.ours;
-    // Ours alone needs no other part of the system.
-    let what: &[&str] = if alone {
-        &["-p", "bench", "--bin", "bench", "-p", "xenstored", "--bin", "xenstored"]
+    let store = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty();
+    let hosted = args.only.as_ref().is_none_or(|only| "hosted".contains(only.as_str()));
+    // xenstored beside its peers needs no other part of the system. (Chosen from the workspace all the same: so libraries are built
+    // once, and not again with fewer features.)
+    let what: &[&str] = if store && (args.ours || !hosted) {
+        &["--workspace", "--exclude", "xtask", "--bin", "bench", "--bin", "xenstored"]
     } else {
         &["--workspace", "--bins", "--exclude", "xtask"]
     };

@@ -5,7 +5,7 @@ use crate::{paths, run, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 
 /// The targets, and where the corpus of each is.
@@ -57,7 +57,7 @@ pub fn run(args: &FuzzArgs) -> Result<i32> {
 }
 
 /// Runs one target. False if it found something.
-fn one(name: &str, args: &FuzzArgs, built: &PathBuf) -> Result<bool> {
+fn one(name: &str, args: &FuzzArgs, built: &Path) -> Result<bool> {
     let seeds = paths::root().join("xenstored/tests/corpus").join(name);
     if !seeds.is_dir() {
         bail!("{}: no corpus", seeds.display());

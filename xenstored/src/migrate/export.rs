@@ -8,7 +8,7 @@ use super::{
     CONNECTION_DATA, DOMAIN_DATA, DOMID_INVALID, END, GLOBAL_DATA, GLOBAL_QUOTA_DATA, IDENT, NODE_DATA, SEEN,
     TRANSACTION_DATA, WATCH_DATA, WATCH_DATA_EXTENDED, WRITTEN,
 };
-use crate::path::canonicalize;
+use crate::path::{canonicalize, prefixes};
 use crate::perms::{Perm, READ, WRITE};
 use crate::store::{Conn, ConnId, Item, Quota, Store, Transaction};
 use crate::tree::{Change, Found, Lookup, View as _};
@@ -188,11 +188,10 @@ fn pending(out: &mut Stream, store: &Store, tx: (u32, u32), conn: &Conn, open: &
         let raw = strings(payload).next().unwrap_or_default().to_vec();
         canonicalize(&raw, &conn.base, true, usize::MAX).ok().map(|path| path.into_owned())
     };
-    let changed = open.changed_paths();
     let looks = |op: Op| matches!(op, Op::Read | Op::Directory | Op::DirectoryPart | Op::GetPerms);
     let paths = |all: bool| open.ops.iter().filter(move |s| all || looks(s.op));
-    let seen: BTreeSet<Vec<u8>> =
-        paths(false).filter_map(|s| path_of(&s.payload)).filter(|p| !changed.contains(p)).collect();
+    // What it also changed among it: it may have read it before.
+    let seen: BTreeSet<Vec<u8>> = paths(false).filter_map(|s| path_of(&s.payload)).collect();
     let found = |path: &[u8]| match store.tree.find(path) {
         Lookup::Node(Found { value, perms, .. }) => Some((value, perms.entries())),
         Lookup::Missing { .. } => None,
@@ -207,21 +206,20 @@ fn pending(out: &mut Stream, store: &Store, tx: (u32, u32), conn: &Conn, open: &
     for path in &seen {
         out.node(tx, SEEN, path, found(path));
     }
-    let mut trail: Vec<&[u8]> = Vec::new();
-    for (depth, name, over) in open.over.walk() {
-        trail.truncate(depth - 1);
-        trail.push(name);
-        let joined = trail.join(&b"/"[..]);
-        let path: &[u8] = if joined.is_empty() { b"/" } else { &joined };
-        match &over.change {
-            Change::None => {}
-            Change::Removed => out.node(tx, 0, path, None),
-            Change::Put { value, perms, fresh } => {
+    let mut changes: BTreeMap<Vec<u8>, &Change> = open.changed().collect();
+    // In the order in which they were made, as watches are told of them; what was made on the way to one, before it.
+    let told = open.changes.list.iter().flat_map(|c| prefixes(&c.path)).map(<[u8]>::to_vec);
+    let rest: Vec<Vec<u8>> = changes.keys().cloned().collect();
+    for path in told.chain(rest) {
+        match changes.remove(&path) {
+            None | Some(Change::None) => {}
+            Some(Change::Removed) => out.node(tx, 0, &path, None),
+            Some(Change::Put { value, perms, fresh }) => {
                 // Made anew, the children that the tree has are not its own.
-                if *fresh && found(path).is_some() {
-                    out.node(tx, 0, path, None);
+                if *fresh && found(&path).is_some() {
+                    out.node(tx, 0, &path, None);
                 }
-                out.node(tx, WRITTEN, path, Some((value, perms.entries())));
+                out.node(tx, WRITTEN, &path, Some((value, perms.entries())));
             }
         }
     }

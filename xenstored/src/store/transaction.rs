@@ -6,7 +6,7 @@
 //! of them *saw* what the other changed: writers of the same node do not starve each other (XSA-206), and a
 //! commit is all or nothing (XSA-415, XSA-421).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hasher as _};
 
 use xen_abi::xs_wire::XsMsgType as Op;
@@ -172,19 +172,16 @@ impl Transaction {
         Ok(again)
     }
 
-    /// The paths of nodes that it wrote or removed.
-    pub fn changed_paths(&self) -> BTreeSet<Vec<u8>> {
+    /// The nodes that it wrote or removed.
+    pub fn changed(&self) -> impl Iterator<Item = (Vec<u8>, &Change)> {
         let mut trail: Vec<&[u8]> = Vec::new();
-        let mut paths = BTreeSet::new();
-        for (depth, name, over) in self.over.walk() {
+        self.over.walk().filter_map(move |(depth, name, over)| {
             trail.truncate(depth - 1);
             trail.push(name);
-            if over.change != Change::None {
-                let path = trail.join(&b"/"[..]);
-                paths.insert(if path.is_empty() { b"/".to_vec() } else { path });
-            }
-        }
-        paths
+            let path = trail.join(&b"/"[..]);
+            let path = if path.is_empty() { b"/".to_vec() } else { path };
+            (over.change != Change::None).then_some((path, &over.change))
+        })
     }
 
     /// Commits. Returns what watches are to hear of.
