@@ -165,7 +165,8 @@ mod tests {
                         let began = Instant::now();
                         loop {
                             threads[me].woken.store(false, SeqCst);
-                            if if wants_alone { seat.enter_alone() } else { seat.enter() } {
+                            let may = if wants_alone { seat.enter_alone() } else { seat.enter() };
+                            if may {
                                 break;
                             }
                             while !threads[me].woken.load(SeqCst) {

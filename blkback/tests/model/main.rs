@@ -86,8 +86,8 @@ fn exhaustive_discard_and_flush_with_data() {
 fn rings(name: &str, script: &[(usize, Op)]) {
     all_of(name, 2, 2, 0, true, script);
     let mut explored = Explored::default();
-    for seed in 0..8000 {
-        let (eager, kills) = (seed % 4 != 0, 1 + seed as u32 % 2);
+    for seed in 0..8000u64 {
+        let (eager, kills) = (!seed.is_multiple_of(4), 1 + seed as u32 % 2);
         let config =
             Config { ring: 2, queues: 2, script: steps(script), kills, fence: true, gate: true, eager };
         explore(&config, Chooser::random(seed, 10 + seed as u32 % 60), 1, &mut explored);
