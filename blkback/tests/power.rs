@@ -405,7 +405,9 @@ fn issue(front: &mut Front, number: u32, ring: &Ring, log: &Log) {
             Op::Barrier { sector, data } => {
                 Asked::Change { first: sector, sectors: data.len() as u64 / 512, barrier: true }
             }
-            Op::Discard { sector, sectors } => Asked::Change { first: sector, sectors, barrier: false },
+            Op::Discard { sector, sectors } | Op::SecureDiscard { sector, sectors } => {
+                Asked::Change { first: sector, sectors, barrier: false }
+            }
         };
         // Before the backend can see it.
         log.note(Event::Issued { ring: number, mark, what });
