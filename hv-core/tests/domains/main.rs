@@ -12,6 +12,7 @@ mod pvh;
 mod raw;
 mod system;
 
+use std::io::{Read, Seek};
 use std::time::Instant;
 
 type Test = (&'static str, fn());
@@ -38,6 +39,12 @@ const TESTS: &[Test] = tests! {
     boundaries: sandbox_holds_nothing_else, seccomp_kills, control_api_is_dom0s_alone, wrong_roles;
     fuzz: garbage_on_the_hypercall_socket;
 };
+
+fn content(file: &mut std::fs::File) -> String {
+    let mut bytes = Vec::new();
+    file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("a test's output");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -67,19 +74,23 @@ fn main() {
         .filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str())));
     for (name, _) in chosen {
         let started = Instant::now();
-        let output = std::process::Command::new(std::env::current_exe().expect("own path"))
+        // Files, not pipes: whatever a failed test leaves running holds its end open, and holds nobody up.
+        let [mut out, mut err] = [(); 2].map(|()| tempfile::tempfile().expect("a file for output"));
+        let status = std::process::Command::new(std::env::current_exe().expect("own path"))
             .env("HV_CORE_TEST", name)
-            .output()
+            .stdout(out.try_clone().expect("another descriptor"))
+            .stderr(err.try_clone().expect("another descriptor"))
+            .status()
             .expect("running a test");
-        let text = String::from_utf8_lossy(&output.stdout);
+        let (text, errors) = (content(&mut out), content(&mut err));
         let notes: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("NOTE ")).collect();
         let note = notes.join("; ");
         let took = started.elapsed();
-        if output.status.success() {
+        if status.success() {
             println!("test {name} ... ok ({took:.2?}) {note}");
         } else {
             println!("test {name} ... FAILED ({took:.2?})");
-            println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+            println!("{text}{errors}");
             failed.push(name);
         }
     }
