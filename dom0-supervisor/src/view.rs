@@ -7,7 +7,7 @@ use crate::config::GuestType;
 use crate::manager::{Manager, OpError};
 use crate::specs;
 use crate::state::{Guest, Phase, SagaKind, State, private_backend_name, private_backend_uuid};
-use crate::xs_layout::{self, XenbusState, device_paths};
+use crate::xs_layout::{self, DevicePaths, XenbusState, device_paths};
 
 /// Failed operations that are told at a glance.
 const FAILURES: usize = 5;
@@ -124,7 +124,11 @@ impl Manager {
         let devices = device_paths(guest);
         let device = devices.iter().find(|d| d.kind == "vbd" && d.id == number);
         let said = |path: String| self.store.read(&path).ok().flatten().filter(|text| !text.is_empty());
-        let by_backend = device.and_then(|d| said(xs_layout::device_error_path(d)));
+        // What was wrong with a device that works now is no news: a process that found it working left the node alone.
+        let works = |d: &&DevicePaths| {
+            [&d.front, &d.back].iter().all(|end| said(format!("{end}/state")).as_deref() == Some("4"))
+        };
+        let by_backend = device.filter(|d| !works(d)).and_then(|d| said(xs_layout::device_error_path(d)));
         let by_guest = device
             .and_then(|d| said(xs_layout::frontend_error_path(d)))
             // The guest's own words: one line of them.
