@@ -70,7 +70,8 @@ impl Seat {
         Seat { gate: Some(gate), number, inside: false, claimed: false }
     }
 
-    /// A request may start beside others. If not, the ring is woken when it may.
+    /// A request may start beside others. If not, the ring is woken when it may; it has to [`Seat::leave`] once nothing of its own is
+    /// under way, because who wants to be alone waits for that.
     pub fn enter(&mut self) -> bool {
         let Some(gate) = &self.gate else { return true };
         let Some(ring) = gate.rings.get(self.number as usize) else { return true };
@@ -168,6 +169,10 @@ mod tests {
                             let may = if wants_alone { seat.enter_alone() } else { seat.enter() };
                             if may {
                                 break;
+                            }
+                            // As the engine at the end of a round: nothing is under way.
+                            if !wants_alone {
+                                seat.leave();
                             }
                             while !threads[me].woken.load(SeqCst) {
                                 assert!(began.elapsed() < Duration::from_secs(60), "not woken");
