@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn looking_ends_with_the_window_or_with_work() {
         let mut window = Window::on(2, Duration::from_millis(50));
-        (0..20).for_each(|_| window.learn(Duration::from_millis(40)));
+        (0..20).for_each(|_| window.learn(Duration::from_millis(50)));
         let mut asked = 0;
         let found = window.look(Instant::now(), || {
             asked += 1;
