@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use common::rig::{Front, Life, Ring, answered, end, take_all};
-use frontends::blkfront::load::{Load, Rng};
+use frontends::blkfront::load::Rng;
 use frontends::blkfront::queue::QueueShape;
 use frontends::blkfront::{Op, Outcome};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,14 +29,7 @@ fn kills_lose_nothing_in(kills: u32, seed: u64) {
     let rings: Vec<Ring> = shapes.into_iter().map(Ring::new).collect();
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().set_len(rings.len() as u64 * PART * 512).unwrap();
-    let mut fronts: Vec<Front> = (0..)
-        .zip(&rings)
-        .map(|(i, ring)| Front {
-            queue: ring.front(),
-            load: Load::new(i * PART, PART, seed + i),
-            answered: 0,
-        })
-        .collect();
+    let mut fronts = Front::of_all(&rings, PART, seed);
     let mut rng = Rng::new(seed);
     let mut child = Life::of(disk.path()).start(&rings);
     let mut pauses = Vec::new();

@@ -18,7 +18,7 @@ use blkback::disk::attachment::{Completions, DiskQueue, DiskRequest, Geometry, O
 use common::rig::{Front, Life, Ring, end};
 use domain_kit::mem::SharedMem;
 use frontends::blkfront::Op;
-use frontends::blkfront::load::{Load, Rng};
+use frontends::blkfront::load::Rng;
 use frontends::blkfront::queue::QueueShape;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
@@ -439,14 +439,7 @@ fn logged(kills: u32, seed: u64) -> Vec<Option<Event>> {
     let rings: Vec<Ring> = shapes.into_iter().map(Ring::new).collect();
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().set_len(RINGS * PART * 512).unwrap();
-    let mut fronts: Vec<Front> = (0..)
-        .zip(&rings)
-        .map(|(i, ring)| Front {
-            queue: ring.front(),
-            load: Load::new(i * PART, PART, seed + i),
-            answered: 0,
-        })
-        .collect();
+    let mut fronts = Front::of_all(&rings, PART, seed);
     let log = Arc::new(Log::new());
     let theirs = log.clone();
     let wrap = move |inner, buffers: &Arc<SharedMem>| -> Box<dyn DiskQueue + Send> {

@@ -163,6 +163,16 @@ pub struct Front {
 }
 
 impl Front {
+    /// One for each ring, with a part of the disk of its own of `part` sectors.
+    pub fn of_all(rings: &[Ring], part: u64, seed: u64) -> Vec<Front> {
+        let front = |(i, ring): (u64, &Ring)| Front {
+            queue: ring.front(),
+            load: Load::new(i * part, part, seed + i),
+            answered: 0,
+        };
+        (0..).zip(rings).map(front).collect()
+    }
+
     pub fn issue(&mut self, ring: &Ring, depth: usize) {
         let Front { queue, load, .. } = self;
         let max_bytes = queue.max_bytes();
