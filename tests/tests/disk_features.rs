@@ -561,7 +561,6 @@ fn killed_on_server_and_volume(kills: u32, seed: u64) {
 }
 
 #[test]
-#[ignore = "open fault: a read from an NBD server brought a reply's header instead of zeroes, in one of three runs (README, \"Not there yet\")"]
 fn killed_on_an_nbd_server_and_in_a_luks_volume() {
     killed_on_server_and_volume(15, 5);
 }

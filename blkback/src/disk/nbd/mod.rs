@@ -39,9 +39,8 @@ pub trait Connector: Send + Sync {
     fn connect(&self) -> Result<OwnedFd>;
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Slot {
-    #[default]
     Free,
     /// Under way, with the data that has come so far.
     Waiting {
@@ -53,7 +52,7 @@ enum Slot {
         data: Vec<u8>,
         error: u32,
     },
-    /// The connection was lost.
+    /// Taken by a call that has nothing under way: not yet, not any more, or the connection was lost.
     Lost,
 }
 
@@ -68,6 +67,8 @@ struct Shared {
     export: String,
     first: Export,
     size: AtomicU64,
+    /// Made so far.
+    connections: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
     /// Held by who sends.
@@ -147,6 +148,7 @@ impl NbdLayer {
             export: export.to_owned(),
             first,
             size: first.size.into(),
+            connections: 1.into(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             sender: Mutex::new(()),
@@ -240,14 +242,15 @@ impl Shared {
             let sending = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
             self.kept.clear();
             match begin(&*self.connector, &self.export) {
-                Ok((_, found)) if found.size < self.first.size || found.flags != self.first.flags => {
+                Ok((_, found)) if found.size < self.first.size || found.kind() != self.first.kind() => {
                     tracing::error!(
                         export = self.export,
                         "nbd: the server has another export of that name now"
                     );
                 }
                 Ok((socket, found)) => {
-                    tracing::info!(export = self.export, "nbd: connected again");
+                    let connections = self.connections.fetch_add(1, Relaxed) + 1;
+                    tracing::info!(export = self.export, connections, "nbd: connected again");
                     self.size.fetch_max(found.size, Relaxed);
                     self.state().socket = Some(Arc::new(socket));
                     drop(sending);
@@ -277,6 +280,9 @@ impl Shared {
         };
         match reply {
             Reply::Simple { error: code, .. } => {
+                if code == 0 && data.len() != so_far.len() {
+                    return Err(nonsense("a simple reply to a read, where structured ones were agreed on"));
+                }
                 *error = code;
                 so_far[..data.len()].copy_from_slice(data);
             }
@@ -373,7 +379,9 @@ impl Shared {
                     socket
                 };
                 let header = wire::request(command, fua, number as u64, offset, len as u32);
-                if self.kept.send(socket.as_fd(), number, back, [&header, data]).is_err() {
+                // Where replies are structured, data comes in chunks only.
+                let data_back = if self.first.structured { 0 } else { back };
+                if self.kept.send(socket.as_fd(), number, data_back, [&header, data]).is_err() {
                     // The reader sees it too, and wakes us.
                     let _gone_already = shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
                 }
@@ -382,13 +390,15 @@ impl Shared {
             while matches!(state.slots[number], Slot::Waiting { .. }) && !state.over {
                 state = self.wait(state);
             }
-            match std::mem::take(&mut state.slots[number]) {
+            // It stays taken until the end of this call: whoever found it free here would have it freed under them below.
+            match std::mem::replace(&mut state.slots[number], Slot::Lost) {
                 Slot::Done { data, error: 0 } => break Ok(data),
                 Slot::Done { error, .. } => break Err(errno(error)),
-                _ => state.slots[number] = Slot::Lost,
+                _ => {}
             }
         };
-        self.state().slots[number] = Slot::Free;
+        let last = std::mem::replace(&mut self.state().slots[number], Slot::Free);
+        debug_assert!(matches!(last, Slot::Lost), "slot {number} was another's");
         self.changed.notify_all();
         result
     }

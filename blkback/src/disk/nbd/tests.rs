@@ -121,6 +121,41 @@ fn a_server_as_a_disk() {
     assert!(std::fs::read(&image).unwrap()[4096..] == flat[4096..]);
 }
 
+/// More callers than slots, none of which pauses: a slot that was free for a moment before its call was over came to serve two calls, and
+/// a reply's header went to the guest as data.
+#[test]
+fn a_slot_serves_one_call_at_a_time() {
+    const EACH: usize = 32 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("i");
+    std::fs::File::create(&image).unwrap().set_len(24 * EACH as u64).unwrap();
+    let server = Server::start(dir.path(), &image);
+    let layer = NbdLayer::open(Box::new(Unix(server.socket.clone())), "e", kept()).unwrap();
+    std::thread::scope(|scope| {
+        for part in 0..24usize {
+            let layer = &layer;
+            scope.spawn(move || {
+                let mut rng = SmallRng::seed_from_u64(part as u64);
+                let mut flat = vec![0; EACH];
+                for round in 0..300u32 {
+                    let at = rng.random_range(0..EACH / 512) * 512;
+                    let len = rng.random_range(1..=(EACH - at) / 512) * 512;
+                    let offset = (part * EACH + at) as u64;
+                    if rng.random_range(0..3) == 0 {
+                        let short = len.min(1024);
+                        flat[at..at + short].fill(round as u8);
+                        layer.write(offset, &flat[at..at + short]).unwrap();
+                    } else {
+                        let mut data = vec![1; len];
+                        layer.read(offset, &mut data).unwrap();
+                        assert!(data == flat[at..at + len], "part {part}, round {round}");
+                    }
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn what_is_refused_is_said() {
     let dir = tempfile::tempdir().unwrap();

@@ -65,6 +65,13 @@ pub struct Export {
     pub structured: bool,
 }
 
+impl Export {
+    /// What a new connection must have in common with the one before.
+    pub fn kind(&self) -> (u16, bool) {
+        (self.flags, self.structured)
+    }
+}
+
 fn wrong(what: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::InvalidData, format!("nbd: {what}"))
 }
