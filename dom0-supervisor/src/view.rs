@@ -158,6 +158,7 @@ impl Manager {
                 ip: vif.ip.iter().map(ToString::to_string).collect(),
                 frontend_state: device.map(|d| d.frontend_state.clone()).unwrap_or_default(),
                 backend_state: device.map(|d| d.backend_state.clone()).unwrap_or_default(),
+                link: vif.link,
             }
         });
         Ok(vifs.collect())

@@ -11,6 +11,7 @@ use domain_kit::control::ServiceControl;
 use domain_kit::xenbus::{BackendDriver, BackendHandle, DeviceError, DeviceKey, DeviceNode, Properties};
 use proto::service::Counter;
 
+use crate::capture::Captures;
 use crate::connection::{self, ConnectError, Connection, VifId, kept_memory};
 use crate::forward::{TAP_MAC, Wiring, WiringError};
 use crate::netlink::Netlink;
@@ -38,6 +39,8 @@ pub struct Vifs {
     switch: Mutex<Option<Arc<Switch>>>,
     uplink: Mutex<Option<Arc<Worker>>>,
     draining: Mutex<bool>,
+    /// Who wants copies of packets.
+    pub(crate) captures: Arc<Captures>,
 }
 
 fn counter(name: &str, value: u64, subject: &str, unit: &str) -> Counter {
@@ -49,6 +52,11 @@ fn counters(stats: &Stats, subject: &str) -> impl Iterator<Item = Counter> {
 }
 
 impl Vifs {
+    /// Whether a vif is connected.
+    pub(crate) fn serves(&self, id: VifId) -> bool {
+        lock(&self.list).contains_key(&id)
+    }
+
     fn workers(&self) -> Vec<Arc<Worker>> {
         let list = lock(&self.list);
         list.values().flat_map(|(_, workers)| workers.clone()).chain(lock(&self.uplink).clone()).collect()
@@ -158,7 +166,7 @@ impl NetDriver {
             }),
             isolated: wiring.mode == crate::forward::Mode::Isolated,
         };
-        let switch = Arc::new(Switch::new(plan, memory));
+        let switch = Arc::new(Switch::new(plan, memory).with_captures(self.vifs.captures.clone()));
         *lock(&self.vifs.switch) = Some(switch.clone());
         Ok(self.switch.insert(switch).clone())
     }
@@ -376,6 +384,7 @@ impl BackendDriver for NetDriver {
     fn disconnect(&mut self, key: DeviceKey, mut vif: Vif) {
         let Ok(id) = Self::id(key) else { return };
         lock(&self.vifs.list).remove(&id);
+        self.vifs.captures.end(id);
         for worker in vif.workers.drain(..) {
             worker.stop();
         }

@@ -17,12 +17,15 @@
 //! | [`worker`], [`uplink`] | the threads: one for each queue, one for the uplink |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
+//! | [`control`], [`capture`] | gRPC for dom0; copies of packets for `bh capture` |
 //! | [`names`], [`qubes`] | threads beside: DNS names in rules; rules at Qubes' paths |
 //! | [`fault`] | `--fault`, for tests of poison packets |
 //! | [`tap`], [`netlink`], [`nft`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
 pub mod backend;
+pub mod capture;
 pub mod connection;
+pub mod control;
 pub mod fault;
 pub mod forward;
 pub mod hash;

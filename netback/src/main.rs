@@ -87,7 +87,8 @@ fn main() -> anyhow::Result<()> {
         |bus| NetDriver::new(domain.clone(), vifs.clone(), wiring, queues, bus),
         domain.domid(),
     )?;
-    let health = control::serve(&domain, vifs).context("gRPC")?;
+    let routes = netback::control::routes(vifs.clone());
+    let health = control::serve_with(&domain, vifs, routes).context("gRPC")?;
     match backend.driver().wire() {
         Ok(_) => health.set_serving(true),
         // Every device asks again.

@@ -153,6 +153,7 @@ pub fn settings(device: &DeviceNode) -> Result<Settings, DeviceError> {
         isolated: number("isolated")?.unwrap_or(0) != 0,
         dhcp: number("dhcp")?.unwrap_or(1) != 0,
         ra: number("ra")?.unwrap_or(1) != 0,
+        link: number("disconnect")?.unwrap_or(0) == 0,
         mtu: number("mtu")?.filter(|mtu| (68..=65535).contains(mtu)).unwrap_or(1500),
         rate: device.back_node("rate")?.as_deref().and_then(parse_rate),
         ..Settings::default()

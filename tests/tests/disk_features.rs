@@ -576,14 +576,7 @@ fn soak_block_nbd_and_luks() {
 fn a_blkback_can_open_nothing_but_its_disk() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = Config::of_this_build().unwrap();
-    let bin = dir.path().join("bin");
-    std::fs::create_dir(&bin).unwrap();
-    for entry in std::fs::read_dir(&config.bin_dir).unwrap().flatten().filter(|e| e.path().is_file()) {
-        std::os::unix::fs::symlink(entry.path(), bin.join(entry.file_name())).unwrap();
-    }
-    std::fs::remove_file(bin.join("blkback")).unwrap();
-    std::os::unix::fs::symlink(config.bin_dir.join("probe"), bin.join("blkback")).unwrap();
-    config.bin_dir = bin;
+    let _bin = probe_as(&mut config, "blkback");
     let made = |name: &str| {
         let path = dir.path().join(name);
         std::fs::File::create(&path).unwrap().write_all_at(&[1; 4096], 0).unwrap();

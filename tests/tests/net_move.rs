@@ -21,11 +21,12 @@ fn file(n: usize) -> String {
         "name = \"net{n}\"\ntype = \"process\"\nprogram = \"{}\"\n\
          args = [\"--ip\", \"10.77.0.{}/{PREFIX}\", \"--peer\", \"{ADDRESS}:{PEER_PORT}\", \"--ping\", \"10.77.0.{}\", \
          \"--work\", \"tcp,ping\", \"--rate\", \"2000000\", \"--ping-ms\", \"20\", \"--interval-ms\", \"100\"]\n\
-         [[vif]]\nbackend = \"{}\"\n",
+         [[vif]]\nbackend = \"{}\"\nip = [\"10.77.0.{}\"]\n",
         program("process-guest").display(),
         n + 2,
         3 - n,
         netback(),
+        n + 2,
     )
 }
 
@@ -68,8 +69,19 @@ fn a_tcp_connection_outlives_a_move() {
         assert_eq!(backend_of(&system, "net0"), [(0, backend.to_owned())]);
         go_on(&system, &guests);
     };
+    // The rules of its address are at the new one before it is, and at the old one no more.
+    let rules = || system.bh_json(&["network-rules", "net0"]).unwrap()["sets"][0].clone();
+    let at = |backend: &str| {
+        let path = format!("/local/domain/{}/qubes-firewall/10_77_0_2", service_domid(&system, backend));
+        system.bh_ok(&["store", "read", &path]).is_ok()
+    };
+    system.bh_ok(&["network-rules", "net0", "--add", "action=accept dst4=10.77.0.0/24"]).unwrap();
+    let set = rules();
+    assert_eq!((set["policy"].as_str(), set["rules"].as_array().map(Vec::len)), (Some("drop"), Some(1)));
     to(SECOND);
+    assert_eq!((rules(), at(SECOND), at(netback())), (set.clone(), true, false));
     to(netback());
+    assert_eq!((rules(), at(SECOND), at(netback())), (set, false, true));
     to(SECOND);
     // The driver domain hangs for good: nobody is left there who could let go.
     let hung = service_process(&system, SECOND);

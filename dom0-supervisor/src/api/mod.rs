@@ -2,6 +2,7 @@
 //! leaves ends nothing, and a service that hangs holds up nobody else.
 
 mod console;
+mod network;
 mod services;
 mod store;
 pub(crate) use services::channel;
@@ -60,6 +61,13 @@ impl Api {
             Err(e) => Err(Status::internal(one_line(&e.to_string()))),
         }
     }
+}
+
+/// A service's connection broke, as opposed to its answer.
+fn broken(e: &Status) -> bool {
+    ["transport", "h2 protocol", "connection", "broken pipe", "error reading a body"]
+        .iter()
+        .any(|b| e.message().contains(b))
 }
 
 /// What a time-out in a request means.
@@ -222,6 +230,22 @@ impl Toolstack for Api {
         })
         .await?;
         Ok(Response::new(MoveVifReply {}))
+    }
+
+    async fn link_vif(&self, request: Request<LinkVifRequest>) -> Answer<LinkVifReply> {
+        let LinkVifRequest { guest, id, up } = request.into_inner();
+        self.blocking(move |m| m.link_vif(&guest, id, up)).await?;
+        Ok(Response::new(LinkVifReply {}))
+    }
+
+    async fn check_vif_rules(&self, request: Request<CheckVifRulesRequest>) -> Answer<CheckVifRulesReply> {
+        self.relay_check(request.into_inner()).await.map(Response::new)
+    }
+
+    type CaptureVifStream = Streamed<CapturedPackets>;
+
+    async fn capture_vif(&self, request: Request<CaptureVifRequest>) -> Answer<Self::CaptureVifStream> {
+        self.relay_capture(request.into_inner()).await.map(Response::new)
     }
 
     async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Answer<ResizeDiskReply> {

@@ -61,6 +61,20 @@ impl Api {
 /// Within this time xenstored ends by itself.
 const ENDS: Duration = Duration::from_secs(3);
 
+/// How long netback may take to put down the packets in its hands.
+const REST: Duration = Duration::from_millis(500);
+
+/// Asks a netback to finish the packets in its hands, so that none is lost. One that does not answer is killed all the same.
+fn rest(manager: &Manager, service: &ServiceInfo) {
+    let rested = manager.hv.list().and_then(|all| {
+        let domain = all.into_iter().find(|d| d.instance == service.instance);
+        domain.map_or(Ok(()), |d| manager.hv.drain(&d.control_socket, REST))
+    });
+    if let Err(error) = rested {
+        tracing::warn!(%error, service = service.name, "does not rest; a packet in its hands can be lost");
+    }
+}
+
 /// Ends a service's process (SIGKILL: every service is made for it) and waits for the next incarnation; starts that of a failed
 /// one. xenstored is asked to end first: after a kill hv-core runs the same program again, which may have been replaced on disk.
 pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Result<ServiceInfo, OpError> {
@@ -99,7 +113,12 @@ pub(super) fn restart(manager: &Manager, name: &str, timeout: Duration) -> Resul
             manager.hv.start(domid, before.instance)?;
         }
         "dying" => return Err(OpError::Failed(format!("service {name} is being taken down"))),
-        _ => manager.hv.kill(domid, before.instance, if asked.is_some() { 15 } else { 9 })?,
+        _ => {
+            if before.kind == ServiceKind::Netback.word() {
+                rest(manager, &before);
+            }
+            manager.hv.kill(domid, before.instance, if asked.is_some() { 15 } else { 9 })?;
+        }
     }
     let deadline = Instant::now() + timeout;
     loop {

@@ -65,11 +65,10 @@ impl StoreRelay {
 
 /// xenstored's word, without what belongs to its connection. That one broke is told so that `bh` does not take it for dom0's.
 fn passed(e: &Status) -> Status {
-    let text = e.message();
-    if ["transport", "h2 protocol", "connection", "broken pipe"].iter().any(|b| text.contains(b)) {
+    if super::broken(e) {
         return Status::unavailable("xenstored is being restarted");
     }
-    Status::new(e.code(), one_line(text))
+    Status::new(e.code(), one_line(e.message()))
 }
 
 #[tonic::async_trait]

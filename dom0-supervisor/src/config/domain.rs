@@ -131,6 +131,9 @@ pub struct VifEntry {
     /// Routed: IPv6 routers are advertised to the guest.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub ra: bool,
+    /// The cable is pulled if false.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub link: bool,
     /// Bytes a second that the guest may send.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<u64>,
@@ -152,6 +155,7 @@ impl VifEntry {
             isolated: false,
             dhcp: true,
             ra: true,
+            link: true,
             rate: None,
             firewall: Vec::new(),
         }

@@ -290,7 +290,7 @@ impl Manager {
             }
             Step::DiskRemoveNodes => {
                 if let Some(device) = device_of(guest, index) {
-                    self.store.apply(&xs_layout::remove_both_ends(&device))?;
+                    self.store.apply(&xs_layout::remove_both_ends(guest, &device))?;
                 }
                 Ok(nothing())
             }

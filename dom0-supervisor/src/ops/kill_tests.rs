@@ -26,7 +26,8 @@ pub(super) fn bench() -> Bench {
         std::fs::write(path, vec![1; 4096]).unwrap();
     }
     let host = format!(
-        "bin_dir = \"/b\"\n[[blkback]]\nname = \"shared\"\ndisk = {shared:?}\n[[netback]]\nname = \"lan\"\n"
+        "bin_dir = \"/b\"\n[[blkback]]\nname = \"shared\"\ndisk = {shared:?}\n[[netback]]\nname = \"lan\"\n\
+         [[netback]]\nname = \"wan\"\n"
     );
     let domain_file = format!(
         "name = \"g\"\ntype = \"process\"\nprogram = {program:?}\non_crash = \"restart\"\n\
@@ -41,7 +42,7 @@ fn running(bench: &Bench) -> (World, Arc<Manager>) {
     let world = World::default();
     let manager = world.boot(&bench.host);
     manager.reconcile().unwrap();
-    assert_eq!(world.lock().domains.len(), 4);
+    assert_eq!(world.lock().domains.len(), 5);
     (world, manager)
 }
 
@@ -66,7 +67,7 @@ pub(super) fn settle(world: &World, manager: &Arc<Manager>) {
 fn check_there(world: &Inner, state: &State) {
     let named = |name: &str| world.domains.iter().filter(|d| d.name == name).count();
     assert_eq!((named("g"), named("blkback-g-xvdb")), (1, 1), "exactly one domain each");
-    assert_eq!(world.domains.len(), 6);
+    assert_eq!(world.domains.len(), 7);
     let guest = &state.guests["g"];
     let domain = world.domains.iter().find(|d| d.name == "g").unwrap();
     let recorded = guest.domain.unwrap();
@@ -79,13 +80,13 @@ fn check_there(world: &Inner, state: &State) {
     // Of former domains of the guest nothing is left.
     let homes: Vec<_> =
         world.nodes.keys().filter(|k| k.ends_with("/name") && k.starts_with("/local")).collect();
-    assert_eq!(homes.len(), 7, "dom0, four services, the guest and its backend: {homes:?}");
+    assert_eq!(homes.len(), 8, "dom0, five services, the guest and its backend: {homes:?}");
 }
 
 fn check_nothing_left(world: &Inner, state: &State) {
     assert!(state.guests.is_empty() && state.sagas.is_empty(), "{state:?}");
     let names: Vec<_> = world.domains.iter().map(|d| d.name.as_str()).collect();
-    assert_eq!(names, ["xenstored", "console", "shared", "lan"]);
+    assert_eq!(names, ["xenstored", "console", "shared", "lan", "wan"]);
     let left: Vec<_> = world
         .nodes
         .keys()
@@ -97,7 +98,7 @@ fn check_nothing_left(world: &Inner, state: &State) {
         .collect();
     assert!(left.is_empty(), "{left:?}");
     let homes = world.nodes.keys().filter(|k| k.ends_with("/name") && k.starts_with("/local")).count();
-    assert_eq!(homes, 5);
+    assert_eq!(homes, 6);
 }
 
 /// Runs `operation` on a world made by `prepare`, killed at call 0, 1, 2, … until one run needs no kill; `check` judges the

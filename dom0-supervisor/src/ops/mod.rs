@@ -26,6 +26,8 @@ mod bad_input_tests;
 mod disk_tests;
 #[cfg(test)]
 mod kill_tests;
+#[cfg(test)]
+mod vif_tests;
 
 use std::time::Instant;
 

@@ -98,6 +98,54 @@ impl Manager {
         })
     }
 
+    /// Pulls the cable of a network device of a running guest, or plugs it in again.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn link_vif(&self, guest: &str, id: u32, up: bool) -> Result<(), OpError> {
+        let mut inner = self.inner();
+        let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
+        let (name, mut record) = (name.clone(), record.clone());
+        let at = format!("guest {name}: vif {id}");
+        self.may_change_devices(&inner.state, &name, &record).map_err(|e| e.at(&at))?;
+        let index = record.vif_index(id).ok_or_else(|| no_vif(&name, id))?;
+        record.config.vif[index].link = up;
+        inner.change(|state| {
+            if let Some(guest) = state.guests.get_mut(&name) {
+                guest.config = record.config.clone();
+            }
+        })?;
+        drop(inner);
+        if let (Some(device), Some(domain)) = (device_of(&record, id), record.domain) {
+            self.store
+                .apply(&xs_layout::link_nodes(&device, domain.domid, up))
+                .map_err(|e| OpError::from(e).at(&at))?;
+        }
+        Ok(())
+    }
+
+    /// The guest's domid, and the socket of the driver domain that serves a network device of it.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn vif_socket(&self, guest: &str, id: u32) -> Result<(u16, String), OpError> {
+        let (name, record) = {
+            let state = self.state();
+            let (name, record) = state.find(guest).ok_or_else(|| no_guest(guest))?;
+            (name.clone(), record.clone())
+        };
+        let index = record.vif_index(id).ok_or_else(|| no_vif(&name, id))?;
+        let at = format!("guest {name}: vif {id}");
+        let domain = record.domain.ok_or_else(|| OpError::Failed("it does not run".into()).at(&at))?;
+        let backend = &record.config.vif[index].backend;
+        let away =
+            || OpError::Unavailable(format!("netback {backend} does not run at the moment; see bh services"));
+        let device = device_of(&record, id).ok_or_else(away)?;
+        let found = self.hv.list()?.into_iter().find(|d| d.domid == u32::from(device.backend_domid));
+        let found = found.filter(|d| d.host_pid != 0).ok_or_else(away)?;
+        Ok((domain.domid, found.control_socket))
+    }
+
     fn change_vif(
         &self,
         guest: &str,
@@ -157,7 +205,7 @@ impl Manager {
             }
             Step::VifRemoveNodes => {
                 if let Some(device) = device {
-                    self.store.apply(&xs_layout::remove_both_ends(&device))?;
+                    self.store.apply(&xs_layout::remove_both_ends(guest, &device))?;
                 }
                 Ok(nothing())
             }

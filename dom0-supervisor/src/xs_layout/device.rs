@@ -5,6 +5,10 @@ use crate::config::{AccessMode, DevType, DiskEntry, VifEntry};
 use crate::state::Guest;
 use crate::store::Change;
 
+/// "1": the cable of a vif is pulled. In the frontend's directory it has that name and meaning in XenServer, whose Windows drivers show
+/// it; Linux's netfront looks at the state alone.
+const DISCONNECT: &str = "disconnect";
+
 /// xenbus states (io/xenbus.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum XenbusState {
@@ -121,9 +125,16 @@ pub fn nodes_of_one(guest: &Guest, domid: u16, kind: &str, number: u32) -> Vec<C
     out
 }
 
-/// Both ends' own directories of a device.
-pub fn remove_both_ends(device: &DevicePaths) -> Vec<Change> {
-    let mut out = remove_device(device);
+/// Both ends' own directories of a device of a guest, whose other devices stay.
+pub fn remove_both_ends(guest: &Guest, device: &DevicePaths) -> Vec<Change> {
+    let shared = |other: &DevicePaths| {
+        other.id != device.id && other.kind == device.kind && other.backend_domid == device.backend_domid
+    };
+    // The last one at that backend takes the guest's directory there with it.
+    let mut out = match device_paths(guest).iter().any(shared) {
+        true => vec![Change::Remove { path: device.back.clone() }],
+        false => remove_device(device),
+    };
     out.push(Change::Remove { path: device.front.clone() });
     out
 }
@@ -196,6 +207,9 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
                 if let Some(mtu) = vif.mtu {
                     front.put(format!("{}/mtu", device.front), mtu.to_string());
                 }
+                if !vif.link {
+                    front.put(format!("{}/{DISCONNECT}", device.front), "1");
+                }
                 front.put(format!("{}/handle", device.front), device.id.to_string());
                 front.put(format!("{}/mac", device.front), mac);
             }
@@ -256,6 +270,9 @@ fn vif_settings(vif: &VifEntry) -> Vec<(&'static str, String)> {
             out.push((node, "0".into()));
         }
     }
+    if !vif.link {
+        out.push((DISCONNECT, "1".into()));
+    }
     if let Some(rate) = vif.rate {
         // As Xen's toolstack writes it: so many bytes in 50 ms.
         out.push(("rate", format!("{},50000", (rate / 20).max(1))));
@@ -266,6 +283,17 @@ fn vif_settings(vif: &VifEntry) -> Vec<(&'static str, String)> {
     out
 }
 
+/// Pulls a vif's cable, or plugs it in: for netback, and for drivers of guests that look at it.
+pub fn link_nodes(device: &DevicePaths, domid: u16, up: bool) -> Vec<Change> {
+    let value = if up { "0" } else { "1" };
+    let mut back = Nodes::new(device.backend_domid, &[domid]);
+    back.put(format!("{}/{DISCONNECT}", device.back), value);
+    let mut front = Nodes::new(domid, &[device.backend_domid]);
+    front.put(format!("{}/{DISCONNECT}", device.front), value);
+    back.out.extend(front.out);
+    back.out
+}
+
 /// Asks a backend to let go of a device whose guest has ended: a frontend that is no more cannot say so itself.
 pub fn close_device(device: &DevicePaths) -> Vec<Change> {
     let set =
@@ -273,7 +301,7 @@ pub fn close_device(device: &DevicePaths) -> Vec<Change> {
     vec![set(&device.back, "online", "0"), set(&device.front, "state", "6"), set(&device.back, "state", "5")]
 }
 
-/// Removes the backend's directory of a device; the frontend's goes with the guest.
+/// Removes the backend's directory of all of a guest's devices of this kind; the frontend's goes with the guest.
 pub fn remove_device(device: &DevicePaths) -> Vec<Change> {
     let guest_dir = device.back.rsplit_once('/').map(|(dir, _)| dir.to_owned()).unwrap_or_default();
     vec![Change::Remove { path: guest_dir }]

@@ -6,8 +6,8 @@ mod guest;
 
 pub use device::{
     DevicePaths, XenbusState, close_device, device_error_path, device_paths, device_paths_of,
-    frontend_error_path, limit_nodes, medium_nodes, nodes_of_one, remove_both_ends, remove_device,
-    unplug_device,
+    frontend_error_path, limit_nodes, link_nodes, medium_nodes, nodes_of_one, remove_both_ends,
+    remove_device, unplug_device,
 };
 pub use guest::{
     dom0_nodes, guest_marker, guest_nodes, remove_guest_nodes, remove_service_nodes, service_nodes,

@@ -28,6 +28,12 @@ impl Switch {
         commit: &mut dyn FnMut(usize),
     ) -> usize {
         let Some(handle) = port.queues.get(queue) else { return 0 };
+        if !port.settings().link {
+            port.stats.rx_dropped.add(run.len() as u64);
+            return 0;
+        }
+        // Before anybody can answer it.
+        self.captures.add(port.id, true, &lane.arena, run.iter().map(|rx| &rx.frame));
         let mut guard = lock(&handle.queue);
         let Some(rx) = guard.as_mut() else { return 0 };
         let arena = lane.arena.clone();

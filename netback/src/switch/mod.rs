@@ -22,6 +22,7 @@ use domain_kit::hypercall::{HvError, Hypercall};
 use domain_kit::ring::RingMem;
 use serde::{Deserialize, Serialize};
 
+use crate::capture::Captures;
 use crate::headers::{Headers, Mac};
 use crate::kept;
 use crate::names::Names;
@@ -171,6 +172,7 @@ pub struct Switch {
     uplink: RwLock<Option<Arc<Tap>>>,
     /// The uplink's counters.
     pub stats: Arc<Stats>,
+    captures: Arc<Captures>,
 }
 
 /// What becomes of a packet.
@@ -210,7 +212,13 @@ impl Switch {
             rules: memory.rules,
             uplink: RwLock::new(None),
             stats: Arc::default(),
+            captures: Arc::default(),
         }
+    }
+
+    /// The same, with copies for these.
+    pub fn with_captures(self, captures: Arc<Captures>) -> Switch {
+        Switch { captures, ..self }
     }
 
     fn table(&self) -> Arc<Table> {
@@ -362,6 +370,9 @@ impl Switch {
     ) {
         let table = self.table();
         let now = seconds();
+        if let Origin::Vif(port) = origin {
+            self.captures.add(port.id, false, &lane.arena, frames.iter());
+        }
         let mut next = None;
         let mut run = Vec::new();
         let mut i = 0;

@@ -41,6 +41,8 @@ pub struct Settings {
     pub dhcp: bool,
     /// Routed: routers are advertised.
     pub ra: bool,
+    /// The cable is not pulled: packets pass.
+    pub link: bool,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             firewall: Firewall::default(),
             dhcp: true,
             ra: true,
+            link: true,
         }
     }
 }
@@ -67,7 +70,7 @@ pub enum Denied {
     Spoofed,
     /// A rule says so.
     Rule,
-    /// To a guest or by a guest that is isolated, or to nobody.
+    /// To a guest or by a guest that is isolated, to nobody, or with the cable pulled.
     NoWay,
 }
 
@@ -80,8 +83,11 @@ impl Settings {
     /// Whether the guest may send this with these addresses.
     ///
     /// # Errors
-    /// [`Denied::Spoofed`].
+    /// [`Denied::Spoofed`]; [`Denied::NoWay`] if the cable is pulled.
     pub fn admit(&self, h: &Headers<'_>) -> Result<(), Denied> {
+        if !self.link {
+            return Err(Denied::NoWay);
+        }
         if !self.antispoof {
             return Ok(());
         }

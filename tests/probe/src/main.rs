@@ -6,13 +6,14 @@ mod raw;
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
 use anyhow::{Context, Result};
 use domain_kit::os::take_inherited;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockType, sendmsg, socket};
 
 fn main() -> Result<()> {
     let hypercall = take_inherited(hv_abi::HYPERCALL_FD).context("descriptor 3: not started by hv-core")?;
@@ -69,6 +70,21 @@ fn obey(words: &[&str]) -> Result<String> {
         ["abstract", name] => {
             outcome(SocketAddr::from_abstract_name(name).and_then(|a| UnixStream::connect_addr(&a)))
         }
+        ["connect", address] => outcome(TcpStream::connect(address)),
+        // Raw packets of an interface: ETH_P_ALL.
+        ["raw-socket"] => {
+            let ethernet = nix::sys::socket::SockProtocol::EthAll;
+            let flags = nix::sys::socket::SockFlag::empty();
+            outcome(socket(AddressFamily::Packet, SockType::Raw, flags, ethernet).map_err(Into::into))
+        }
+        ["interfaces"] => match nix::net::if_::if_nameindex() {
+            Ok(all) => {
+                let names = all.iter().map(|i| i.name().to_string_lossy().into_owned());
+                names.collect::<Vec<_>>().join(" ")
+            }
+            Err(e) => outcome::<()>(Err(e.into())),
+        },
+        ["write", path, text] => outcome(std::fs::write(path, text)),
         ["fds"] => (0..64).filter(|n| raw::is_open(*n)).map(|n| n.to_string()).collect::<Vec<_>>().join(" "),
         ["pid"] => std::process::id().to_string(),
         ["env"] => std::env::vars().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join("\n"),

@@ -62,6 +62,20 @@ pub fn program(name: &str) -> PathBuf {
     Config::of_this_build().unwrap().bin_dir.join(name)
 }
 
+/// The probe stands in for a service's program: dom0 makes it as it makes that service, with that service's rights. The folder of the
+/// programs is kept by what is returned.
+pub fn probe_as(config: &mut Config, service: &str) -> tempfile::TempDir {
+    let bin = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(&config.bin_dir).unwrap().flatten().filter(|e| e.path().is_file()) {
+        if entry.file_name() != service {
+            std::os::unix::fs::symlink(entry.path(), bin.path().join(entry.file_name())).unwrap();
+        }
+    }
+    std::os::unix::fs::symlink(config.bin_dir.join("probe"), bin.path().join(service)).unwrap();
+    config.bin_dir = bin.path().into();
+    bin
+}
+
 /// Domain file of a guest that is the probe.
 pub fn probe_file(name: &str, disk: Option<&Path>) -> String {
     let mut text = format!(

@@ -55,6 +55,9 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::NetworkMove { guest, vif, backend } => {
             network::change(&dom0, guest, vif, backend, args.json).await
         }
+        Command::NetworkLink { guest, vif, link } => network::link(&dom0, guest, vif, link, args.json).await,
+        Command::NetworkRules { wanted } => crate::rules::run(&dom0, wanted, args.json).await,
+        Command::Capture { wanted } => crate::capture::run(&dom0, wanted).await,
         Command::Services { statistics, brief } => {
             services(&dom0, statistics || (args.json && !brief), args.json).await
         }

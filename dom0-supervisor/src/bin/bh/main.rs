@@ -1,11 +1,14 @@
 //! `bh`: the command line of a Bulkhead host. See `docs/bh.md`.
 
 mod block;
+mod capture;
 mod client;
 mod commands;
 mod console;
 mod json;
 mod network;
+mod pcapng;
+mod rules;
 mod store;
 mod table;
 
@@ -191,6 +194,26 @@ enum Command {
         /// The netback that is to serve it.
         #[arg(long)]
         backend: Name,
+    },
+    /// Pull the cable of a guest's network device, or plug it in again.
+    NetworkLink {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Its number.
+        vif: u32,
+        /// Up or down.
+        #[arg(value_enum)]
+        link: network::Link,
+    },
+    /// Firewall rules of the addresses of a guest's network device, at Qubes' paths: shown, or changed.
+    NetworkRules {
+        #[command(flatten)]
+        wanted: rules::Wanted,
+    },
+    /// Packets of a guest's network device, to a pcapng file.
+    Capture {
+        #[command(flatten)]
+        wanted: capture::Wanted,
     },
     /// Service domains.
     Services {

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::client::{Dom0, Failure};
 use crate::commands::{print_json, say};
+use crate::rules;
 use crate::table::{Table, or_dash};
 
 /// How long dom0 may take: a guest is asked to let go, a backend takes the device up.
@@ -46,12 +47,12 @@ pub async fn list(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure>
             .iter()
             .map(|v| {
                 json!({ "vif": v.id, "backend": v.backend, "mac": v.mac, "ip": v.ip,
-                    "frontend_state": v.frontend_state, "backend_state": v.backend_state })
+                    "frontend_state": v.frontend_state, "backend_state": v.backend_state, "link": v.link })
             })
             .collect();
         return print_json(&json!({ "vifs": vifs }));
     }
-    let mut table = Table::new(&[">VIF", "BACKEND", "MAC", "FRONTEND", "BACKEND STATE", "IP"]);
+    let mut table = Table::new(&[">VIF", "BACKEND", "MAC", "FRONTEND", "BACKEND STATE", "LINK", "IP"]);
     for v in &vifs {
         table.row(vec![
             v.id.to_string(),
@@ -59,6 +60,7 @@ pub async fn list(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure>
             v.mac.clone(),
             v.frontend_state.clone(),
             v.backend_state.clone(),
+            if v.link { "up" } else { "down" }.into(),
             or_dash(v.ip.join(" ")),
         ]);
     }
@@ -93,7 +95,43 @@ pub async fn detach(dom0: &Dom0, guest: String, id: u32, force: bool, json: bool
 
 pub async fn change(dom0: &Dom0, guest: String, id: u32, backend: Name, json: bool) -> Result<(), Failure> {
     let request = MoveVifRequest { guest: guest.clone(), id, backend: backend.to_string() };
-    dom0.once(WITHIN, |mut c| async move { c.move_vif(request).await }).await?;
+    // The rules of its addresses are there before it is.
+    let vif = rules::vif_of(dom0, &guest, id).await?;
+    let copied = match vif.backend == backend.as_str() {
+        true => None,
+        false => match rules::copy(dom0, &vif, backend.as_str()).await {
+            // One of the two has no domain: then there is no such set, or dom0 says what is wrong.
+            Err(Failure::Status(e)) if e.code() == tonic::Code::NotFound => None,
+            copied => Some(copied?),
+        },
+    };
+    let moved = dom0.once(WITHIN, |mut c| async move { c.move_vif(request).await }).await;
+    if let Some(copied) = copied {
+        copied.settle(dom0, moved.is_ok()).await?;
+    }
+    moved?;
     let text = format!("vif {id} of guest {guest} is at {backend} now");
     say(json, &text, json!({ "guest": guest, "vif": id, "backend": backend.as_str(), "result": "moved" }))
+}
+
+/// How a cable can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Link {
+    /// Plugged in.
+    Up,
+    /// Pulled.
+    Down,
+}
+
+pub async fn link(dom0: &Dom0, guest: String, id: u32, link: Link, json: bool) -> Result<(), Failure> {
+    let up = link == Link::Up;
+    let request = LinkVifRequest { guest: guest.clone(), id, up };
+    dom0.call(|mut c| {
+        let request = request.clone();
+        async move { c.link_vif(request).await }
+    })
+    .await?;
+    let word = if up { "up" } else { "down" };
+    let text = format!("vif {id} of guest {guest}: link {word}");
+    say(json, &text, json!({ "guest": guest, "vif": id, "link": up, "result": word }))
 }

@@ -134,7 +134,8 @@ fn done(as_json: bool, path: &str, what: &str) -> Result<(), Failure> {
     crate::commands::say(as_json, &format!("{path} {what}"), json!({ "path": path, "result": what }))
 }
 
-async fn snapshot(dom0: &Dom0, request: SnapshotRequest) -> Result<Vec<Node>, Failure> {
+/// Nodes at and below a path.
+pub(crate) async fn snapshot(dom0: &Dom0, request: SnapshotRequest) -> Result<Vec<Node>, Failure> {
     let end = std::time::Instant::now() + crate::client::PATIENCE;
     'again: loop {
         let asked = request.clone();
@@ -298,7 +299,7 @@ async fn quota(dom0: &Dom0, args: Vec<String>, as_json: bool) -> Result<(), Fail
 }
 
 /// A domid, or that of a guest or service by its name.
-async fn domid_of(dom0: &Dom0, text: &str) -> Result<u32, Failure> {
+pub(crate) async fn domid_of(dom0: &Dom0, text: &str) -> Result<u32, Failure> {
     if let Ok(domid) = text.parse() {
         return Ok(domid);
     }

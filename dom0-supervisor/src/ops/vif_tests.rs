@@ -1,0 +1,178 @@
+//! Network devices of a running guest, with dom0 killed at every call that it makes.
+
+use std::sync::Arc;
+
+use super::kill_tests::{Bench, bench, kill_everywhere, settle, with_guest};
+use crate::config::VifEntry;
+use crate::manager::{Manager, OpError};
+use crate::state::State;
+use crate::testing::{Inner, World};
+use crate::xs_layout::device_paths;
+
+fn attach(manager: &Arc<Manager>, _: &Bench) -> Result<(), OpError> {
+    let entry = VifEntry { ip: vec![[10, 0, 0, 9].into()], ..VifEntry::of("lan".parse().unwrap()) };
+    assert_eq!(manager.attach_vif("g", entry)?, 1);
+    Ok(())
+}
+
+fn with_vif(bench: &Bench) -> (World, Arc<Manager>) {
+    let (world, manager) = with_guest(bench);
+    attach(&manager, bench).unwrap();
+    (world, manager)
+}
+
+/// The second vif is there, once, in all places and at this netback, or in none.
+fn check(world: &Inner, state: &State, at: Option<&str>) {
+    let guest = &state.guests["g"];
+    assert!(state.sagas.is_empty());
+    assert_eq!(guest.config.vif.len(), 1 + usize::from(at.is_some()));
+    assert_eq!(guest.vif_backends.len(), guest.config.vif.len());
+    let domid = guest.domain.unwrap().domid;
+    let front = format!("/local/domain/{domid}/device/vif/1/state");
+    let back = format!("/backend/vif/{domid}/1/state");
+    let backs: Vec<_> = world.nodes.keys().filter(|k| k.ends_with(&back)).collect();
+    assert_eq!(
+        (world.nodes.contains_key(&front), backs.len()),
+        (at.is_some(), usize::from(at.is_some())),
+        "{backs:?}"
+    );
+    let devices = device_paths(guest);
+    assert_eq!(devices.len(), 3 + usize::from(at.is_some()));
+    for device in &devices {
+        assert_eq!(world.nodes[&format!("{}/state", device.back)].0, "2", "{device:?}");
+        assert_eq!(world.nodes[&format!("{}/online", device.back)].0, "1");
+        assert_eq!(world.nodes[&format!("{}/backend", device.front)].0, device.back);
+    }
+    if let Some(at) = at {
+        let device = devices.iter().find(|d| d.kind == "vif" && d.id == 1).unwrap();
+        assert_eq!(device.backend, at);
+        let domain = world.domains.iter().find(|d| d.name == at).unwrap();
+        assert_eq!(u32::from(device.backend_domid), domain.domid);
+        assert_eq!(world.nodes[&format!("{}/ip", device.back)].0, "10.0.0.9");
+    }
+    // The first one never notices.
+    assert_eq!(devices.iter().find(|d| d.kind == "vif" && d.id == 0).unwrap().backend, "lan");
+}
+
+/// Where the second vif is now.
+fn place(state: &State) -> Option<&str> {
+    state.guests["g"].config.vif.get(1).map(|vif| vif.backend.as_str())
+}
+
+#[test]
+fn attach_is_finished_or_never_began() {
+    let points = kill_everywhere(with_guest, attach, |world, state, killed| {
+        let at = place(state);
+        assert!(at.is_some() || killed);
+        check(&world.lock(), state, at);
+    });
+    assert!(points > 8, "{points} kill points");
+}
+
+#[test]
+fn attach_that_fails_leaves_nothing() {
+    let points = kill_everywhere(
+        |bench| {
+            let (world, manager) = with_guest(bench);
+            world.lock().deaf_backends = true;
+            (world, manager)
+        },
+        |manager, bench| match attach(manager, bench) {
+            Err(OpError::Failed(text)) => {
+                assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
+                Ok(())
+            }
+            other => other,
+        },
+        |world, state, _| check(&world.lock(), state, None),
+    );
+    assert!(points > 8, "{points} kill points");
+}
+
+#[test]
+fn detach_is_finished() {
+    let points = kill_everywhere(
+        with_vif,
+        |manager, _| manager.detach_vif("g", 1, false),
+        |world, state, killed| {
+            let at = place(state);
+            assert!(at.is_none() || killed);
+            check(&world.lock(), state, at);
+        },
+    );
+    assert!(points > 8, "{points} kill points");
+}
+
+#[test]
+fn a_move_is_finished_or_never_began() {
+    let points = kill_everywhere(
+        with_vif,
+        |manager, _| manager.move_vif("g", 1, "wan".parse().unwrap()),
+        |world, state, killed| {
+            let at = place(state).unwrap();
+            assert!(at == "wan" || (killed && at == "lan"), "{at}");
+            check(&world.lock(), state, Some(at));
+        },
+    );
+    assert!(points > 12, "{points} kill points");
+}
+
+/// The new netback does not take it up: it is at the old one again, whenever dom0 was killed.
+#[test]
+fn a_move_that_fails_goes_back() {
+    let points = kill_everywhere(
+        |bench| {
+            let (world, manager) = with_vif(bench);
+            world.lock().deaf_backends = true;
+            (world, manager)
+        },
+        |manager, _| match manager.move_vif("g", 1, "wan".parse().unwrap()) {
+            Err(OpError::Failed(text)) => {
+                assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
+                Ok(())
+            }
+            other => other,
+        },
+        |world, state, _| {
+            let at = place(state).unwrap().to_owned();
+            assert_eq!(at, "lan");
+            let mut inner = world.lock();
+            // The old one is as deaf in this world.
+            for (path, node) in &mut inner.nodes {
+                if path.contains("/backend/vif/") && path.ends_with("/1/state") {
+                    assert!(matches!(node.0.as_str(), "1" | "2" | "4"), "{path} {node:?}");
+                    node.0 = "2".into();
+                }
+            }
+            check(&inner, state, Some(&at));
+        },
+    );
+    assert!(points > 12, "{points} kill points");
+}
+
+#[test]
+fn a_pulled_cable_stays_pulled() {
+    let link = |world: &World, manager: &Arc<Manager>| {
+        let state = manager.state();
+        let device =
+            device_paths(&state.guests["g"]).into_iter().find(|d| d.kind == "vif" && d.id == 1).unwrap();
+        let inner = world.lock();
+        let node = |dir: &str| inner.nodes.get(&format!("{dir}/disconnect")).map(|n| n.0.clone());
+        assert_eq!(node(&device.back), node(&device.front));
+        (state.guests["g"].config.vif[1].link, node(&device.back))
+    };
+    let bench = bench();
+    let (world, manager) = with_vif(&bench);
+    assert_eq!(link(&world, &manager), (true, None));
+    for _ in 0..2 {
+        manager.link_vif("g", 1, false).unwrap();
+        assert_eq!(link(&world, &manager), (false, Some("1".into())));
+    }
+    manager.move_vif("g", 1, "wan".parse().unwrap()).unwrap();
+    assert_eq!(link(&world, &manager), (false, Some("1".into())));
+    settle(&world, &manager);
+    manager.link_vif("g", 1, true).unwrap();
+    assert_eq!(link(&world, &manager), (true, Some("0".into())));
+    let error = manager.link_vif("g", 7, true).unwrap_err();
+    assert!(error.to_string().contains("no vif 7"), "{error}");
+}
