@@ -24,7 +24,7 @@ pub struct Writer<W> {
     out: W,
 }
 
-/// Adds an option; the last is followed by the end of options in [`block`].
+/// Adds an option; the last is followed by the end of options in [`Writer::block`].
 fn option(body: &mut Vec<u8>, code: u16, value: &[u8]) {
     body.extend(code.to_le_bytes());
     body.extend((value.len() as u16).to_le_bytes());
