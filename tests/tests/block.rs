@@ -192,3 +192,27 @@ fn a_disk_grows_under_a_running_guest() {
     assert_eq!(read(4095), Outcome::Done);
     assert_eq!(brain.xs.read_string(&format!("{back}/state")).unwrap(), "4");
 }
+
+/// In the sandbox too: where the storage has direct I/O, the page cache is passed by.
+#[test]
+fn the_page_cache_is_passed_by() {
+    let system = start();
+    let image = image(&system, "disk", 1 << 20);
+    let flags = nix::libc::O_DIRECT;
+    let mut direct = std::fs::File::options();
+    std::os::unix::fs::OpenOptionsExt::custom_flags(direct.read(true), flags);
+    if let Err(error) = direct.open(&image) {
+        return println!("the file system of temporary files has no direct I/O: {error}");
+    }
+    create(&system, &probe_file("direct", Some(&image)));
+    let brain = Brain::of(&system, "direct");
+    drop(connect(&system, &brain, &Options::default()));
+    let pid = system.services().unwrap()[&blkback_of("direct")].pid;
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let mut disks = fds.flatten().filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|path| path == image));
+    let fd = disks.next().expect("it has its disk open").file_name().into_string().unwrap();
+    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap();
+    let open = info.lines().find_map(|l| l.strip_prefix("flags:")).unwrap();
+    let open = i32::from_str_radix(open.trim(), 8).unwrap();
+    assert_ne!(open & flags, 0, "{info}");
+}

@@ -39,6 +39,11 @@ pub enum SourceError {
     /// The lock failed otherwise.
     #[error("disk cannot be locked: {0}")]
     Lock(io::Error),
+    /// It takes `O_DIRECT`, which cannot be taken back, but not sectors of this size.
+    #[error(
+        "direct I/O in sectors of {0} bytes fails on this storage; set cache = \"writeback\" or sector_size = 4096"
+    )]
+    Direct(usize),
 }
 
 /// How the host's page cache is used.
@@ -119,7 +124,7 @@ pub fn open_sectors(
     if sectors == 0 {
         return Err(SourceError::TooSmall(bytes, logical));
     }
-    let direct = cache == Cache::None && make_direct(&file, logical as usize);
+    let direct = cache == Cache::None && make_direct(&file, logical as usize)?;
     if cache == Cache::None && !direct {
         tracing::warn!(
             logical,
@@ -152,22 +157,36 @@ fn size(file: &File) -> io::Result<u64> {
     (&mut &*file).seek(SeekFrom::End(0))
 }
 
+/// Whether the storage itself says that direct I/O is in sectors of this size or smaller; `None`: it does not say.
+fn says_direct(file: &File, sector: usize) -> Option<bool> {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    let said = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let told = StatxFlags::from_bits_retain(said.stx_mask).contains(StatxFlags::DIOALIGN);
+    let fits = |unit: u32| unit > 0 && sector.is_multiple_of(unit as usize);
+    told.then_some(fits(said.stx_dio_offset_align) && fits(said.stx_dio_mem_align))
+}
+
 /// Switches the description to `O_DIRECT` and tries it: a read of one sector that is aligned to no more than its size.
-fn make_direct(file: &File, sector: usize) -> bool {
-    let Ok(flags) = fcntl(file, FcntlArg::F_GETFL) else { return false };
+///
+/// # Errors
+/// It does not work and cannot be taken back: domains may set that flag of a file, but not clear it (hv-core's `seccomp`).
+fn make_direct(file: &File, sector: usize) -> Result<bool, SourceError> {
+    let Ok(flags) = fcntl(file, FcntlArg::F_GETFL) else { return Ok(false) };
     let flags = OFlag::from_bits_retain(flags);
-    if fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).is_err() {
-        return false;
+    if says_direct(file, sector) == Some(false)
+        || fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).is_err()
+    {
+        return Ok(false);
     }
     let mut memory = vec![0u8; 8192 + 2 * sector];
     // Aligned to the sector and to nothing more; with one sector in the file its first is read.
     let start = memory.as_ptr().align_offset(8192) + sector;
     let offset = if size(file).is_ok_and(|bytes| bytes >= 2 * sector as u64) { sector as u64 } else { 0 };
     let fine = matches!(file.read_at(&mut memory[start..start + sector], offset), Ok(n) if n == sector);
-    if !fine && let Err(error) = fcntl(file, FcntlArg::F_SETFL(flags)) {
-        tracing::error!(%error, "O_DIRECT cannot be taken back");
+    if !fine && fcntl(file, FcntlArg::F_SETFL(flags)).is_err() {
+        return Err(SourceError::Direct(sector));
     }
-    fine
+    Ok(fine)
 }
 
 /// Bytes that the storage writes at once without reading: what guests should align to.

@@ -319,9 +319,11 @@ fn rules(profile: SeccompProfile) -> Result<Rules, seccompiler::BackendError> {
 }
 
 /// The two ends of an event channel share one open file, flags included. A domain that could clear `O_NONBLOCK` of it and fill the
-/// counter would make the other's next write wait for ever; so that flag is never cleared, by either of the calls that can.
+/// counter would make the other's next write wait for ever; so that flag is never cleared, by either of the calls that can. Flags with
+/// `O_DIRECT` are let pass: files need them, and fcntl(2) refuses them, and all others with them, where there is no direct I/O, as of an eventfd.
 fn keep_nonblocking() -> Result<Rules, seccompiler::BackendError> {
-    let clears = SeccompCondition::new(2, Len::Dword, Cmp::MaskedEq(libc::O_NONBLOCK as u64), 0)?;
+    let keeps = (libc::O_NONBLOCK | libc::O_DIRECT) as u64;
+    let clears = SeccompCondition::new(2, Len::Dword, Cmp::MaskedEq(keeps), 0)?;
     Ok(BTreeMap::from([
         (libc::SYS_fcntl, vec![rule(vec![equals(1, libc::F_SETFL as u64)?, clears])?]),
         (libc::SYS_ioctl, vec![rule(vec![equals(1, libc::FIONBIO)?])?]),

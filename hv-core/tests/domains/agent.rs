@@ -140,6 +140,10 @@ fn look() -> String {
     let set = |flags| nix::fcntl::fcntl(&event, nix::fcntl::FcntlArg::F_SETFL(flags));
     say(format!("set-nonblocking {:?}", set(nix::fcntl::OFlag::O_NONBLOCK)));
     say(format!("clear-nonblocking {:?}", set(nix::fcntl::OFlag::empty())));
+    // Let pass for files' sake; an eventfd has no direct I/O, and keeps all its flags.
+    say(format!("direct {:?}", set(nix::fcntl::OFlag::O_DIRECT)));
+    let flags = nix::fcntl::fcntl(&event, nix::fcntl::FcntlArg::F_GETFL).expect("F_GETFL");
+    say(format!("still {}", flags & nix::fcntl::OFlag::O_NONBLOCK.bits() != 0));
     // FIONBIO, to clear as to set.
     let stream = UnixStream::from(OwnedFd::from(event));
     say(format!("fionbio {:?}", stream.set_nonblocking(false).map_err(|e| e.kind())));

@@ -21,7 +21,8 @@ pub fn sandbox_holds_nothing_else() {
     let fds: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("fd ")).collect();
     assert_eq!(fds, ["0", "1", "2", "3", "4", "5"], "{text}");
     // The flags of an event channel, which both ends share.
-    let flags = "set-nonblocking Ok(0)\nclear-nonblocking Err(EPERM)\nfionbio Err(PermissionDenied)\n";
+    let flags = "set-nonblocking Ok(0)\nclear-nonblocking Err(EPERM)\ndirect Err(EINVAL)\nstill true\n\
+                 fionbio Err(PermissionDenied)\n";
     assert!(text.contains(flags), "{text}");
     let pid = system.get(&dom).unwrap().host_pid;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
