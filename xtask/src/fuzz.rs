@@ -8,8 +8,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// The targets, and where the corpus of each is.
-const TARGETS: &[&str] = &["wire", "ring", "journal", "stream"];
+/// The targets.
+const TARGETS: &[&str] = &["wire", "ring", "journal", "stream", "blkif-request", "blkif-device"];
 /// What cargo-fuzz gives the compiler for `--sanitizer none`.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
                      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
@@ -58,10 +58,8 @@ pub fn run(args: &FuzzArgs) -> Result<i32> {
 
 /// Runs one target. False if it found something.
 fn one(name: &str, args: &FuzzArgs, built: &Path) -> Result<bool> {
-    let seeds = paths::root().join("xenstored/tests/corpus").join(name);
-    if !seeds.is_dir() {
-        bail!("{}: no corpus", seeds.display());
-    }
+    let places = ["xenstored", "blkback"].map(|of| paths::root().join(of).join("tests/corpus").join(name));
+    let Some(seeds) = places.iter().find(|dir| dir.is_dir()) else { bail!("{name}: no corpus") };
     // What it learns is kept, so that the next run begins there.
     let (corpus, failures) = (built.join("corpus").join(name), built.join("failures").join(name));
     for dir in [&corpus, &failures] {
@@ -71,7 +69,7 @@ fn one(name: &str, args: &FuzzArgs, built: &Path) -> Result<bool> {
     let program = built.join(paths::TARGET).join("fuzz").join(format!("fuzz-{name}"));
     let status = Command::new(&program)
         .arg(&corpus)
-        .arg(&seeds)
+        .arg(seeds)
         .arg(format!("-max_total_time={}", args.seconds))
         .arg(format!("-max_len={LONGEST}"))
         .arg(format!("-artifact_prefix={}/", failures.display()))
