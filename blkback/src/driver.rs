@@ -56,6 +56,12 @@ struct Registered {
     read_only: bool,
 }
 
+impl Registered {
+    fn stopped(&self) -> bool {
+        self.stats.iter().any(|ring| ring.no_space.get() > 0)
+    }
+}
+
 /// All devices, for statistics, drain and limits.
 #[derive(Debug, Default)]
 pub struct Registry {
@@ -67,7 +73,16 @@ pub struct Registry {
 /// Toolstack, in the backend's directory: the device's limits, see [`Limits`]. May change at any time.
 const LIMITS: [&str; 4] = ["limit-iops", "limit-iops-burst", "limit-bytes", "limit-bytes-burst"];
 
+/// Backend, in its own directory while requests wait for room on the medium: why, for toolstacks.
+const STOPPED: &str = "stopped";
+
 impl Registry {
+    /// Devices whose requests wait for room on the medium.
+    pub fn stopped(&self) -> Vec<DeviceKey> {
+        let devices = self.lock();
+        devices.iter().filter(|(_, device)| device.stopped()).map(|(key, _)| *key).collect()
+    }
+
     fn add(&self, device: &Device, shared_writer: bool) {
         let registered = Registered {
             stats: device.stats(),
@@ -389,8 +404,18 @@ impl BackendDriver for Vbd {
         }
         let disk = self.disk()?;
         let shared_writer = self.mode(node, &*disk)? == Mode::SharedWriter;
+        let mut stopped = false;
         if let Some(registered) = self.registry.lock().get_mut(&node.key) {
             registered.shared_writer = shared_writer;
+            stopped = registered.stopped();
+        }
+        let path = format!("{}/{STOPPED}", node.back);
+        match (stopped, node.back_node(STOPPED)?.is_some()) {
+            (true, false) => {
+                node.xs.write(&path, "the file system under the disk is full: its requests wait for room")?;
+            }
+            (false, true) => node.xs.rm(&path)?,
+            _ => {}
         }
         let sectors = disk.geometry().sectors;
         if node.back_number::<u64>(node::SECTORS)?.is_some_and(|told| told != sectors) {

@@ -162,10 +162,16 @@ fn keep_trying(
     }
 }
 
-/// Looks once a second whether the disk has grown; the driver then tells the frontends.
-fn watch_size(disk: &DiskState, handle: &BackendHandle) {
+/// Looks once a second whether the disk has grown, or waits for room; the driver then tells the frontends and the toolstack.
+fn watch_size(disk: &DiskState, registry: &Registry, handle: &BackendHandle) {
+    let mut stopped = registry.stopped();
     loop {
         std::thread::sleep(Duration::from_secs(1));
+        let now = registry.stopped();
+        if now != stopped {
+            stopped = now;
+            handle.wake();
+        }
         let Ok(disk) = disk.get() else { continue };
         match disk.look_again() {
             Ok(true) => handle.wake(),
@@ -219,7 +225,7 @@ fn main() -> anyhow::Result<()> {
         domain.hv.served().context("telling hv-core that blkback is up")?;
     }
     let routes = blkback::control::routes(disk.clone(), registry.clone(), bus.handle());
-    let control = control::serve_with(&domain, registry, routes).context("gRPC on descriptor 4")?;
+    let control = control::serve_with(&domain, registry.clone(), routes).context("gRPC on descriptor 4")?;
     if disk.get().is_ok() {
         control.set_serving(true);
     } else {
@@ -233,7 +239,7 @@ fn main() -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("size".into())
         .stack_size(64 << 10)
-        .spawn(move || watch_size(&disk, &handle))
+        .spawn(move || watch_size(&disk, &registry, &handle))
         .context("thread")?;
     let xs = loop {
         match connect_store(&domain, Duration::from_secs(10)) {

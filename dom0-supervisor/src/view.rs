@@ -129,6 +129,8 @@ impl Manager {
             [&d.front, &d.back].iter().all(|end| said(format!("{end}/state")).as_deref() == Some("4"))
         };
         let by_backend = device.filter(|d| !works(d)).and_then(|d| said(xs_layout::device_error_path(d)));
+        // Not an error: it goes on by itself.
+        let stopped = device.and_then(|d| said(format!("{}/stopped", d.back)));
         let by_guest = device
             .and_then(|d| said(xs_layout::frontend_error_path(d)))
             // The guest's own words: one line of them.
@@ -137,7 +139,7 @@ impl Manager {
                     .replace(char::is_control, " ")
             });
         let length = unknown_length.map(|e| e.to_string());
-        by_backend.or(length).or(by_guest).unwrap_or_default()
+        by_backend.or(stopped).or(length).or(by_guest).unwrap_or_default()
     }
 
     /// The network devices of a guest.

@@ -5,9 +5,11 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bulkhead_tests::system::System;
 use common::*;
+use frontends::blkfront::{BlkFront, Op, Outcome};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -230,4 +232,41 @@ fn a_full_disk_under_the_image() {
     drop(disk);
     still_works(&system, "good");
     system.bh_ok(&["destroy", "bad"]).unwrap();
+}
+
+/// With `no_space = "stop"` nothing fails: the guest's write waits, also across a kill, `bh` says why, and it goes on once there is room.
+#[test]
+fn a_full_disk_that_has_its_guest_wait() {
+    let system = start();
+    let small = SmallFs::new(&system.dir().join("small"), "1m");
+    let path = small.0.join("sparse.img");
+    File::create(&path).unwrap().set_len(8 << 20).unwrap();
+    let table = format!("disk = [{{vdev = \"xvda\", path = \"{}\", no_space = \"stop\"}}]\n", path.display());
+    create(&system, &(probe_file("waits", None) + &table));
+    let brain = Brain::of(&system, "waits");
+    let mut front = BlkFront::connect(&brain.domain.hv, &brain.xs, brain.domain.domid(), XVDA, SOON).unwrap();
+    let answer = |front: &mut BlkFront, patience: Duration| {
+        let mut outcome = None;
+        front.wait(patience, |c| outcome = Some(c.outcome)).unwrap();
+        outcome
+    };
+    let block = [7; 32 << 10];
+    let fits = (0..256u64).find(|at| {
+        front.submit(Op::Write { sector: at * 64, data: &block }, *at).unwrap();
+        front.push();
+        let outcome = answer(&mut front, Duration::from_secs(2));
+        assert!(outcome.is_none_or(|outcome| outcome == Outcome::Done), "{outcome:?}");
+        outcome.is_none()
+    });
+    assert!(fits.is_some_and(|n| (16..48).contains(&n)), "{fits:?} blocks of 32 KiB in 1 MiB");
+    let told = || system.bh_ok(&["block-list", "waits"]).unwrap().contains("is full");
+    until(&system, "bh says why", told);
+    let before = system.kill(&[blkback_of("waits")]).unwrap();
+    system.wait_restarted(&before, SOON).unwrap();
+    assert_eq!(answer(&mut front, Duration::from_secs(1)), None);
+    mount(None::<&str>, &small.0, None::<&str>, MsFlags::MS_REMOUNT, Some("size=16m")).unwrap();
+    assert_eq!(answer(&mut front, SOON), Some(Outcome::Done));
+    until(&system, "and no longer", || !told());
+    drop(front);
+    system.bh_ok(&["destroy", "waits"]).unwrap();
 }
