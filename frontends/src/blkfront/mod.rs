@@ -315,6 +315,23 @@ impl BlkFront {
         self.queue.submit(op, mark)
     }
 
+    /// Puts a write on the ring whose data `fill` puts where they are granted, see [`BlkQueue::submit_in_place`].
+    ///
+    /// # Errors
+    /// [`SubmitError`].
+    pub fn submit_in_place(
+        &mut self,
+        sector: u64,
+        len: usize,
+        mark: u64,
+        fill: impl FnOnce(&DataPages, usize),
+    ) -> Result<(), SubmitError> {
+        if self.queue.in_flight() == 0 {
+            self.progress.last = Instant::now();
+        }
+        self.queue.submit_in_place(sector, len, mark, fill)
+    }
+
     /// Publishes what was submitted and notifies the backend if it wants to be.
     pub fn push(&mut self) {
         if self.queue.push() {
@@ -328,6 +345,10 @@ impl BlkFront {
     /// The backend broke the protocol; the device is then not used any more, and [`BlkFront::abandon`] gives up the rest.
     pub fn take(&mut self, each: impl FnMut(Completion<'_, DataPages>)) -> Result<usize, QueueError> {
         self.port.clear();
+        self.arrived(each)
+    }
+
+    fn arrived(&mut self, each: impl FnMut(Completion<'_, DataPages>)) -> Result<usize, QueueError> {
         let taken = self.queue.take(each)?;
         self.progress.note(taken);
         Ok(taken)
@@ -360,7 +381,8 @@ impl BlkFront {
         }
         self.progress.note(taken);
         while taken == 0 {
-            taken = self.take(&mut each)?;
+            // A kick that is latched still costs one turn more; to take it each time costs every turn a system call.
+            taken = self.arrived(&mut each)?;
             let left = deadline.saturating_duration_since(Instant::now());
             if taken > 0 || left.is_zero() {
                 break;

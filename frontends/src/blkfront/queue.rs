@@ -240,9 +240,11 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
     /// # Errors
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op<'_>, mark: u64) -> Result<(), SubmitError> {
-        if let Some(e) = self.failed {
-            return Err(SubmitError::Failed(e));
-        }
+        let discard = match op {
+            Op::Discard { sectors, .. } => Some((sectors, 0)),
+            Op::SecureDiscard { sectors, .. } => Some((sectors, BLKIF_DISCARD_SECURE)),
+            _ => None,
+        };
         let (operation, sector, len) = match op {
             Op::Read { sector, len } => (BLKIF_OP_READ, sector, len),
             Op::Write { sector, data } => (BLKIF_OP_WRITE, sector, data.len()),
@@ -250,17 +252,49 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
             Op::Barrier { sector, data } => (BLKIF_OP_WRITE_BARRIER, sector, data.len()),
             Op::Discard { sector, .. } | Op::SecureDiscard { sector, .. } => (BLKIF_OP_DISCARD, sector, 0),
         };
+        self.start(operation, sector, len, discard, mark, |pages, at| {
+            if let Op::Write { data, .. } | Op::Barrier { data, .. } = op {
+                pages.copy_in(at, data);
+            }
+        })
+    }
+
+    /// Puts a write of `len` bytes at `sector` on the ring whose data `fill` puts where they are granted, from the offset on that it is
+    /// given: they are not copied.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; `fill` was not called then.
+    pub fn submit_in_place(
+        &mut self,
+        sector: u64,
+        len: usize,
+        mark: u64,
+        fill: impl FnOnce(&D, usize),
+    ) -> Result<(), SubmitError> {
+        self.start(BLKIF_OP_WRITE, sector, len, None, mark, fill)
+    }
+
+    /// `discard`: its sectors and flag.
+    fn start(
+        &mut self,
+        operation: u8,
+        sector: u64,
+        len: usize,
+        discard: Option<(u64, u8)>,
+        mark: u64,
+        fill: impl FnOnce(&D, usize),
+    ) -> Result<(), SubmitError> {
+        if let Some(e) = self.failed {
+            return Err(SubmitError::Failed(e));
+        }
         let most = if operation == BLKIF_OP_WRITE_BARRIER { MAX_BYTES } else { self.max_bytes() };
         let whole = len > 0 && len <= most && len.is_multiple_of(SECTOR as usize);
-        if !whole && !matches!(op, Op::Flush | Op::Discard { .. } | Op::SecureDiscard { .. }) {
+        if !whole && !matches!(operation, BLKIF_OP_FLUSH_DISKCACHE | BLKIF_OP_DISCARD) {
             return Err(SubmitError::Length(len));
         }
         let Some(tag) = self.free.pop() else { return Err(SubmitError::Full) };
-        let page = tag as usize * self.shape.tag_pages();
-        if let Op::Write { data, .. } | Op::Barrier { data, .. } = op {
-            self.data.copy_in(page * PAGE_SIZE, data);
-        }
-        let request = self.request(op, operation, tag, sector, len);
+        fill(&self.data, tag as usize * self.shape.tag_pages() * PAGE_SIZE);
+        let request = self.request(operation, tag, sector, len, discard);
         let abi = self.shape.abi;
         self.ring.put(&abi.encode(&request)[..abi.entry_size()]);
         let read_len = if operation == BLKIF_OP_READ { len } else { 0 };
@@ -268,19 +302,25 @@ impl<R: RingMem, D: RingMem> BlkQueue<R, D> {
         Ok(())
     }
 
-    fn request(&self, op: Op<'_>, operation: u8, tag: u32, sector: u64, len: usize) -> Request {
+    fn request(
+        &self,
+        operation: u8,
+        tag: u32,
+        sector: u64,
+        len: usize,
+        discard: Option<(u64, u8)>,
+    ) -> Request {
         let id = tag.into();
-        if let Op::Discard { sectors, .. } | Op::SecureDiscard { sectors, .. } = op {
-            let secure = matches!(op, Op::SecureDiscard { .. });
-            let discard = BlkifRequestDiscard {
+        if let Some((nr_sectors, flag)) = discard {
+            let sector_number = sector;
+            return Request::Discard(BlkifRequestDiscard {
                 operation,
-                flag: if secure { BLKIF_DISCARD_SECURE } else { 0 },
+                flag,
                 id,
-                sector_number: sector,
-                nr_sectors: sectors,
+                sector_number,
+                nr_sectors,
                 ..Default::default()
-            };
-            return Request::Discard(discard);
+            });
         }
         let page = tag as usize * self.shape.tag_pages();
         let segment = |i: usize| {
