@@ -11,7 +11,7 @@ use bulkhead_tests::system::System;
 use common::*;
 use domain_kit::xs::XsOps;
 use ends::*;
-use frontends::netfront::Options;
+use frontends::netfront::{Options, PacketMeta};
 
 /// Packets there and back; how long one takes.
 fn trips(a: &mut End, b: &mut End, count: u8) -> Duration {
@@ -96,6 +96,89 @@ fn storms_of_one_guest_leave_the_others_alone() {
     });
     assert!(rounds > 0);
     fine(&system, &format!("xsa_350, {rounds} connections"), times, memory);
+}
+
+/// Bytes a second from one guest to the other, for about so long.
+fn throughput(a: &mut End, b: &mut End, time: Duration) -> f64 {
+    let packet = frame(b.mac, a.mac, 1, 1514);
+    let (start, mut bytes) = (Instant::now(), 0);
+    while start.elapsed() < time {
+        a.front.clear();
+        let queue = &mut a.front.queues()[0];
+        queue.rings.reap().unwrap();
+        while queue.rings.send(&packet, PacketMeta::default()) {}
+        queue.flush();
+        b.front.clear();
+        b.front.queue().reap().unwrap();
+        while let Some(packet) = b.front.receive_any().unwrap() {
+            bytes += packet.bytes.len();
+        }
+        b.front.flush();
+        std::thread::yield_now();
+    }
+    bytes as f64 / start.elapsed().as_secs_f64()
+}
+
+/// One guest takes nothing and is flooded by another, a third sends garbage, all at the same time: two good ones keep their share of
+/// the processors, and netback its memory.
+#[test]
+fn floods_and_garbage_leave_the_others_throughput_alone() {
+    let system = start();
+    let mut a = end(&system, 0, "", Options::default());
+    let mut b = end(&system, 1, "", Options::default());
+    let deaf = end(&system, 2, "", Options::default());
+    let mut bad = end(&system, 3, "", Options::default());
+    const TIME: Duration = Duration::from_millis(800);
+    throughput(&mut a, &mut b, TIME / 4);
+    let (quiet, memory) = (throughput(&mut a, &mut b, TIME), memory_kb(&system));
+    let over = AtomicBool::new(false);
+    let (good, to) = (a.mac, deaf.mac);
+    let loud = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let flood = frame(to, bad.mac, 2, 1514);
+            // Not what it says that it is, cut short, or to be segmented into nothing.
+            let garbage = [
+                (
+                    vec![0x45; 60],
+                    PacketMeta { csum_blank: true, gso_tcpv4: Some(1), ..PacketMeta::default() },
+                ),
+                (frame(good, bad.mac, 3, 14), PacketMeta { csum_blank: true, ..PacketMeta::default() }),
+                (
+                    frame(good, bad.mac, 4, 9000),
+                    PacketMeta { gso_tcpv6: Some(65535), ..PacketMeta::default() },
+                ),
+            ];
+            let mut round = 0usize;
+            while !over.load(Ordering::Relaxed) {
+                bad.front.clear();
+                let queue = &mut bad.front.queues()[0];
+                queue.rings.reap().unwrap();
+                let (bytes, meta) = &garbage[round % garbage.len()];
+                queue.rings.send(bytes, *meta);
+                while queue.rings.send(&flood, PacketMeta::default()) {}
+                queue.flush();
+                round += 1;
+                std::thread::yield_now();
+            }
+        });
+        std::thread::sleep(TIME / 4);
+        let loud = throughput(&mut a, &mut b, TIME);
+        over.store(true, Ordering::Relaxed);
+        loud
+    });
+    let now = memory_kb(&system);
+    let mb = |bytes: f64| bytes / 1e6;
+    println!(
+        "{:.0} MB/s alone, {:.0} MB/s beside a flood to a deaf guest and garbage; netback's memory {memory} kB, then {now} kB",
+        mb(quiet),
+        mb(loud)
+    );
+    // Twice as many threads want the processors.
+    assert!(loud > quiet / 10.0, "{quiet} bytes a second became {loud}");
+    assert!(now < memory + 16 * 1024, "{memory} kB became {now} kB");
+    assert!(counter(&system, "rx_dropped") > 1000 && counter(&system, "tx_errors") > 10);
+    assert_eq!(system.services().unwrap()[netback()].generation, 1);
+    trips(&mut a, &mut b, 20);
 }
 
 /// XSA-350, the other way round: the guest is gone at any moment of a connection.

@@ -46,6 +46,9 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         // QEMU's storage daemon is measured beside blkback.
         setup::packages(&[("qemu-system-common", "/usr/bin/qemu-storage-daemon")])?;
     }
+    if has("net") {
+        setup::packages(&[("iperf3", "/usr/bin/iperf3")])?;
+    }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let store = args.cases.iter().all(|c| c == "store") && !args.cases.is_empty();
     let hosted = args.only.as_ref().is_none_or(|only| "hosted".contains(only.as_str()));

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::world::World;
 use super::{Settings, or_missing};
 use crate::endpoint::Direction;
-use crate::peers::{sink, veth};
+use crate::peers::{bridge, sink, veth};
 use crate::report::{Goal, Line};
 use crate::rounds::{Contestant, take_turns};
 use crate::stats::Series;
@@ -24,6 +24,15 @@ const PINGS: usize = 300;
 /// An echo without a reply for so long is sent again.
 pub const LOST: Duration = Duration::from_secs(1);
 
+/// iperf3 measures whole seconds.
+const BULK_TURN: Duration = Duration::from_secs(1);
+const BULK: &[(&str, &str, &str)] =
+    &[("net TCP out of the guest, large segments", "MiB/s", ">= 1.00 x veth + bridge, kernel TCP")];
+/// Kills, and what the pause may be, ms.
+const KILLS: usize = 100;
+const PAUSE_LIMIT: f64 = 20.0;
+const PAUSE: &[(&str, &str, &str)] = &[("pause after kill -9 of netback, 100 kills", "ms", "p99 < 20 ms")];
+
 const NAMES: &[(&str, &str, &str)] = &[
     ("net TCP out of the guest", "MiB/s", ""),
     ("net TCP into the guest", "MiB/s", ""),
@@ -35,7 +44,63 @@ pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
     let mut all = or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)));
     let packets = super::borrowed(world).and_then(|world| super::packets::lines(settings, world));
     all.extend(or_missing(super::packets::NAMES, packets));
+    let bulk = super::borrowed(world).and_then(|world| bulk(settings, world));
+    all.extend(or_missing(BULK, bulk));
+    let pause = super::borrowed(world).and_then(pause);
+    all.extend(or_missing(PAUSE, pause));
     all
+}
+
+/// TCP whose segments the guest leaves whole, beside the kernel's over veth pairs and a bridge.
+fn bulk(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
+    let address: Ipv4Addr = ADDRESS.parse()?;
+    let port = world.system.outside.run(move || sink::start(address))??;
+    let bridge = bridge::Bridge::new()?;
+    let bridged = bridge.sink()?;
+    let command = json!({
+        "cmd": "bulk", "vif": 1, "peer": ADDRESS, "port": port, "ms": BULK_TURN.as_millis() as u64,
+    });
+    let guest = RefCell::new(&mut world.guest);
+    let mut contestants = vec![
+        Contestant::new("netback", || guest.borrow_mut().number(&command, "mib_s")),
+        Contestant::new("veth + bridge", || {
+            bridge.run(move || sink::stream(bridge::SERVER, bridged, Direction::Out, BULK_TURN))
+        }),
+    ];
+    if bridge.has_iperf() {
+        contestants.push(Contestant::new("iperf3", || bridge.iperf(BULK_TURN)));
+    }
+    let series = take_turns(settings.rounds, &mut contestants)?;
+    let [ours, limit] = [0, 1].map(|i| series.get(i).cloned().unwrap_or_default());
+    let mut line = Line::beside(
+        BULK[0].0,
+        "MiB/s",
+        &ours,
+        ("veth + bridge, kernel TCP", &limit),
+        Goal::RatioAtLeast(1.0),
+    )
+    .note("the guest's TCP sends 64 KiB segments; four copies on the way, the kernel's two");
+    if let Some(iperf) = series.get(2) {
+        line = line.peer("veth + bridge, iperf3", iperf);
+    }
+    Ok(vec![line])
+}
+
+/// The longest time without an echo after a kill.
+fn pause(world: &mut World) -> Result<Vec<Line>> {
+    let pauses = super::restart::guest_pauses(world, "netback", "net", KILLS)?;
+    let p99 = pauses.percentile(0.99);
+    let line = Line {
+        ours: Some(pauses.median()),
+        p99: Some(p99),
+        met: Some(p99 < PAUSE_LIMIT),
+        goal: PAUSE[0].2.into(),
+        ratio: Some(p99 / PAUSE_LIMIT),
+        samples: pauses.len(),
+        ..Line::under(PAUSE[0].0, "ms", f64::NAN, PAUSE_LIMIT)
+    };
+    let longest = pauses.percentile(1.0);
+    Ok(vec![line.note(format!("{KILLS} kills, longest {longest:.1} ms; ratio is p99 over limit"))])
 }
 
 fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {

@@ -29,7 +29,12 @@ pub const NAMES: &[(&str, &str, &str)] = &[
     ("net 64 KiB segments, guest to guest", "MiB/s", ">= 0.50 x memcpy, two copies"),
     ("net 64-byte packets, guest to guest", "k/s", ""),
     ("net 64-byte packets, per core of netback and hv-core", "k/s", ">= 1000 k/s"),
+    ("the same with 4 queues", "k/s", ">= 0.80 x one queue"),
+    ("the same with 16 queues", "k/s", ">= 0.80 x one queue"),
 ];
+/// What one queue does on a core, many must do too: then they scale as far as there are cores.
+const QUEUES: [usize; 2] = [4, 16];
+const QUEUES_GOAL: f64 = 0.8;
 
 /// Processor time of a process so far, seconds.
 fn cpu_seconds(pid: i32) -> Result<f64> {
@@ -53,11 +58,18 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// Packets and bytes per second that arrive.
-    fn pump(&mut self, len: usize) -> Result<(f64, f64)> {
+    /// Both ends have so many queues.
+    fn prepare(&mut self, queues: usize) -> Result<()> {
+        self.to.call(&json!({"cmd": "packets_mac", "vif": 0, "queues": queues}))?;
+        self.from.call(&json!({"cmd": "packets_mac", "vif": 1, "queues": queues}))?;
+        Ok(())
+    }
+
+    /// Packets and bytes per second that arrive, by so many queues at each end.
+    fn pump(&mut self, len: usize, queues: usize) -> Result<(f64, f64)> {
         let ms = TURN.as_millis() as u64;
-        let send = json!({"cmd": "packets_send", "vif": 1, "to": self.mac, "len": len, "ms": ms + 150});
-        let take = json!({"cmd": "packets_take", "vif": 0, "ms": ms});
+        let send = json!({"cmd": "packets_send", "vif": 1, "to": self.mac, "len": len, "queues": queues, "ms": ms + 150});
+        let take = json!({"cmd": "packets_take", "vif": 0, "queues": queues, "ms": ms});
         let Pair { from, to, .. } = self;
         let got = std::thread::scope(|scope| {
             let taker = scope.spawn(|| to.call(&take));
@@ -103,7 +115,7 @@ pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
     let series = take_turns(
         settings.rounds,
         &mut [
-            Contestant::new("netback", || Ok(pair.borrow_mut().pump(LARGE)?.1 / MIB)),
+            Contestant::new("netback", || Ok(pair.borrow_mut().pump(LARGE, 1)?.1 / MIB)),
             Contestant::new("memcpy, two copies", || Ok(two_copies()? / MIB)),
         ],
     )?;
@@ -111,18 +123,24 @@ pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
     let goal = Goal::RatioAtLeast(0.5);
     let large = Line::beside(NAMES[0].0, "MiB/s", &ours, ("memcpy, two copies", &limit), goal)
         .note("no TCP in the guests; beside netback's two copies the guests copy once each");
-    let (mut rate, mut per_core) = (Series::default(), Series::default());
-    for round in 0..=settings.rounds {
-        let before = busy(system)?;
-        let start = Instant::now();
-        let packets = pair.borrow_mut().pump(SMALL)?.0;
-        // Of the whole turn, whose edges are not counted.
-        let cores = (busy(system)? - before) / start.elapsed().as_secs_f64();
-        if round > 0 {
-            rate.push(packets / 1e3);
-            per_core.push(packets / 1e3 / cores.max(0.01));
+    let small = |queues: usize| -> Result<(Series, Series)> {
+        let (mut rate, mut per_core) = (Series::default(), Series::default());
+        for round in 0..=settings.rounds {
+            // Connected anew, if the number of queues is another.
+            pair.borrow_mut().prepare(queues)?;
+            let before = busy(system)?;
+            let start = Instant::now();
+            let packets = pair.borrow_mut().pump(SMALL, queues)?.0;
+            // Of the whole turn, whose edges are not counted.
+            let cores = (busy(system)? - before) / start.elapsed().as_secs_f64();
+            if round > 0 {
+                rate.push(packets / 1e3);
+                per_core.push(packets / 1e3 / cores.max(0.01));
+            }
         }
-    }
+        Ok((rate, per_core))
+    };
+    let (rate, per_core) = small(1)?;
     let line = |name: &str, series: &Series| Line {
         name: name.into(),
         unit: "k/s".into(),
@@ -130,7 +148,7 @@ pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
         samples: series.len(),
         ..Line::default()
     };
-    let small =
+    let one =
         line(NAMES[1].0, &rate).note("sender, netback, hv-core and receiver share this machine's processors");
     let reached = per_core.median() >= SMALL_GOAL;
     let core = Line {
@@ -139,5 +157,20 @@ pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
         met: Some(reached),
         ..line(NAMES[2].0, &per_core)
     };
-    Ok(vec![large, small, core])
+    let mut lines = vec![large, one, core];
+    for (number, queues) in QUEUES.into_iter().enumerate() {
+        let name = NAMES[3 + number].0;
+        let many = small(queues).map(|(rate, many)| {
+            let goal = Goal::RatioAtLeast(QUEUES_GOAL);
+            Line::beside(name, "k/s", &many, ("one queue", &per_core), goal)
+                .note(format!("{queues} queues at each end, a thread each; {:.0} k/s in all", rate.median()))
+        });
+        let many = many.unwrap_or_else(|e| {
+            Line::missing(name, "k/s", NAMES[3 + number].2, &format!("not measured: {e:#}"))
+        });
+        lines.push(many);
+    }
+    // As the others want it.
+    pair.borrow_mut().prepare(1)?;
+    Ok(lines)
 }

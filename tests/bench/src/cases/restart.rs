@@ -67,7 +67,7 @@ fn lines(world: &mut World) -> Vec<Line> {
     let mut lines = Vec::new();
     for (service, kind) in SERVICES {
         let series = match kind {
-            Kind::Guest(load) => guest_pauses(world, service, load),
+            Kind::Guest(load) => guest_pauses(world, service, load, KILLS),
             Kind::Toolstack => toolstack_pauses(world, service),
         };
         lines.extend(or_missing(&[(&name(service), "ms", GOAL)], series.map(|s| vec![line(service, &s)])));
@@ -109,13 +109,14 @@ fn find(world: &World, service: &str) -> Result<String> {
     found.cloned().with_context(|| format!("no {service} among {names:?}"))
 }
 
-fn guest_pauses(world: &mut World, service: &str, load: &str) -> Result<Series> {
+/// Pauses that a load in the guest sees when the service is killed so often, ms.
+pub(super) fn guest_pauses(world: &mut World, service: &str, load: &str, kills: usize) -> Result<Series> {
     let victim = [find(world, service)?];
     world.guest.call(&json!({"cmd": "load", "kind": load, "on": true}))?;
     let take = json!({"cmd": "longest", "kind": load});
     let mut rng = Rng::new(1);
     let mut pauses = Series::default();
-    for _ in 0..KILLS {
+    for _ in 0..kills {
         thread::sleep(rng.between(Duration::from_millis(50), Duration::from_millis(150)));
         let before = world.guest.call(&take)?;
         let done = before["done"].as_u64().unwrap_or(0);

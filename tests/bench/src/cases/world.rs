@@ -40,7 +40,14 @@ impl World {
         let dir = tempfile::Builder::new().prefix("bh-bench-").tempdir()?;
         let disk = dir.path().join("disk.img");
         fill(&disk)?;
-        let config = Config { bin_dir: settings.bin_dir.clone(), ..Config::of_this_build()? };
+        // Two guests with 16 queues each, and what else there is.
+        let more = "args = [\"--queues\", \"16\"]\n\
+                    limits = { channels = 256, buffers = 256, buffer_memory = 1024, pids = 512 }\n";
+        let config = Config {
+            bin_dir: settings.bin_dir.clone(),
+            host_file_more: more.into(),
+            ..Config::of_this_build()?
+        };
         let system = System::start(config)?;
         let domain_file = format!(
             r#"name = "{GUEST}"

@@ -1,6 +1,7 @@
 //! What runs inside a process domain: commands from the driver, each a measurement or a step of setting one up.
 
 mod block;
+mod bulk;
 mod console;
 mod copy;
 mod events;
@@ -89,12 +90,13 @@ impl Guest {
                 let client = self.store.client(&self.domain)?;
                 self.block.run(&self.domain, client, command)
             }
-            "packets_mac" | "packets_send" | "packets_take" => {
+            "packets_mac" | "packets_send" | "packets_take" | "bulk" => {
                 let client = self.store.client(&self.domain)?;
                 let packets = &mut self.packets;
                 match text(command, "cmd")? {
                     "packets_mac" => packets.mac(&self.domain, client, command),
                     "packets_send" => packets.send(&self.domain, client, command),
+                    "bulk" => packets.bulk(&self.domain, client, command),
                     _ => packets.take(&self.domain, client, command),
                 }
             }

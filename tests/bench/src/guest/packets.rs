@@ -1,11 +1,12 @@
 //! Packets by themselves, without a TCP of the guest's: what netfront, ring, netback and ring again carry.
 
+use std::net::SocketAddrV4;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use domain_kit::Domain;
 use domain_kit::xs::XsClient;
-use frontends::netfront::{NetFront, PacketMeta};
+use frontends::netfront::{NetFront, Options, PacketMeta};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 
@@ -18,13 +19,22 @@ const BURST: usize = 64;
 #[derive(Default)]
 pub struct Packets {
     front: Option<NetFront>,
+    /// Of bulk's last connection.
+    port: u16,
 }
 
-/// TCP over IPv4 as far as netback looks, `len` bytes from the Ethernet header on; short ones are no IP.
-fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
+/// TCP over IPv4 as far as netback looks, `len` bytes from the Ethernet header on; short ones are UDP of this flow, or no IP.
+fn frame(to: [u8; 6], from: [u8; 6], len: usize, flow: Option<u16>) -> Vec<u8> {
     let mut f = vec![0x5a; len];
     f[..6].copy_from_slice(&to);
     f[6..12].copy_from_slice(&from);
+    if let Some(flow) = flow {
+        f[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+        f[16..18].copy_from_slice(&((len - 14) as u16).to_be_bytes());
+        f[18..34].copy_from_slice(&[0, 1, 0, 0, 64, 17, 0, 0, 10, 77, 9, 1, 10, 77, 9, 2]);
+        f[34..36].copy_from_slice(&(4000 + flow).to_be_bytes());
+        return f;
+    }
     if len < 1000 {
         // An ethertype for experiments (IEEE 802).
         f[12..14].copy_from_slice(&[0x88, 0xb5]);
@@ -37,7 +47,8 @@ fn frame(to: [u8; 6], from: [u8; 6], len: usize) -> Vec<u8> {
     f
 }
 
-fn sleep(front: &mut NetFront) -> Result<()> {
+/// Waits for the backend, 20 ms at most.
+pub(super) fn sleep(front: &mut NetFront) -> Result<()> {
     if front.final_check()? {
         return Ok(());
     }
@@ -49,9 +60,13 @@ fn sleep(front: &mut NetFront) -> Result<()> {
 
 impl Packets {
     fn front(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<&mut NetFront> {
-        if self.front.is_none() {
+        let queues = command["queues"].as_u64().unwrap_or(1) as usize;
+        if self.front.as_mut().is_none_or(|front| front.queues().len() != queues) {
             let vif = u32::try_from(super::number(command, "vif")?)?;
-            self.front = Some(NetFront::connect(&domain.hv, xs, domain.domid(), vif, CONNECT)?);
+            self.front = None;
+            let options = Options { queues, ..Options::default() };
+            let front = NetFront::connect_with(&domain.hv, xs, domain.domid(), vif, options, CONNECT)?;
+            self.front = Some(front);
         }
         self.front.as_mut().context("the NIC")
     }
@@ -61,28 +76,48 @@ impl Packets {
         Ok(json!({"mac": self.front(domain, xs, command)?.mac()}))
     }
 
-    /// Sends packets of one length for a time, as many as there is room for.
+    /// TCP to the outside for a time, segmentation left to netback and what comes after it.
+    pub fn bulk(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
+        self.port = self.port % 10_000 + 1;
+        let from = 20_000 + self.port;
+        let peer = SocketAddrV4::new(
+            super::text(command, "peer")?.parse().context("peer")?,
+            u16::try_from(super::number(command, "port")?)?,
+        );
+        let time = Duration::from_millis(super::number(command, "ms")?);
+        let rate = super::bulk::send(self.front(domain, xs, command)?, peer, from, time)?;
+        Ok(json!({"mib_s": rate / f64::from(1 << 20)}))
+    }
+
+    /// Sends packets of one length for a time, as many as there is room for, on all queues.
     pub fn send(&mut self, domain: &Domain, xs: &XsClient, command: &Value) -> Result<Value> {
         let to: [u8; 6] = serde_json::from_value(command["to"].clone()).context("to")?;
         let len = super::number(command, "len")? as usize;
         let time = Duration::from_millis(super::number(command, "ms")?);
         let front = self.front(domain, xs, command)?;
-        let packet = frame(to, front.mac(), len);
         let large = len > 1514;
+        let queues = front.queues().len();
+        // Several flows a queue, so that the receiver's queues all have some.
+        let flows: Vec<Vec<u8>> = match queues {
+            1 => vec![frame(to, front.mac(), len, None)],
+            n => (0..4 * n).map(|i| frame(to, front.mac(), len, Some(i as u16))).collect(),
+        };
         let meta =
             PacketMeta { csum_blank: large, gso_tcpv4: large.then_some(1448), ..PacketMeta::default() };
         let (start, mut sent) = (Instant::now(), 0u64);
         while start.elapsed() < time {
             front.clear();
-            let queue = front.queue();
-            queue.reap()?;
-            let mut burst = 0;
-            while burst < BURST && queue.send(&packet, meta) {
-                burst += 1;
+            let before = sent;
+            for (i, queue) in front.queues().iter_mut().enumerate() {
+                queue.rings.reap()?;
+                let mut burst = 0;
+                while burst < BURST && queue.rings.send(&flows[(i + burst * queues) % flows.len()], meta) {
+                    burst += 1;
+                }
+                sent += burst as u64;
+                queue.flush();
             }
-            sent += burst as u64;
-            front.flush();
-            if burst == 0 {
+            if sent == before {
                 sleep(front)?;
             }
         }

@@ -1,5 +1,6 @@
 //! What the machine can do without us: the same work on bare kernel primitives.
 
+pub mod bridge;
 pub mod echo;
 pub mod eventfd;
 pub mod helper;

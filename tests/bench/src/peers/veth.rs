@@ -122,7 +122,11 @@ pub fn kernel(outside: &Outside) -> Result<Outside> {
     Ok(other)
 }
 
-fn ip(args: &[&str]) -> Result<()> {
+/// Runs ip(8) in the calling thread's network namespace.
+///
+/// # Errors
+/// What it says.
+pub fn ip(args: &[&str]) -> Result<()> {
     let out = Command::new("ip").args(args).output().context("running ip (package iproute2)")?;
     ensure!(out.status.success(), "ip {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
     Ok(())
