@@ -82,7 +82,7 @@ impl Bulk<'_> {
         f[36..38].copy_from_slice(&self.peer.port().to_be_bytes());
         f[38..42].copy_from_slice(&seq.to_be_bytes());
         f[42..46].copy_from_slice(&self.expected.to_be_bytes());
-        f[46] = ((20 + options.len()) / 4 << 4) as u8;
+        f[46] = (((20 + options.len()) / 4) << 4) as u8;
         f[47] = flags;
         f[48..54].copy_from_slice(&[0xff, 0xff, 0, 0, 0, 0]);
         f[54..header].copy_from_slice(options);
