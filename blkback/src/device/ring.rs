@@ -30,10 +30,9 @@ use crate::stats::Stats;
 const IDLE: Duration = Duration::from_secs(2);
 /// Longest look for the frontend's next request while nothing is under way: its turn-round.
 const LOOK_FOR_REQUESTS: Duration = Duration::from_micros(100);
-/// Longest look while the disk works on one request: a fast disk's time.
+/// Longest look while the disk works on one request: a fast disk's time. While it works on several there is none: sleeping gathers
+/// completions, and the requests that follow them, for one call.
 const LOOK_FOR_DISK: Duration = Duration::from_micros(200);
-/// The same while it works on several: sleeping gathers completions, and the requests that follow them, for one call.
-const LOOK_FOR_SEVERAL: Duration = Duration::from_micros(20);
 
 /// What a ring's thread and the control thread share.
 #[derive(Debug)]
@@ -334,7 +333,7 @@ fn serve(
     // At re-attach and at the start: poll the ring whatever latched, then notify once.
     let mut notify_once = true;
     // Of an idle disk, of one that works on one request, and on several.
-    let mut windows = [LOOK_FOR_REQUESTS, LOOK_FOR_DISK, LOOK_FOR_SEVERAL].map(Window::new);
+    let mut windows = [LOOK_FOR_REQUESTS, LOOK_FOR_DISK, Duration::ZERO].map(Window::new);
     // Something was taken up and not handed over: where there is no looking, that waits for the call that sleeps.
     let mut held = false;
     let mut gave_back = false;

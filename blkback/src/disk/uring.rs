@@ -28,6 +28,11 @@ use super::source::Source;
 
 /// Operations in a chunk after which it is registered: before, pinning it all costs more than it saves.
 const REGISTER_AFTER: u32 = 64;
+/// With more than twice as many operations under way, so many completions are waited for at once: they are answered, and the requests that
+/// follow are handed over, together, which spares system calls, events and the disk's kicks.
+const GATHER: u32 = 4;
+/// No longer than this; then each completion counts.
+const GATHER_TIME: Duration = Duration::from_micros(100);
 /// Bytes that a secure discard overwrites at once.
 const ERASE_STEP: usize = 1 << 20;
 /// User data of polls of events: this and the event's number.
@@ -378,6 +383,10 @@ impl DiskQueue for UringQueue {
                     opcode::PollAdd::new(types::Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true);
                 self.push(poll.build().user_data(EVENTS | i as u64));
             }
+        }
+        if self.ring.completion().is_empty() && self.under_way > 2 * GATHER {
+            let time = timeout.map_or(GATHER_TIME, |time| time.min(GATHER_TIME));
+            self.enter(GATHER as usize, Some(time));
         }
         if self.ring.completion().is_empty() {
             self.enter(1, timeout);
