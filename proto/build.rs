@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "bulkhead/hvcore.proto",
         "bulkhead/service.proto",
         "bulkhead/blkback.proto",
+        "bulkhead/qemu.proto",
         "bulkhead/store.proto",
         "bulkhead/toolstack.proto",
     ];

@@ -16,6 +16,7 @@ use crate::disk::attachment::Disk;
 use crate::limit::Limits;
 use crate::request::MAX_INDIRECT_SEGMENTS;
 use crate::stats::{self, Stats};
+use crate::vhost::{self, VhostDevice};
 
 /// The disk of this process, or why there is none (yet).
 pub struct DiskState(Mutex<Result<Arc<dyn Disk>, String>>);
@@ -93,6 +94,13 @@ impl Registry {
         self.lock().insert(device.connection.key, registered);
     }
 
+    fn add_vhost(&self, device: &VhostDevice, shared_writer: bool) {
+        let read_only = device.wanted.read_only;
+        let registered =
+            Registered { stats: device.stats(), control: device.control(), shared_writer, read_only };
+        self.lock().insert(device.wanted.key, registered);
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<DeviceKey, Registered>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,7 +163,21 @@ pub struct Vbd {
 }
 
 /// A device from connecting on.
-pub struct Served(Option<Device>);
+pub enum Served {
+    /// By Xen's rings, once they are served.
+    Rings(Option<Device>),
+    /// By vhost-user.
+    Vhost(VhostDevice),
+}
+
+impl Served {
+    fn set_limits(&self, limits: Limits) -> bool {
+        match self {
+            Served::Rings(device) => device.as_ref().is_some_and(|device| device.set_limits(limits)),
+            Served::Vhost(device) => device.set_limits(limits),
+        }
+    }
+}
 
 impl Vbd {
     /// Serves the one disk. `read_only`: to everyone.
@@ -250,6 +272,28 @@ impl Vbd {
         })
     }
 
+    /// The device by vhost-user, if its frontend asks for that and the toolstack approved it.
+    fn vhost(&self, node: &DeviceNode, disk: &Arc<dyn Disk>) -> Result<Option<VhostDevice>, DeviceError> {
+        let protocol = node.front_node(node::PROTOCOL)?;
+        if protocol.as_deref().map(str::trim) != Some(vhost::PROTOCOL) {
+            return Ok(None);
+        }
+        let resource = node
+            .back_node(vhost::NODE)?
+            .ok_or_else(|| DeviceError::Failed("vhost-user is not approved for this device".into()))?;
+        let mode = self.mode(node, &**disk)?;
+        self.sole_writer(node.key, mode)?;
+        let instance = device::instance(&self.shared.domain.hv, node.key.frontend)
+            .map_err(|e| DeviceError::NotReady(e.to_string()))?
+            .ok_or_else(|| DeviceError::NotReady(format!("there is no domain {}", node.key.frontend)))?;
+        let wanted = vhost::Wanted { key: node.key, instance, read_only: mode == Mode::ReadOnly, resource };
+        let Shared { domain, no_space, .. } = &self.shared;
+        let device =
+            VhostDevice::serve(domain, disk, *no_space, wanted, Limits::default()).map_err(failed)?;
+        self.registry.add_vhost(&device, mode == Mode::SharedWriter);
+        Ok(Some(device))
+    }
+
     /// A disk that is written belongs to one guest, unless all who write it were said to share it.
     fn sole_writer(&self, key: DeviceKey, mode: Mode) -> Result<(), DeviceError> {
         if mode == Mode::ReadOnly {
@@ -300,10 +344,24 @@ impl BackendDriver for Vbd {
                     let drain_ms = disk.fence().drain.as_millis() as u64;
                     tracing::info!(device = %connection.key, drain_ms, "served again");
                     self.registry.add(&device, false);
-                    served.push((connection.key, Served(Some(device))));
+                    served.push((connection.key, Served::Rings(Some(device))));
                 }
                 // The store's turn will come to it again and say why.
                 Err(error) => tracing::error!(device = %connection.key, %error, "cannot be served again"),
+            }
+        }
+        let kept = vhost::kept(&self.shared.domain.hv).unwrap_or_else(|error| {
+            tracing::error!(%error, "what a predecessor kept cannot be listed");
+            Vec::new()
+        });
+        for (wanted, limits) in kept {
+            let key = wanted.key;
+            match VhostDevice::serve(&self.shared.domain, &disk, self.shared.no_space, wanted, limits) {
+                Ok(device) => {
+                    self.registry.add_vhost(&device, false);
+                    served.push((key, Served::Vhost(device)));
+                }
+                Err(error) => tracing::error!(device = %key, %error, "cannot be served again"),
             }
         }
         served
@@ -340,26 +398,37 @@ impl BackendDriver for Vbd {
     fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Served, Properties), DeviceError> {
         let disk = self.disk()?;
         let mode = self.mode(node, &*disk)?;
+        let vhost = self.vhost(node, &disk)?;
         if reattach {
+            if let Some(device) = vhost {
+                device.known();
+                return Ok((Served::Vhost(device), Vec::new()));
+            }
             let device = Device::reattach(&self.shared, &disk, node.key).map_err(failed)?;
             device.known();
             self.registry.add(&device, mode == Mode::SharedWriter);
-            return Ok((Served(Some(device)), Vec::new()));
+            return Ok((Served::Rings(Some(device)), Vec::new()));
         }
-        let connection = self.connection(node, &*disk)?;
-        self.sole_writer(node.key, mode)?;
         let geometry = disk.geometry();
-        let mut info = if connection.read_only { VDISK_READONLY } else { 0 };
+        let mut info = if mode == Mode::ReadOnly { VDISK_READONLY } else { 0 };
         if node.back_node(node::DEVICE_TYPE)?.is_some_and(|kind| kind.trim() == "cdrom") {
             info |= VDISK_CDROM;
         }
         if node.back_number::<u32>(node::REMOVABLE)?.unwrap_or(0) != 0 {
             info |= VDISK_REMOVABLE;
         }
-        let starting = Device::connect(&self.shared, &disk, connection).map_err(failed)?;
-        self.starting.insert(node.key, (starting, mode));
+        let served = match vhost {
+            Some(device) => Served::Vhost(device),
+            None => {
+                let connection = self.connection(node, &*disk)?;
+                self.sole_writer(node.key, mode)?;
+                let starting = Device::connect(&self.shared, &disk, connection).map_err(failed)?;
+                self.starting.insert(node.key, (starting, mode));
+                Served::Rings(None)
+            }
+        };
         Ok((
-            Served(None),
+            served,
             vec![
                 (node::SECTORS, geometry.sectors.to_string()),
                 (node::SECTOR_SIZE, geometry.logical.to_string()),
@@ -370,19 +439,25 @@ impl BackendDriver for Vbd {
     }
 
     fn connected(&mut self, node: &DeviceNode, served: &mut Served) {
+        if let Served::Vhost(device) = served {
+            device.known();
+            return;
+        }
         let Some((starting, mode)) = self.starting.remove(&node.key) else { return };
         match starting.start() {
             Ok(device) => {
                 device.known();
                 self.registry.add(&device, mode == Mode::SharedWriter);
-                served.0 = Some(device);
+                *served = Served::Rings(Some(device));
             }
             Err(error) => self.shared.handle.failed(node.key, error.to_string()),
         }
     }
 
     fn live(&mut self, node: &DeviceNode, served: &mut Served) -> Result<(), DeviceError> {
-        let Some(device) = &served.0 else { return Ok(()) };
+        if matches!(served, Served::Rings(None)) {
+            return Ok(());
+        }
         if let Some(asked) = self.registry.asked(node.key) {
             let Limits { iops, iops_burst, bytes, bytes_burst } = asked;
             node.xs.transaction(|tx| {
@@ -399,7 +474,7 @@ impl BackendDriver for Vbd {
         }
         let [iops, iops_burst, bytes, bytes_burst] = said;
         let limits = Limits { iops, iops_burst, bytes, bytes_burst };
-        if device.set_limits(limits) {
+        if served.set_limits(limits) {
             tracing::info!(device = %node.key, ?limits, "limits");
         }
         let disk = self.disk()?;
@@ -432,15 +507,17 @@ impl BackendDriver for Vbd {
     fn disconnect(&mut self, key: DeviceKey, served: Served) {
         self.registry.lock().remove(&key);
         let hv = &self.shared.domain.hv;
-        match (served.0, self.starting.remove(&key)) {
-            (Some(device), _) => device.close(hv),
-            (None, Some((starting, _))) => starting.abandon(hv),
-            (None, None) => self.forget(key),
+        match (served, self.starting.remove(&key)) {
+            (Served::Vhost(device), _) => device.close(hv),
+            (Served::Rings(Some(device)), _) => device.close(hv),
+            (Served::Rings(None), Some((starting, _))) => starting.abandon(hv),
+            (Served::Rings(None), None) => self.forget(key),
         }
     }
 
     fn forget(&mut self, key: DeviceKey) {
-        if let Err(error) = device::forget(&self.shared.domain.hv, key) {
+        let hv = &self.shared.domain.hv;
+        for error in [device::forget(hv, key), vhost::forget(hv, key)].into_iter().filter_map(Result::err) {
             tracing::warn!(device = %key, %error, "forgetting");
         }
     }

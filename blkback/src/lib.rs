@@ -12,6 +12,7 @@
 //! | [`driver`] | the xenbus driver, statistics, drain |
 //! | [`limit`] | requests and bytes per second |
 //! | [`stats`] | counters |
+//! | [`vhost`] | virtqueues of QEMU guests in the place of Xen's rings |
 //! | [`fault`] | `--fault`, for tests of poison requests |
 
 pub mod arena;
@@ -25,3 +26,4 @@ pub mod limit;
 pub mod pages;
 pub mod request;
 pub mod stats;
+pub mod vhost;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use proto::blkback::Commit;
 use proto::hvcore::{CreateDomainRequest, Domain, Resource, VersionReply};
+use proto::qemu::QemuStatus;
 
 /// Why hv-core did not do it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,6 +84,16 @@ pub trait Hv: Send + Sync {
     /// # Errors
     /// As [`Hv::settle_disk`].
     fn disk_bytes(&self, control_socket: &str, grow: u64) -> Result<u64, HvError>;
+    /// Asks the qemu-bridge at this socket how its guest is, after stopping its processors (`Some(true)`) or letting them go on.
+    ///
+    /// # Errors
+    /// [`HvError::Busy`] it does not answer; [`HvError::Refused`] QEMU does not, and why.
+    fn qemu(&self, control_socket: &str, pause: Option<bool>) -> Result<QemuStatus, HvError>;
+    /// Asks the qemu-bridge at this socket for what its guest's display shows, as PNG.
+    ///
+    /// # Errors
+    /// As [`Hv::qemu`].
+    fn screenshot(&self, control_socket: &str) -> Result<Vec<u8>, HvError>;
     /// Sends its process a signal.
     ///
     /// # Errors

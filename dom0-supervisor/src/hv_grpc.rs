@@ -13,6 +13,10 @@ use proto::hvcore::{
     CreateDomainRequest, Domain, DomainRef, Empty, Event, KillRequest, Resource, SetResourcesRequest,
     UpdateDomainRequest, VersionReply, VersionRequest, WatchEventsRequest,
 };
+use proto::qemu::qemu_client::QemuClient;
+use proto::qemu::{
+    QemuPauseRequest, QemuResumeRequest, QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
+};
 use proto::service::DrainRequest;
 use proto::service::service_client::ServiceClient;
 use tokio::net::UnixStream;
@@ -81,6 +85,9 @@ fn from_status(status: &Status) -> HvError {
         _ => HvError::Refused(text),
     }
 }
+
+/// Longest screenshot, bytes.
+const MAX_SCREENSHOT: usize = 64 << 20;
 
 fn domain_ref(domid: u16, instance: u64) -> DomainRef {
     DomainRef { domid: domid.into(), instance }
@@ -160,6 +167,24 @@ impl Hv for GrpcHv {
         let mut client = DiskClient::new(crate::api::channel(control_socket.to_owned()));
         let asked = async move { client.describe(DescribeRequest {}).await };
         self.ask(asked).map(|reply| reply.commit.unwrap_or_default())
+    }
+
+    fn qemu(&self, control_socket: &str, pause: Option<bool>) -> Result<QemuStatus, HvError> {
+        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let asked = async move {
+            match pause {
+                None => client.status(QemuStatusRequest {}).await,
+                Some(true) => client.pause(QemuPauseRequest {}).await,
+                Some(false) => client.resume(QemuResumeRequest {}).await,
+            }
+        };
+        self.ask(asked)
+    }
+
+    fn screenshot(&self, control_socket: &str) -> Result<Vec<u8>, HvError> {
+        let client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let mut client = client.max_decoding_message_size(MAX_SCREENSHOT);
+        self.ask(async move { client.screenshot(QemuScreenshotRequest {}).await }).map(|reply| reply.png)
     }
 
     fn kill(&self, domid: u16, instance: u64, signal: u32) -> Result<(), HvError> {

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`config`] | host file and domain files |
 //! | [`state`] | the private record: desired state and operations under way |
-//! | [`specs`] | from configuration to hv-core's domain specifications |
+//! | [`specs`], [`specs_qemu`] | from configuration to hv-core's domain specifications |
 //! | [`xs_layout`] | from the record to xenstore's nodes |
 //! | [`ops`] | operations of several steps that survive a kill |
 //! | [`reconcile`] | desired against actual; `services` the same for services |
@@ -31,6 +31,7 @@ pub mod ops;
 pub mod reconcile;
 pub(crate) mod services;
 pub mod specs;
+pub mod specs_qemu;
 pub mod state;
 pub mod store;
 #[cfg(test)]

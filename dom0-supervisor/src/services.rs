@@ -288,20 +288,29 @@ impl Manager {
 /// A driver domain of one guest's own, of a guest that dom0 knows or one that only runs.
 fn is_private_backend(domain: &Domain, state: &State, domains: &[Domain]) -> bool {
     let of_known = state.guests.iter().any(|(name, guest)| {
-        guest.config.disk.iter().any(|disk| {
-            let vdev = disk.vdev.name();
-            domain.name == private_backend_name(name, vdev)
-                && domain.uuid.eq_ignore_ascii_case(&private_backend_uuid(&guest.uuid, vdev).to_string())
-        })
+        is_emulator(domain, &guest.uuid)
+            || guest.config.disk.iter().any(|disk| {
+                let vdev = disk.vdev.name();
+                domain.name == private_backend_name(name, vdev)
+                    && domain.uuid.eq_ignore_ascii_case(&private_backend_uuid(&guest.uuid, vdev).to_string())
+            })
     });
     of_known || domains.iter().any(|guest| is_guest(guest) && private_of(domain, guest))
 }
 
+/// True if it is QEMU's domain of the guest with this uuid.
+fn is_emulator(domain: &Domain, guest: &Uuid) -> bool {
+    domain.uuid.eq_ignore_ascii_case(&crate::specs_qemu::emulator_uuid(guest).to_string())
+}
+
 /// True if `backend` is a driver domain of this guest's own, judged by name and uuid alone.
 pub(crate) fn private_of(backend: &Domain, guest: &Domain) -> bool {
+    let Ok(uuid) = guest.uuid.parse::<Uuid>() else { return false };
+    if is_emulator(backend, &uuid) {
+        return true;
+    }
     let prefix = private_backend_name(&guest.name, "");
     let Some(vdev) = backend.name.strip_prefix(&prefix) else { return false };
-    let Ok(uuid) = guest.uuid.parse::<Uuid>() else { return false };
     backend.uuid.eq_ignore_ascii_case(&private_backend_uuid(&uuid, vdev).to_string())
 }
 

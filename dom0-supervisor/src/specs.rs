@@ -181,7 +181,7 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
     request.capabilities.push("CAP_NET_ADMIN".into());
     request.seccomp = "net".into();
     let tun = "/dev/net/tun".to_owned();
-    request.binds.push(Bind { source: tun.clone(), target: tun, read_only: false });
+    request.binds.push(Bind { source: tun.clone(), target: tun, read_only: false, executable: false });
     let mode = match entry.mode {
         NetbackMode::Bridged => "bridged",
         NetbackMode::Isolated => "isolated",
@@ -206,7 +206,12 @@ fn netback(host: &HostFile, entry: &NetbackEntry) -> Service {
         request.args.extend(["--gateway6".into(), gateway.clone()]);
         // The switches for IPv6 routing have no other door. It shows who looks there its own network namespace alone.
         let sysctl = "/proc/sys/net".to_owned();
-        request.binds.push(Bind { source: sysctl.clone(), target: sysctl, read_only: false });
+        request.binds.push(Bind {
+            source: sysctl.clone(),
+            target: sysctl,
+            read_only: false,
+            executable: false,
+        });
     }
     if let Some(address) = &entry.uplink_address6 {
         request.args.extend(["--uplink-address6".into(), address.clone()]);
@@ -262,6 +267,14 @@ pub fn guest(host: &HostFile, guest: &Guest) -> CreateDomainRequest {
             request.args = config.args.clone();
             request.env.extend(config.env.iter().cloned());
             request.seccomp = "service".into();
+        }
+        GuestType::Qemu => {
+            request.roles = vec![Role::ProcessGuest.into()];
+            request.program = program(host, "qemu-bridge");
+            request.seccomp = "service".into();
+            // The guest is in another domain: this one comes back.
+            request.restart = Some(restart_policy(host.restart));
+            request.limits = None;
         }
     }
     request

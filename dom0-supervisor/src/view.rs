@@ -63,7 +63,7 @@ impl Manager {
             {
                 "crashed"
             }
-            (None, Some(s)) => state_word(s),
+            (None, Some(s)) => domain.and_then(|d| self.qemu_word(guest, d)).unwrap_or(state_word(s)),
             (None, None) => "gone",
         };
         let note = match (saga, &guest.preserved) {
@@ -80,11 +80,14 @@ impl Manager {
             r#type: match guest.config.guest_type {
                 GuestType::Pvh => "pvh".into(),
                 GuestType::Process => "process".into(),
+                // Named where everybody looks: its backends see more than a PVH guest's.
+                GuestType::Qemu if guest.config.whole_memory => "qemu (whole memory)".into(),
+                GuestType::Qemu => "qemu".into(),
             },
             generation: domain.map_or(0, |d| d.generation),
             restarts: domain.map_or(0, |d| d.restarts),
             host_pid: domain.map_or(0, |d| d.host_pid),
-            vcpus: if guest.config.guest_type == GuestType::Pvh { guest.config.vcpus() } else { 0 },
+            vcpus: if guest.config.guest_type != GuestType::Process { guest.config.vcpus() } else { 0 },
             memory_bytes: guest.config.ram_bytes(),
             devices: self.device_views(guest),
             created_unix_ms: guest.created_unix_ms,
@@ -224,6 +227,14 @@ impl Manager {
                 view.guest = name.clone();
                 out.push(view);
             }
+        }
+        for (name, guest) in state.guests.iter().filter(|(_, g)| g.config.guest_type == GuestType::Qemu) {
+            let uuid = crate::specs_qemu::emulator_uuid(&guest.uuid).to_string();
+            let Some(domain) = domains.iter().find(|d| d.uuid.eq_ignore_ascii_case(&uuid)) else { continue };
+            seen.insert(domain.instance);
+            let mut view = self.service_view(&domain.name, "qemu", Some(domain), &uuid, String::new());
+            view.guest = name.clone();
+            out.push(view);
         }
         for domain in &domains {
             if seen.contains(&domain.instance) || is_guest(domain) {

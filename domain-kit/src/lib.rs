@@ -15,6 +15,7 @@
 //! | [`xenbus`] | how the two ends of a device find each other and agree on their states |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
+//! | `vhost` (a feature) | the backend's end of vhost-user |
 //!
 //! `unsafe` lives in [`mem`] (mapped memory) and [`os`] (inherited descriptors) alone.
 
@@ -30,6 +31,8 @@ pub mod model;
 pub mod os;
 pub mod poll;
 pub mod ring;
+#[cfg(feature = "vhost")]
+pub mod vhost;
 pub mod xenbus;
 pub mod xs;
 

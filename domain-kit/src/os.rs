@@ -51,6 +51,18 @@ pub fn control_stream() -> io::Result<std::os::unix::net::UnixStream> {
     Ok(stream.into())
 }
 
+/// Whether the CPU offers VMX or SVM. (A /dev/kvm without is a slow emulation.)
+pub fn cpu_can_virtualize() -> bool {
+    #[allow(unused_unsafe, reason = "safe in newer toolchains only")]
+    // SAFETY: every x86_64 CPU has the CPUID instruction.
+    unsafe {
+        use std::arch::x86_64::__cpuid;
+        let vmx = __cpuid(1).ecx & (1 << 5) != 0;
+        let svm = __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & (1 << 2) != 0;
+        vmx || svm
+    }
+}
+
 /// Owns a descriptor that the kernel just installed for an SCM_RIGHTS message.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: recvmsg(2) made this descriptor for us alone.

@@ -5,6 +5,7 @@
 
 pub mod blkfront;
 mod connect;
+pub mod console;
 pub mod netfront;
 
 pub use connect::ConnectError;

@@ -147,7 +147,7 @@ impl Control {
     /// them anew. Not in the life-cycle thread: an open can hang.
     async fn check_files(&self, spec: &Spec) -> Result<(), Status> {
         let opens = self.opens.clone();
-        let program = spec.program.clone();
+        let (program, dynamic) = (spec.program.clone(), spec.may_be_dynamic());
         let files = spec.resources.iter().map(|(name, r)| (r.kind, *name, r.path.clone()));
         let files: Vec<_> = files
             .filter(|(kind, ..)| matches!(*kind, resource_kind::FILE_RO | resource_kind::FILE_RW))
@@ -155,7 +155,7 @@ impl Control {
         let checked = tokio::task::spawn_blocking(move || {
             let deadline = Instant::now() + FILES_DEADLINE;
             let all = move || -> Result<(), String> {
-                program::open(&program)?;
+                program::open(&program, dynamic)?;
                 for (kind, name, path) in files {
                     resources::open(kind, &path).map_err(|e| {
                         format!("resources.path: {} {path}: {}", name.as_str().unwrap_or("?"), e.desc())

@@ -88,7 +88,7 @@ fn parse_bind(text: &str) -> Result<BindSpec, String> {
     if !spawner::sandbox::is_plain_absolute(target) {
         return Err(format!("{target:?} is not a plain absolute path"));
     }
-    Ok(BindSpec { source: source.into(), target: target.into(), read_only })
+    Ok(BindSpec { source: source.into(), target: target.into(), read_only, executable: false })
 }
 
 fn main() -> std::process::ExitCode {
@@ -105,7 +105,7 @@ fn main() -> std::process::ExitCode {
 fn dom0_spec(args: &Args, run_dir: &Path) -> Result<spec::Spec, String> {
     let text = |p: &Path| p.to_str().map(str::to_owned).ok_or(format!("{} is not UTF-8", p.display()));
     let ctl = text(&run_dir.join("ctl"))?;
-    let mut binds = vec![BindSpec { source: ctl.clone(), target: ctl, read_only: true }];
+    let mut binds = vec![BindSpec { source: ctl.clone(), target: ctl, read_only: true, executable: false }];
     binds.extend(args.dom0_binds.iter().cloned());
     let env = ["RUST_LOG", "RUST_BACKTRACE"];
     let env = env.iter().filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?))).collect();
@@ -129,7 +129,12 @@ fn dom0_spec(args: &Args, run_dir: &Path) -> Result<spec::Spec, String> {
         }],
         binds: binds
             .into_iter()
-            .map(|b| proto::hvcore::Bind { source: b.source, target: b.target, read_only: b.read_only })
+            .map(|b| proto::hvcore::Bind {
+                source: b.source,
+                target: b.target,
+                read_only: b.read_only,
+                executable: false,
+            })
             .collect(),
         // A second hv-core starts a dom0 of its own: two would fight over one state.
         die_with_hypervisor: true,
@@ -156,15 +161,17 @@ fn raise_file_limit() -> anyhow::Result<()> {
 
 /// Makes the run directory; the lock says that it is ours until we end.
 fn prepare_run_dir(dir: &Path) -> anyhow::Result<Flock<OwnedFd>> {
-    for sub in ["", "ctl", "log"] {
+    for sub in ["", "ctl", "log", "vhost"] {
         let dir = dir.join(sub);
         std::fs::create_dir_all(&dir).with_context(|| format!("run directory {}", dir.display()))?;
     }
     let lock = std::fs::File::create(dir.join("lock")).context("run directory")?;
     let lock = Flock::lock(OwnedFd::from(lock), FlockArg::LockExclusiveNonblock);
     let lock = lock.map_err(|_| anyhow::anyhow!("another hv-core runs in {}", dir.display()))?;
-    for entry in std::fs::read_dir(dir.join("ctl"))? {
-        std::fs::remove_file(entry?.path()).context("a socket of an earlier hv-core")?;
+    for sub in ["ctl", "vhost"] {
+        for entry in std::fs::read_dir(dir.join(sub))? {
+            std::fs::remove_file(entry?.path()).context("a socket of an earlier hv-core")?;
+        }
     }
     Ok(lock)
 }

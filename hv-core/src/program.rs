@@ -13,11 +13,11 @@ const PHDR: usize = 56;
 const EM_X86_64: u16 = 62;
 const PT_INTERP: u32 = 3;
 
-/// Opens a program and checks that it can run in a domain's empty root.
+/// Opens a program and checks that it can run in a domain's empty root. `dynamic`: its loader and libraries are bound in.
 ///
 /// # Errors
 /// One line: what is wrong and what to do.
-pub fn open(path: &str) -> Result<OwnedFd, String> {
+pub fn open(path: &str, dynamic: bool) -> Result<OwnedFd, String> {
     // Non-blocking, so that a pipe in that place cannot hold the caller.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let file = opened.map_err(|e| match e.kind() {
@@ -31,13 +31,13 @@ pub fn open(path: &str) -> Result<OwnedFd, String> {
     if meta.permissions().mode() & 0o001 == 0 {
         return Err(format!("program {path}: not everyone may execute it; chmod a+x {path}"));
     }
-    match check(&file) {
+    match check(&file, dynamic) {
         Ok(()) => Ok(file.into()),
         Err(why) => Err(format!("program {path}: {why}")),
     }
 }
 
-fn check(file: &File) -> Result<(), &'static str> {
+fn check(file: &File, dynamic: bool) -> Result<(), &'static str> {
     const NO_ELF: &str = "it is no program for x86-64 Linux (ELF); give one";
     let mut head = [0; EHDR];
     file.read_exact_at(&mut head, 0).map_err(|_| NO_ELF)?;
@@ -53,7 +53,7 @@ fn check(file: &File) -> Result<(), &'static str> {
         let mut kind = [0; 4];
         let at = offset.checked_add((i * PHDR) as u64).ok_or(NO_ELF)?;
         file.read_exact_at(&mut kind, at).map_err(|_| NO_ELF)?;
-        if u32::from_le_bytes(kind) == PT_INTERP {
+        if u32::from_le_bytes(kind) == PT_INTERP && !dynamic {
             return Err("it needs shared libraries, which a domain does not have; link it statically");
         }
     }
@@ -69,7 +69,7 @@ mod tests {
         let path = dir.path().join("p");
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-        open(path.to_str().unwrap()).unwrap_err()
+        open(path.to_str().unwrap(), false).unwrap_err()
     }
 
     fn elf(machine: u16, headers: &[u32]) -> Vec<u8> {
@@ -87,8 +87,8 @@ mod tests {
 
     #[test]
     fn each_mistake_says_what_to_do() {
-        assert!(open("/no/such").unwrap_err().contains("check the path"));
-        assert!(open("/tmp").unwrap_err().contains("not a file"));
+        assert!(open("/no/such", false).unwrap_err().contains("check the path"));
+        assert!(open("/tmp", false).unwrap_err().contains("not a file"));
         assert!(refused(b"#!/bin/sh\n", 0o755).contains("no program"));
         assert!(refused(b"", 0o755).contains("no program"));
         assert!(refused(&elf(40, &[1]), 0o755).contains("no program"), "another machine");
@@ -105,6 +105,6 @@ mod tests {
     #[test]
     fn this_test_is_a_program() {
         let own = std::env::current_exe().unwrap();
-        open(own.to_str().unwrap()).unwrap();
+        open(own.to_str().unwrap(), true).unwrap();
     }
 }

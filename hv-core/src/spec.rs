@@ -79,6 +79,13 @@ impl Default for Limits {
     }
 }
 
+impl Spec {
+    /// Whether its program may need a loader and libraries: only where the filter profile is made for such a program.
+    pub fn may_be_dynamic(&self) -> bool {
+        self.seccomp == SeccompProfile::Qemu
+    }
+}
+
 /// A checked specification.
 #[derive(Clone, Debug)]
 pub struct Spec {
@@ -273,7 +280,15 @@ fn bind_field(binds: &[proto::hvcore::Bind]) -> Result<Vec<BindSpec>, String> {
         if out.iter().any(|o| o.target == b.target) {
             return bad("binds.target", format!("{:?} is there twice", b.target));
         }
-        out.push(BindSpec { source: b.source.clone(), target: b.target.clone(), read_only: b.read_only });
+        if b.executable && !b.read_only {
+            return bad("binds.executable", format!("{:?} must be read-only", b.target));
+        }
+        out.push(BindSpec {
+            source: b.source.clone(),
+            target: b.target.clone(),
+            read_only: b.read_only,
+            executable: b.executable,
+        });
     }
     Ok(out)
 }
@@ -374,7 +389,10 @@ impl Spec {
             "net" => SeccompProfile::Net,
             "runner" => SeccompProfile::Runner,
             "toolstack" => SeccompProfile::Toolstack,
-            other => return bad("seccomp", format!("{other:?} is not service, net, runner or toolstack")),
+            "qemu" => SeccompProfile::Qemu,
+            other => {
+                return bad("seccomp", format!("{other:?} is not service, net, runner, toolstack or qemu"));
+            }
         };
         let wire = r.limits.unwrap_or_default();
         if wire.cpu_weight > 10000 {
@@ -453,6 +471,18 @@ mod tests {
                         source: "/a".into(),
                         target: "/../b".into(),
                         read_only: true,
+                        executable: false,
+                    }];
+                }),
+            ),
+            (
+                "binds.executable",
+                Box::new(|r| {
+                    r.binds = vec![proto::hvcore::Bind {
+                        source: "/a".into(),
+                        target: "/b".into(),
+                        read_only: false,
+                        executable: true,
                     }];
                 }),
             ),

@@ -22,6 +22,7 @@ use crate::switch::settings::Settings;
 use crate::switch::{Gateway, Memory, Plan, RULES_BYTES, Switch, dhcp, fdb};
 use crate::tap::Tap;
 use crate::uplink::{self, UplinkWork};
+use crate::vhost::{self, VhostVif};
 use crate::worker::{Work, Worker};
 use domain_kit::ring::Span;
 
@@ -38,10 +39,15 @@ pub struct Vifs {
     list: Mutex<BTreeMap<VifId, Served>>,
     switch: Mutex<Option<Arc<Switch>>>,
     uplink: Mutex<Option<Arc<Worker>>>,
+    /// What is asked of those by vhost-user.
+    vhost: Mutex<BTreeMap<VifId, VhostControl>>,
     draining: Mutex<bool>,
     /// Who wants copies of packets.
     pub(crate) captures: Arc<Captures>,
 }
+
+/// A vif by vhost-user, as the gRPC thread sees it.
+type VhostControl = (Arc<Stats>, crate::vhost::Drain);
 
 fn counter(name: &str, value: u64, subject: &str, unit: &str) -> Counter {
     Counter { name: name.into(), value, subject: subject.into(), unit: unit.into() }
@@ -59,14 +65,18 @@ impl Vifs {
 
     fn workers(&self) -> Vec<Arc<Worker>> {
         let list = lock(&self.list);
-        list.values().flat_map(|(_, workers)| workers.clone()).chain(lock(&self.uplink).clone()).collect()
+        let vhost = lock(&self.vhost);
+        let by_vhost = vhost.values().filter_map(|(_, drain)| drain.worker());
+        let all = list.values().flat_map(|(_, workers)| workers.clone());
+        all.chain(lock(&self.uplink).clone()).chain(by_vhost).collect()
     }
 }
 
 impl ServiceControl for Vifs {
     fn statistics(&self) -> Vec<Counter> {
         let list = lock(&self.list);
-        let mut out = vec![counter("vifs_connected", list.len() as u64, "", "")];
+        let vhost = lock(&self.vhost);
+        let mut out = vec![counter("vifs_connected", (list.len() + vhost.len()) as u64, "", "")];
         if let Some(switch) = &*lock(&self.switch) {
             out.push(counter("addresses_learned", switch.learned() as u64, "", ""));
             out.push(counter("addresses_leased", switch.leased() as u64, "", ""));
@@ -78,19 +88,32 @@ impl ServiceControl for Vifs {
             out.push(counter("queues", port.queues.len() as u64, &id, ""));
             out.extend(counters(&port.stats, &id));
         }
+        for (id, (stats, _)) in vhost.iter() {
+            out.extend(counters(stats, &id.to_string()));
+        }
         out
     }
 
     fn drain(&self, deadline: Duration, resume: bool) -> bool {
         let end = Instant::now() + deadline;
         *lock(&self.draining) = !resume;
+        lock(&self.vhost).values().for_each(|(_, drain)| drain.rest(!resume));
         let workers = self.workers();
         workers.iter().for_each(|worker| worker.drain(!resume));
         resume || workers.iter().all(|w| w.wait_drained(end.saturating_duration_since(Instant::now())))
     }
 }
 
-/// A vif that is connected.
+/// A vif that is served or about to be.
+#[derive(Debug)]
+pub enum Device {
+    /// By Xen's rings.
+    Rings(Vif),
+    /// By vhost-user.
+    Vhost(VhostVif),
+}
+
+/// A vif that is connected by Xen's rings.
 #[derive(Debug)]
 pub struct Vif {
     connection: Connection,
@@ -269,6 +292,48 @@ impl NetDriver {
         Ok(())
     }
 
+    /// The vif by vhost-user, if its frontend asks for that and the toolstack approved it.
+    fn vhost(&mut self, node: &DeviceNode) -> Result<Option<VhostVif>, DeviceError> {
+        if node.front_node("protocol")?.as_deref().map(str::trim) != Some(vhost::PROTOCOL) {
+            return Ok(None);
+        }
+        let resource = node
+            .back_node(vhost::NODE)?
+            .ok_or_else(|| DeviceError::Failed("vhost-user is not approved for this device".into()))?;
+        let id = Self::id(node.key)?;
+        let settings = self.settings(node)?;
+        let switch = self.switch()?;
+        let draining = *lock(&self.vifs.draining);
+        let vif = VhostVif::serve(&self.domain, id, resource, settings, &switch, draining)?;
+        self.note_vhost(id, &vif);
+        Ok(Some(vif))
+    }
+
+    fn note_vhost(&self, id: VifId, vif: &VhostVif) {
+        lock(&self.vifs.vhost).insert(id, (vif.stats(), vif.drain()));
+    }
+
+    fn resume_vhost(&mut self) -> Vec<(DeviceKey, Device)> {
+        let Ok(switch) = self.switch() else { return Vec::new() };
+        let known = vhost::known(&self.domain.hv).unwrap_or_else(|error| {
+            tracing::error!(%error, "what the predecessor served is not to be had");
+            Vec::new()
+        });
+        let mut vifs = Vec::new();
+        for id in known {
+            let draining = *lock(&self.vifs.draining);
+            match VhostVif::resume(&self.domain, id, &switch, draining) {
+                Ok(Some(vif)) => {
+                    self.note_vhost(id, &vif);
+                    vifs.push((id.into(), Device::Vhost(vif)));
+                }
+                Ok(None) => vhost::forget(&self.domain.hv, id),
+                Err(error) => tracing::error!(%id, %error, "a vif cannot be taken over"),
+            }
+        }
+        vifs
+    }
+
     /// A predecessor's vif: others can send to it, and it is not served yet.
     fn take_over(&mut self, id: VifId) -> Result<Option<Vif>, ConnectError> {
         let own_fault = self.domain.predecessor_crashed();
@@ -282,10 +347,10 @@ impl NetDriver {
 }
 
 impl BackendDriver for NetDriver {
-    type Device = Vif;
+    type Device = Device;
     const KIND: &'static str = "vif";
 
-    fn resume(&mut self) -> Vec<(DeviceKey, Vif)> {
+    fn resume(&mut self) -> Vec<(DeviceKey, Device)> {
         let known = match connection::known(&self.domain.hv) {
             Ok(known) => known,
             Err(error) => {
@@ -316,7 +381,9 @@ impl BackendDriver for NetDriver {
         if let Err(error) = self.uplink() {
             tracing::error!(%error, "no uplink yet");
         }
-        vifs
+        let mut all: Vec<_> = vifs.into_iter().map(|(key, vif)| (key, Device::Rings(vif))).collect();
+        all.extend(self.resume_vhost());
+        all
     }
 
     fn kept(&mut self) -> Vec<DeviceKey> {
@@ -334,25 +401,40 @@ impl BackendDriver for NetDriver {
         Ok(nodes::features(self.queues))
     }
 
-    fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Vif, Properties), DeviceError> {
+    fn connect(&mut self, node: &DeviceNode, reattach: bool) -> Result<(Device, Properties), DeviceError> {
         let id = Self::id(node.key)?;
+        if let Some(vif) = self.vhost(node)? {
+            if reattach {
+                vif.keep(&self.domain.hv).map_err(not_ready)?;
+            }
+            return Ok((Device::Vhost(vif), Vec::new()));
+        }
         if reattach && let Some(mut vif) = self.take_over(id)? {
             self.serve(&mut vif).map_err(connection::system("starting a thread"))?;
-            return Ok((vif, Vec::new()));
+            return Ok((Device::Rings(vif), Vec::new()));
         }
         let params = nodes::params(node, self.queues)?;
         let settings = self.settings(node)?;
         let switch = self.switch()?;
         let (connection, work) =
             connection::connect(&self.domain.hv, id, params, settings, &switch, self.failed(id))?;
-        let mut vif = Vif { connection, work, workers: Vec::new() };
+        let mut vif = Device::Rings(Vif { connection, work, workers: Vec::new() });
         if reattach {
             self.connected(node, &mut vif);
         }
         Ok((vif, Vec::new()))
     }
 
-    fn connected(&mut self, node: &DeviceNode, vif: &mut Vif) {
+    fn connected(&mut self, node: &DeviceNode, vif: &mut Device) {
+        let vif = match vif {
+            Device::Rings(vif) => vif,
+            Device::Vhost(vif) => {
+                if let Err(error) = vif.keep(&self.domain.hv) {
+                    self.bus.failed(node.key, error.to_string());
+                }
+                return;
+            }
+        };
         let id = vif.connection.port.id;
         vif.work.iter_mut().for_each(|work| work.kick = true);
         // From here on a next incarnation takes it over without asking the store.
@@ -363,7 +445,14 @@ impl BackendDriver for NetDriver {
         }
     }
 
-    fn live(&mut self, node: &DeviceNode, vif: &mut Vif) -> Result<(), DeviceError> {
+    fn live(&mut self, node: &DeviceNode, vif: &mut Device) -> Result<(), DeviceError> {
+        let vif = match vif {
+            Device::Rings(vif) => vif,
+            Device::Vhost(vif) => {
+                vif.set(self.settings(node)?);
+                return Ok(());
+            }
+        };
         let port = vif.connection.port.clone();
         let headroom = nodes::headroom(node)?;
         if headroom != port.headroom() {
@@ -381,8 +470,15 @@ impl BackendDriver for NetDriver {
         Ok(())
     }
 
-    fn disconnect(&mut self, key: DeviceKey, mut vif: Vif) {
+    fn disconnect(&mut self, key: DeviceKey, vif: Device) {
         let Ok(id) = Self::id(key) else { return };
+        let mut vif = match vif {
+            Device::Rings(vif) => vif,
+            Device::Vhost(vif) => {
+                lock(&self.vifs.vhost).remove(&id);
+                return vif.close(&self.domain.hv);
+            }
+        };
         lock(&self.vifs.list).remove(&id);
         self.vifs.captures.end(id);
         for worker in vif.workers.drain(..) {
@@ -400,6 +496,7 @@ impl BackendDriver for NetDriver {
     fn forget(&mut self, key: DeviceKey) {
         if let Ok(id) = Self::id(key) {
             connection::forget(&self.domain.hv, id);
+            vhost::forget(&self.domain.hv, id);
         }
     }
 }

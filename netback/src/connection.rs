@@ -391,7 +391,7 @@ fn assemble(
         };
         let ports = Arc::new(bind(hv, id, q)?);
         numbers.extend(ports.numbers());
-        handles.push(RxHandle { queue: Mutex::new(Some(rxq)), ports: ports.clone() });
+        handles.push(RxHandle::ring(rxq, ports.clone()));
         txs.push((txq, span, ports));
     }
     let mut ctrl = match params.ctrl {

@@ -19,6 +19,7 @@
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
 //! | [`control`], [`capture`] | gRPC for dom0; copies of packets for `bh capture` |
 //! | [`names`], [`qubes`] | threads beside: DNS names in rules; rules at Qubes' paths |
+//! | [`vhost`] | virtqueues of QEMU guests in the place of Xen's rings |
 //! | [`fault`] | `--fault`, for tests of poison packets |
 //! | [`tap`], [`netlink`], [`nft`], [`forward`] | the kernel's side, inside this domain's own network namespace |
 
@@ -46,4 +47,5 @@ pub mod switch;
 mod sys;
 pub mod tap;
 pub mod uplink;
+pub mod vhost;
 pub mod worker;

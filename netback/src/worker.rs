@@ -371,7 +371,7 @@ impl Work {
         let progress = rx.flush(&mut self.lane)?;
         let more = rx.final_check()?;
         drop(guard);
-        handle.ports.notify_rx(progress.notify, &self.port.stats);
+        handle.notify(progress.notify, &self.port.stats);
         Ok(progress.worked || more)
     }
 

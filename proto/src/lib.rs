@@ -20,6 +20,10 @@ pub mod service {
 pub mod blkback {
     tonic::include_proto!("bulkhead.blkback.v1");
 }
+/// What qemu-bridge answers beside that.
+pub mod qemu {
+    tonic::include_proto!("bulkhead.qemu.v1");
+}
 /// xenstored's view for the toolstack.
 pub mod store {
     tonic::include_proto!("bulkhead.store.v1");

@@ -14,7 +14,7 @@ use crate::kills::{self, Kill, Pauses, Rng};
 use crate::outcome::{Outcome, Totals, totals};
 use crate::outside::{ADDRESS, PREFIX};
 use crate::progress::{Progress, Seen};
-use crate::system::{Config, NETBACK, System};
+use crate::system::{Config, NETBACK, System, bridge_name};
 
 const GUEST: &str = "demo";
 const GUEST_IP: &str = "10.77.0.2";
@@ -34,6 +34,17 @@ pub enum Guest {
         /// For people.
         name: String,
         /// A bzImage or ELF kernel.
+        kernel: PathBuf,
+        /// An initramfs with the guest agent.
+        initrd: PathBuf,
+        /// 1 to 8.
+        vcpus: u32,
+    },
+    /// The same Linux guest as a machine that QEMU emulates in software.
+    Qemu {
+        /// For people.
+        name: String,
+        /// A bzImage.
         kernel: PathBuf,
         /// An initramfs with the guest agent.
         initrd: PathBuf,
@@ -90,7 +101,7 @@ pub fn run(run: &Run, config: Config, screen: &dyn Observer) -> Result<Outcome> 
     std::fs::File::create(&disk)?.set_len(DISK_MIB << 20)?;
     let what = match &run.guest {
         Guest::Process => "a process guest",
-        Guest::Linux { name, .. } => name,
+        Guest::Linux { name, .. } | Guest::Qemu { name, .. } => name,
     };
     screen.stage(&format!("creating the guest: {what}, {DISK_MIB} MiB disk by blkback, NIC by netback"));
     let created = Instant::now();
@@ -202,6 +213,15 @@ fn domain_file(run: &Run, bin_dir: &Path, disk: &Path) -> String {
             initrd.display(),
             run.seed,
         ),
+        Guest::Qemu { kernel, initrd, vcpus, .. } => format!(
+            "name = \"{GUEST}\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nkernel = \"{}\"\nramdisk = \"{}\"\n\
+             memory = 256\nvcpus = {vcpus}\n\
+             cmdline = \"console=ttyS0 quiet panic=1 mitigations=off bh.disk=vda bh.ip={network} bh.gw={ADDRESS} bh.peer={ADDRESS}:{PEER_PORT} \
+             bh.work=disk,tcp,ping bh.seed={} bh.disk_pause_us=2000\"\n{devices}",
+            kernel.display(),
+            initrd.display(),
+            run.seed,
+        ),
         Guest::Process => format!(
             "name = \"{GUEST}\"\ntype = \"process\"\nprogram = \"{}\"\n\
              args = [\"--ip\", \"{network}\", \"--gateway\", \"{ADDRESS}\", \"--peer\", \"{ADDRESS}:{PEER_PORT}\", \"--seed\", \"{}\"]\n\
@@ -240,7 +260,10 @@ fn kill_all(
 ) -> Result<()> {
     let services = system.services()?;
     let blkback = services.keys().find(|n| n.starts_with("blkback")).context("no blkback service")?.clone();
-    let components = ["dom0-supervisor".to_owned(), "xenstored".into(), NETBACK.into(), blkback];
+    let mut components = vec!["dom0-supervisor".to_owned(), "xenstored".into(), NETBACK.into(), blkback];
+    if matches!(run.guest, Guest::Qemu { .. }) {
+        components.push(bridge_name(GUEST));
+    }
     let mut rng = Rng::new(run.seed);
     let plan = kills::plan(&components, run.kills, &mut rng);
     let mut pauses = Pauses::default();

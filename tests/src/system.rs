@@ -71,6 +71,11 @@ pub struct ServiceRow {
     pub state: String,
 }
 
+/// What the bridge of a QEMU guest is called among what can be killed.
+pub fn bridge_name(guest: &str) -> String {
+    format!("qemu-bridge ({guest})")
+}
+
 /// A running system.
 #[derive(Debug)]
 pub struct System {
@@ -214,6 +219,26 @@ impl System {
         Ok(services)
     }
 
+    /// The services, and the bridges of QEMU guests, as `qemu-bridge (GUEST)`.
+    ///
+    /// # Errors
+    /// dom0 does not answer.
+    pub fn killable(&self) -> Result<BTreeMap<String, ServiceRow>> {
+        let mut all = self.services()?;
+        let json = self.bh_json(&["list"])?;
+        let guests = json["guests"].as_array().or(json.as_array()).context("bh list --json: no list")?;
+        for guest in guests.iter().filter(|g| g["type"].as_str().is_some_and(|t| t.starts_with("qemu"))) {
+            let row = ServiceRow {
+                name: bridge_name(guest["name"].as_str().unwrap_or_default()),
+                generation: guest["generation"].as_u64().unwrap_or(0),
+                pid: guest["host_pid"].as_i64().and_then(|p| i32::try_from(p).ok()).unwrap_or(0),
+                state: guest["state"].as_str().unwrap_or_default().to_owned(),
+            };
+            all.insert(row.name.clone(), row);
+        }
+        Ok(all)
+    }
+
     /// Waits until dom0 answers and all services run.
     ///
     /// # Errors
@@ -289,7 +314,7 @@ impl System {
     /// # Errors
     /// If one is unknown or has no process.
     pub fn kill(&self, names: &[String]) -> Result<Vec<ServiceRow>> {
-        let services = self.services()?;
+        let services = self.killable()?;
         let victims: Vec<ServiceRow> = names
             .iter()
             .map(|name| services.get(name).cloned().with_context(|| format!("no service {name}")))
@@ -311,7 +336,7 @@ impl System {
     pub fn wait_restarted(&self, victims: &[ServiceRow], timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         loop {
-            let services = self.services();
+            let services = self.killable();
             let back = |v: &ServiceRow| {
                 services
                     .as_ref()

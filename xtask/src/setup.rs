@@ -12,6 +12,10 @@ use std::process::Command;
 pub const LAB: &[(&str, &str)] =
     &[("qemu-system-x86", "/usr/bin/qemu-system-x86_64"), ("xz-utils", "/usr/bin/xz")];
 
+/// Debian packages that QEMU guests need.
+pub const QEMU: &[(&str, &str)] =
+    &[("qemu-system-x86", "/usr/bin/qemu-system-x86_64"), ("seabios", "/usr/share/seabios/bios-256k.bin")];
+
 /// Debian packages that native tests use: C headers for the layout checks, Debian's xenstore
 /// clients against our xenstored, `ip` for test networks, `mkfs` for disks, QEMU's and cryptsetup's judgement of images.
 pub const TESTS: &[(&str, &str)] = &[

@@ -21,7 +21,8 @@ use crate::limit::{Limiter, Limits};
 use crate::pages::Tags;
 use crate::stats::Stats;
 use connection::{Connection, Kept, find, journal_name};
-use ring::{Common, Ring, RingControl, StartingRing};
+pub use ring::RingControl;
+use ring::{Common, Ring, StartingRing};
 
 /// Why a device cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,11 @@ impl From<HvError> for AttachError {
 pub struct DeviceControl(Vec<Arc<RingControl>>);
 
 impl DeviceControl {
+    /// Of these rings.
+    pub fn new(rings: Vec<Arc<RingControl>>) -> Self {
+        DeviceControl(rings)
+    }
+
     /// While paused, nothing new is taken off the rings.
     pub fn set_paused(&self, paused: bool) {
         self.0.iter().for_each(|ring| ring.set_paused(paused));

@@ -1,6 +1,6 @@
 //! One ring of a device: made, then served by a thread of its own.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
@@ -44,6 +44,47 @@ pub struct RingControl {
 }
 
 impl RingControl {
+    /// Of a ring whose thread `wake` wakes.
+    pub fn new(wake: Arc<EventFd>) -> Self {
+        RingControl { wake, stop: false.into(), paused: false.into(), in_flight: AtomicU32::new(0) }
+    }
+
+    /// Tells its thread to end.
+    pub fn stop(&self) {
+        self.stop.store(true, Relaxed);
+        self.wake();
+    }
+
+    /// It serves again.
+    pub fn restart(&self) {
+        self.stop.store(false, Relaxed);
+    }
+
+    /// Whether it is to end.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Relaxed)
+    }
+
+    /// Whether it is to take nothing new.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Relaxed)
+    }
+
+    /// Says what is taken and not answered.
+    pub fn set_in_flight(&self, requests: u32) {
+        self.in_flight.store(requests, Relaxed);
+    }
+
+    /// Readable when something was said here.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// What was said is seen.
+    pub fn clear_wake(&self) {
+        let _empty_is_fine = self.wake.read();
+    }
+
     fn wake(&self) {
         let _full_is_awake_too = self.wake.write(1);
     }
@@ -129,8 +170,7 @@ impl Ring {
 
     /// Tells its thread to end.
     pub fn stop(&self) {
-        self.control.stop.store(true, Relaxed);
-        self.control.wake();
+        self.control.stop();
     }
 
     /// Waits for its thread and lets ring and port go.
@@ -246,12 +286,7 @@ impl StartingRing {
     pub fn start(self, key: DeviceKey) -> Result<Ring, AttachError> {
         let StartingRing { number, wake, stats, engine, mapped, port, journal, user, handle, claiming } =
             self;
-        let control = Arc::new(RingControl {
-            wake,
-            stop: false.into(),
-            paused: false.into(),
-            in_flight: AtomicU32::new(0),
-        });
+        let control = Arc::new(RingControl::new(wake));
         let port_number = port.port;
         let theirs = control.clone();
         // Counted down by its thread.

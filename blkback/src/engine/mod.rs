@@ -115,7 +115,7 @@ pub enum NoSpace {
 }
 
 /// Time between two tries of a write that found no room.
-const NO_SPACE_RETRY: Duration = Duration::from_millis(500);
+pub const NO_SPACE_RETRY: Duration = Duration::from_millis(500);
 
 /// See the module.
 pub struct Engine<R, J, G, D> {

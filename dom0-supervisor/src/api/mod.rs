@@ -284,6 +284,18 @@ impl Toolstack for Api {
         Ok(Response::new(LimitDiskReply {}))
     }
 
+    async fn pause_guest(&self, request: Request<PauseGuestRequest>) -> Answer<PauseGuestReply> {
+        let PauseGuestRequest { guest, pause } = request.into_inner();
+        let state = self.blocking(move |m| m.pause_guest(&guest, pause)).await?;
+        Ok(Response::new(PauseGuestReply { state }))
+    }
+
+    async fn screenshot(&self, request: Request<GuestRef>) -> Answer<ScreenshotReply> {
+        let guest = request.into_inner().guest;
+        let png = self.blocking(move |m| m.screenshot(&guest)).await?;
+        Ok(Response::new(ScreenshotReply { png }))
+    }
+
     type ConsoleStream = Streamed<ConsoleOutput>;
 
     async fn console(&self, request: Request<Streaming<ConsoleInput>>) -> Answer<Self::ConsoleStream> {

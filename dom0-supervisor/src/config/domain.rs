@@ -35,6 +35,18 @@ pub struct DomainFile {
     /// PVH: 1 to 8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
+    /// QEMU: what runs its processors; chosen by what the host's can if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accel: Option<Accel>,
+    /// QEMU: the processors' model, as QEMU names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
+    /// QEMU: a display.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub display: bool,
+    /// QEMU: its disks' and NICs' backends may see all of its memory.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub whole_memory: bool,
     /// Process guest: the statically linked program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
@@ -67,6 +79,9 @@ pub struct DomainFile {
     pub limits: LimitsEntry,
 }
 
+/// Slots of the emulated machine's PCI bus that are left for disks and NICs.
+const QEMU_DEVICES: usize = 24;
+
 /// What runs the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -76,6 +91,18 @@ pub enum GuestType {
     Pvh,
     /// A process that uses the `frontends` crate.
     Process,
+    /// A machine that QEMU emulates, under qemu-bridge.
+    Qemu,
+}
+
+/// What runs a QEMU guest's processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The host's processors.
+    Kvm,
+    /// Software.
+    Tcg,
 }
 
 /// What is done after a guest's end.
@@ -217,7 +244,9 @@ impl DomainFile {
         match self.guest_type {
             GuestType::Pvh => self.check_pvh()?,
             GuestType::Process => self.check_process()?,
+            GuestType::Qemu => self.check_qemu()?,
         }
+        self.check_qemu_alone()?;
         if self.disk.len() > 64 || self.vif.len() > 16 {
             return Err("at most 64 disks and 16 vifs".into());
         }
@@ -266,8 +295,15 @@ impl DomainFile {
     }
 
     fn check_pvh(&self) -> Result<(), String> {
-        let Some(kernel) = &self.kernel else { return Err("type \"pvh\" needs kernel".into()) };
-        for (key, path) in [("kernel", Some(kernel)), ("ramdisk", self.ramdisk.as_ref())] {
+        if self.kernel.is_none() {
+            return Err("type \"pvh\" needs kernel".into());
+        }
+        self.check_kernel("pvh")
+    }
+
+    /// Kernel, memory and processors, as PVH and QEMU guests have them.
+    fn check_kernel(&self, word: &str) -> Result<(), String> {
+        for (key, path) in [("kernel", self.kernel.as_ref()), ("ramdisk", self.ramdisk.as_ref())] {
             if let Some(path) = path
                 && !path.is_absolute()
             {
@@ -275,7 +311,7 @@ impl DomainFile {
             }
         }
         match self.memory {
-            None => return Err("type \"pvh\" needs memory (MiB)".into()),
+            None => return Err(format!("type \"{word}\" needs memory (MiB)")),
             Some(mib) if !(16..=1 << 20).contains(&mib) || mib % 2 != 0 => {
                 return Err(format!("memory {mib} must be an even number of MiB from 16 to 1048576"));
             }
@@ -293,6 +329,41 @@ impl DomainFile {
         Ok(())
     }
 
+    fn check_qemu(&self) -> Result<(), String> {
+        self.check_kernel("qemu")?;
+        if self.kernel.is_none() && (self.ramdisk.is_some() || !self.cmdline.is_empty()) {
+            return Err("ramdisk and cmdline need kernel".into());
+        }
+        if self.kernel.is_none() && self.disk.is_empty() {
+            return Err("type \"qemu\" needs a kernel or a disk to boot from".into());
+        }
+        let devices = !self.disk.is_empty() || !self.vif.is_empty();
+        if devices && !self.whole_memory {
+            return Err(
+                "a QEMU guest's backends see all of its memory; say whole_memory = true to allow that".into(),
+            );
+        }
+        let odd = |c: char| !(c.is_ascii_alphanumeric() || "-_.,+=".contains(c));
+        if self.cpu.as_deref().is_some_and(|cpu| cpu.is_empty() || cpu.len() > 500 || cpu.contains(odd)) {
+            return Err(
+                "cpu must be a model as QEMU names it, with +FEATURE and -FEATURE behind commas".into()
+            );
+        }
+        let many = self.disk.len() + self.vif.len();
+        if many > QEMU_DEVICES {
+            return Err(format!("{many} disks and vifs; a QEMU guest has room for {QEMU_DEVICES}"));
+        }
+        Ok(())
+    }
+
+    fn check_qemu_alone(&self) -> Result<(), String> {
+        let any = self.accel.is_some() || self.cpu.is_some() || self.display || self.whole_memory;
+        if any && self.guest_type != GuestType::Qemu {
+            return Err("accel, cpu, display and whole_memory are for type \"qemu\"".into());
+        }
+        Ok(())
+    }
+
     fn check_process(&self) -> Result<(), String> {
         match &self.program {
             None => return Err("type \"process\" needs program".into()),
@@ -302,10 +373,10 @@ impl DomainFile {
             Some(_) => {}
         }
         if self.kernel.is_some() || self.ramdisk.is_some() || !self.cmdline.is_empty() {
-            return Err("kernel, ramdisk and cmdline are for type \"pvh\"".into());
+            return Err("kernel, ramdisk and cmdline are for types \"pvh\" and \"qemu\"".into());
         }
         if self.memory.is_some() || self.vcpus.is_some() {
-            return Err("memory and vcpus are for type \"pvh\"; use limits.memory".into());
+            return Err("memory and vcpus are for types \"pvh\" and \"qemu\"; use limits.memory".into());
         }
         if self.env.iter().any(|e| !e.contains('=') || e.contains('\0')) {
             return Err("env entries must be KEY=VALUE".into());

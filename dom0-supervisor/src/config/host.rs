@@ -36,6 +36,34 @@ pub struct HostFile {
     /// Networks, a driver domain each.
     #[serde(default)]
     pub netback: Vec<NetbackEntry>,
+    /// Where QEMU is.
+    #[serde(default)]
+    pub qemu: QemuEntry,
+}
+
+/// `[qemu]`: QEMU and what it needs of the host's files. The defaults are Debian's.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QemuEntry {
+    /// The program.
+    pub program: PathBuf,
+    /// The dynamic loader that it names.
+    pub loader: PathBuf,
+    /// Where its libraries and modules are.
+    pub libraries: PathBuf,
+    /// Where its firmware is.
+    pub firmware: Vec<PathBuf>,
+}
+
+impl Default for QemuEntry {
+    fn default() -> Self {
+        QemuEntry {
+            program: "/usr/bin/qemu-system-x86_64".into(),
+            loader: "/lib64/ld-linux-x86-64.so.2".into(),
+            libraries: "/usr/lib/x86_64-linux-gnu".into(),
+            firmware: vec!["/usr/share/qemu".into(), "/usr/share/seabios".into()],
+        }
+    }
 }
 
 /// `[restart]`: see `RestartPolicy` in hvcore.proto.

@@ -77,9 +77,10 @@ impl Manager {
                 return Err(OpError::Invalid(text));
             }
         }
-        if file.guest_type == GuestType::Pvh {
+        if file.guest_type != GuestType::Process {
             let version = self.hv.version()?;
-            let pages_shared = !file.disk.is_empty() || !file.vif.is_empty();
+            let granted = file.guest_type == GuestType::Pvh;
+            let pages_shared = granted && (!file.disk.is_empty() || !file.vif.is_empty());
             if pages_shared && let Some(missing) = version.missing.iter().find(|m| m.contains("udmabuf")) {
                 return Err(OpError::Failed(format!(
                     "{missing}; without it a PVH guest can have no disk or vif: use a kernel with CONFIG_UDMABUF, or type = \"process\""

@@ -271,6 +271,7 @@ impl Manager {
                     && let Some(domain) = guest.domain
                     && self.store.read(&format!("{}/frontend-id", device.back))?.is_none()
                 {
+                    self.open_vhost(guest, &device)?;
                     self.store.apply(&xs_layout::nodes_of_one(guest, domain.domid, "vbd", device.id))?;
                 }
                 Ok(nothing())
@@ -290,6 +291,7 @@ impl Manager {
             }
             Step::DiskRemoveNodes => {
                 if let Some(device) = device_of(guest, index) {
+                    self.close_vhost(guest, &device)?;
                     self.store.apply(&xs_layout::remove_both_ends(guest, &device))?;
                 }
                 Ok(nothing())

@@ -13,6 +13,7 @@
 
 mod create;
 mod disk;
+mod qemu;
 pub(crate) use create::no_guest;
 pub(crate) use steps_do::numbers;
 mod steps_do;

@@ -108,7 +108,11 @@ impl Manager {
 
     /// The guest's own domain.
     pub(super) fn do_domain(&self, guest: &Guest) -> Result<Change, OpError> {
-        let request = specs::guest(&self.host(), guest);
+        let mut request = specs::guest(&self.host(), guest);
+        if guest.config.guest_type == GuestType::Qemu {
+            let monitor = self.make_emulator(guest)?;
+            request.resources.push(crate::specs_qemu::monitor(&monitor));
+        }
         let domain = self.make_domain(&guest_uuid_text(&guest.uuid), request)?;
         let now = crate::events::unix_ms();
         Ok(of_guest(move |guest| {
@@ -120,6 +124,7 @@ impl Manager {
 
     /// The guest's nodes, in one transaction.
     pub(super) fn do_nodes(&self, guest: &Guest) -> Result<Change, OpError> {
+        self.open_all_vhost(guest)?;
         self.write_guest_nodes(guest)?;
         Ok(super::nothing())
     }
@@ -135,6 +140,7 @@ impl Manager {
         };
         // Anything else: it was started before a kill, and what became of it is seen in the next step.
         if domain.state() == DomainState::Created {
+            self.start_emulator(guest)?;
             let running = numbers(&domain)?;
             self.hv.start(running.domid, running.instance)?;
         }
@@ -161,6 +167,9 @@ impl Manager {
             let Some(domain) = find_instance(&*self.hv, running.domid, running.instance)? else {
                 return Err(OpError::Failed("its domain went away while it started".into()));
             };
+            if let Some(how) = self.emulator_ended(guest)? {
+                return Err(OpError::Failed(how));
+            }
             match domain.state() {
                 DomainState::Failed => return Err(self.runner_ended(guest, running)),
                 // It crashed before it was a guest: what the domain file says of crashes is about guests.
@@ -209,6 +218,7 @@ impl Manager {
         let runner = match guest.config.guest_type {
             GuestType::Pvh => "hv-vcpu",
             GuestType::Process => "its program",
+            GuestType::Qemu => "qemu-bridge",
         };
         // The process may still be on its way out, and hv-core adds what it said last a moment later.
         let end = Instant::now() + self.timing.poll * 20;

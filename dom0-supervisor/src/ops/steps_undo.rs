@@ -14,6 +14,7 @@ use crate::xs_layout::{self, XenbusState};
 impl Manager {
     /// Has hv-core take the guest's domain down. It may still be dying afterwards, until backends let go.
     pub(super) fn undo_domain(&self, guest: &Guest) -> Result<Change, OpError> {
+        self.end_emulator(guest)?;
         // By uuid: a domain that was made just before a kill is in no record.
         if let Some(domain) = find_by_uuid(&*self.hv, &guest_uuid_text(&guest.uuid))?
             && domain.state() != DomainState::Dying
@@ -52,6 +53,9 @@ impl Manager {
 
     /// Removes the nodes of the guest and of its devices at their backends.
     pub(super) fn undo_nodes(&self, guest: &Guest) -> Result<Change, OpError> {
+        for device in xs_layout::device_paths(guest) {
+            self.close_vhost(guest, &device)?;
+        }
         if let Some(running) = guest.domain {
             let mut changes: Vec<StoreChange> =
                 xs_layout::device_paths(guest).iter().flat_map(xs_layout::remove_device).collect();
@@ -112,10 +116,13 @@ impl Manager {
 
     /// Waits until hv-core has nothing left of the guest's domain and of its own backends.
     pub(super) fn await_gone(&self, guest: &Guest) -> Result<Change, OpError> {
-        let uuid = guest_uuid_text(&guest.uuid);
+        let uuids =
+            [guest.uuid, crate::specs_qemu::emulator_uuid(&guest.uuid)].map(|uuid| guest_uuid_text(&uuid));
         let deadline = Instant::now() + self.timing.gone;
         loop {
-            let Some(domain) = find_by_uuid(&*self.hv, &uuid)? else { return Ok(nothing()) };
+            let all = self.hv.list()?;
+            let left = all.into_iter().find(|d| uuids.iter().any(|uuid| d.uuid.eq_ignore_ascii_case(uuid)));
+            let Some(domain) = left else { return Ok(nothing()) };
             if Instant::now() > deadline {
                 return Err(OpError::Timeout(format!(
                     "domain {} is still dying: {} of its pages are mapped by others; it is tried again",

@@ -178,6 +178,7 @@ impl Manager {
                 if let (Some(device), Some(domain)) = (device, guest.domain)
                     && self.store.read(&format!("{}/frontend-id", device.back))?.is_none()
                 {
+                    self.open_vhost(guest, &device)?;
                     let nodes = xs_layout::nodes_of_one(guest, domain.domid, "vif", change.id);
                     self.store.apply(&nodes)?;
                 }
@@ -205,6 +206,7 @@ impl Manager {
             }
             Step::VifRemoveNodes => {
                 if let Some(device) = device {
+                    self.close_vhost(guest, &device)?;
                     self.store.apply(&xs_layout::remove_both_ends(guest, &device))?;
                 }
                 Ok(nothing())

@@ -1,7 +1,8 @@
 //! A PV device's two directories.
 
 use super::{Nodes, home};
-use crate::config::{AccessMode, DevType, DiskEntry, VifEntry};
+use crate::config::{AccessMode, DevType, DiskEntry, GuestType, VifEntry};
+use crate::specs_qemu::vhost_resource;
 use crate::state::Guest;
 use crate::store::Change;
 
@@ -171,6 +172,10 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
         front.put(&device.front, "");
         front.put(format!("{}/backend", device.front), &device.back);
         front.put(format!("{}/backend-id", device.front), backend.to_string());
+        if guest.config.guest_type == GuestType::Qemu {
+            let resource = vhost_resource(&guest.uuid, device.kind, device.id);
+            back.put(format!("{}/vhost-user", device.back), resource);
+        }
         match device.kind {
             "vbd" => {
                 let disk = &guest.config.disk

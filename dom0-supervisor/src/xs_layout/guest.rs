@@ -23,6 +23,7 @@ pub fn guest_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
     let (os, kind) = match guest.config.guest_type {
         GuestType::Pvh => ("linux", "pvh"),
         GuestType::Process => ("process", "process"),
+        GuestType::Qemu => ("hvm", "hvm"),
     };
 
     // What the toolstack alone may see.
@@ -43,7 +44,7 @@ pub fn guest_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
     ro.put(format!("{home}/name"), name);
     ro.put(format!("{home}/domid"), domid.to_string());
     ro.put(format!("{home}/uuid"), &uuid);
-    if guest.config.guest_type == GuestType::Pvh {
+    if guest.config.guest_type != GuestType::Process {
         let kib = (guest.config.ram_bytes() >> 10).to_string();
         ro.put(format!("{home}/memory"), "");
         ro.put(format!("{home}/memory/static-max"), &kib);

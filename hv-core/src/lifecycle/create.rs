@@ -45,7 +45,7 @@ impl Lifecycle {
     pub(super) fn create(&mut self, spec: Spec, domid: u16, is_dom0: bool) -> Result<Peer, LifecycleError> {
         let any = domid == 0 && !is_dom0;
         let domid = self.check_new(&spec, domid, is_dom0)?;
-        program::open(&spec.program).map_err(LifecycleError::Invalid)?;
+        program::open(&spec.program, spec.may_be_dynamic()).map_err(LifecycleError::Invalid)?;
         let peer = Peer { domid, instance: self.next_instance };
         self.next_instance += 1;
         let (name, paused) = (spec.name.clone(), spec.paused);
@@ -213,7 +213,7 @@ impl Lifecycle {
         let [control, log, userns, netns] = fds;
         let program = match before {
             Some(program) => program,
-            None => Arc::new(program::open(&spec.program)?),
+            None => Arc::new(program::open(&spec.program, spec.may_be_dynamic())?),
         };
         let (ours, theirs) = sock::pair().map_err(|e| format!("socketpair: {e}"))?;
         let is_dom0 = spec.roles & ROLE_DOM0 != 0;

@@ -15,6 +15,9 @@ pub struct BindSpec {
     pub target: String,
     /// Not writable.
     pub read_only: bool,
+    /// Files below may be executed: the loader of a dynamically linked program.
+    #[serde(default)]
+    pub executable: bool,
 }
 
 /// Which system calls the process may make.
@@ -28,6 +31,8 @@ pub enum SeccompProfile {
     Runner,
     /// Service, and changing files' names and owners, inotify.
     Toolstack,
+    /// Service, KVM, and filters of its own: a device model. It has no event channels to keep from blocking.
+    Qemu,
 }
 
 /// Limits written to the domain's cgroup.

@@ -37,6 +37,7 @@ struct Bind {
     target: CString,
     is_dir: bool,
     read_only: bool,
+    executable: bool,
 }
 
 /// A sandbox whose host-side parts are made.
@@ -77,7 +78,7 @@ fn own_node(bind: &BindSpec, meta: &std::fs::Metadata) -> io::Result<Bind> {
     fchmodat(&mount, name, mode, FchmodatFlags::FollowSymlink)?;
     sys::limit_mount(mount.as_fd(), MountLimits { read_only: true, no_dev: false })?;
     let target = CString::new(dir.to_str().unwrap_or_default())?;
-    Ok(Bind { mount, target, is_dir: true, read_only: bind.read_only })
+    Ok(Bind { mount, target, is_dir: true, read_only: bind.read_only, executable: false })
 }
 
 /// True for an absolute path without "..", and not "/" itself.
@@ -127,7 +128,8 @@ impl<'a> Prepared<'a> {
                 ));
             }
             let target = step(&what, CString::new(bind.target.as_str()))?;
-            binds.push(Bind { mount, target, is_dir: meta.is_dir(), read_only: bind.read_only });
+            let BindSpec { read_only, executable, .. } = *bind;
+            binds.push(Bind { mount, target, is_dir: meta.is_dir(), read_only, executable });
         }
         // A parent must be attached before what lies inside it.
         binds.sort_by(|a, b| a.target.cmp(&b.target));
@@ -276,7 +278,9 @@ impl<'a> Prepared<'a> {
             rules = rules.add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::ReadDir))?;
             for bind in &self.binds {
                 let mut allowed = if bind.read_only { AccessFs::from_read(abi) } else { all };
-                allowed.remove(AccessFs::Execute);
+                if !bind.executable {
+                    allowed.remove(AccessFs::Execute);
+                }
                 if bind.read_only {
                     // A read-only bind of a device still takes ioctls.
                     allowed |= AccessFs::IoctlDev;

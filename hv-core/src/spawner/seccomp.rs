@@ -199,6 +199,23 @@ const RUNNER_MORE: &[c_long] = &[
     libc::SYS_process_madvise,
 ];
 
+/// What a device model wants beyond the runner's: filters of its own (`-sandbox on`), its limits, and old names of calls.
+const QEMU_MORE: &[c_long] = &[
+    libc::SYS_seccomp,
+    libc::SYS_get_mempolicy,
+    libc::SYS_set_mempolicy,
+    libc::SYS_mbind,
+    libc::SYS_chdir,
+    libc::SYS_fchdir,
+    libc::SYS_getresuid,
+    libc::SYS_getresgid,
+    libc::SYS_getpgrp,
+    libc::SYS_getpgid,
+    libc::SYS_eventfd,
+    libc::SYS_sched_get_priority_min,
+    libc::SYS_sched_get_priority_max,
+];
+
 /// ioctls of every service: non-blocking mode, bytes to read, terminal queries, disk sizes and discards.
 const IOCTLS: &[c_ulong] = &[
     0x5421,
@@ -275,10 +292,11 @@ fn rules(profile: SeccompProfile) -> Result<Rules, seccompiler::BackendError> {
     let mut rules = Rules::new();
     let more: &[c_long] = match profile {
         SeccompProfile::Toolstack => TOOLSTACK_MORE,
-        SeccompProfile::Runner => RUNNER_MORE,
+        SeccompProfile::Runner | SeccompProfile::Qemu => RUNNER_MORE,
         SeccompProfile::Service | SeccompProfile::Net => &[],
     };
-    for number in SERVICE.iter().chain(more) {
+    let qemu = if profile == SeccompProfile::Qemu { QEMU_MORE } else { &[] };
+    for number in SERVICE.iter().chain(more).chain(qemu) {
         rules.insert(*number, Vec::new());
     }
     let threads = libc::CLONE_THREAD as u64 | libc::CLONE_VM as u64;
@@ -291,6 +309,11 @@ fn rules(profile: SeccompProfile) -> Result<Rules, seccompiler::BackendError> {
     rules.insert(libc::SYS_prlimit64, vec![rule(vec![equals(0, 0)?])?]);
     let names =
         [libc::PR_SET_NAME, libc::PR_GET_NAME, 0x5356_4d41 /* PR_SET_VMA */, libc::PR_GET_DUMPABLE];
+    let mut names = names.to_vec();
+    if profile == SeccompProfile::Qemu {
+        names.extend([libc::PR_SET_SECCOMP, libc::PR_GET_SECCOMP, libc::PR_SET_NO_NEW_PRIVS]);
+        names.extend([libc::PR_CAPBSET_READ, libc::PR_SET_TIMERSLACK, libc::PR_MCE_KILL]);
+    }
     let names = names.iter().map(|&n| rule(vec![equals(0, n as u64)?])).collect::<Result<_, _>>()?;
     rules.insert(libc::SYS_prctl, names);
     // The process is alone in its pid namespace, so this can only reach itself.
@@ -309,7 +332,7 @@ fn rules(profile: SeccompProfile) -> Result<Rules, seccompiler::BackendError> {
         ioctls.extend(NET_IOCTLS);
     }
     let mut ioctls = ioctls.iter().map(|&i| rule(vec![equals(1, i)?])).collect::<Result<Vec<_>, _>>()?;
-    if profile == SeccompProfile::Runner {
+    if matches!(profile, SeccompProfile::Runner | SeccompProfile::Qemu) {
         // KVM's ioctls all have this type byte (linux/kvm.h, KVMIO).
         const KVMIO: u64 = 0xae;
         ioctls.push(rule(vec![SeccompCondition::new(1, Len::Dword, Cmp::MaskedEq(0xff00), KVMIO << 8)?])?);
@@ -339,7 +362,7 @@ fn compile(filter: SeccompFilter) -> Result<BpfProgram, seccompiler::BackendErro
 pub struct Filters {
     no_clone3: BpfProgram,
     keep_nonblocking: BpfProgram,
-    profiles: [(SeccompProfile, BpfProgram); 4],
+    profiles: [(SeccompProfile, BpfProgram); 5],
 }
 
 impl Filters {
@@ -362,8 +385,12 @@ impl Filters {
             arch,
         )?)?;
         let profile = |p| -> Result<_, seccompiler::BackendError> {
-            let filter =
-                SeccompFilter::new(rules(p)?, SeccompAction::KillProcess, SeccompAction::Allow, arch)?;
+            // QEMU tries calls that differ between its versions, and goes on without them; its own filters kill.
+            let refused = match p {
+                SeccompProfile::Qemu => SeccompAction::Errno(libc::EPERM as u32),
+                _ => SeccompAction::KillProcess,
+            };
+            let filter = SeccompFilter::new(rules(p)?, refused, SeccompAction::Allow, arch)?;
             Ok((p, compile(filter)?))
         };
         Ok(Filters {
@@ -374,6 +401,7 @@ impl Filters {
                 profile(SeccompProfile::Net)?,
                 profile(SeccompProfile::Runner)?,
                 profile(SeccompProfile::Toolstack)?,
+                profile(SeccompProfile::Qemu)?,
             ],
         })
     }
@@ -386,8 +414,10 @@ impl Filters {
         let list = self.profiles.iter().find(|(p, _)| *p == profile).map(|(_, list)| list);
         // Every profile is in the array; an empty program is refused by seccompiler, never applied as "no filter".
         // The allow-list comes last: it has no call to add another filter.
+        // QEMU makes its sockets block for a while, and has no event channels.
+        let keep = profile != SeccompProfile::Qemu;
         seccompiler::apply_filter(&self.no_clone3)
-            .and_then(|()| seccompiler::apply_filter(&self.keep_nonblocking))
+            .and_then(|()| if keep { seccompiler::apply_filter(&self.keep_nonblocking) } else { Ok(()) })
             .and_then(|()| seccompiler::apply_filter(list.map_or(&[][..], Vec::as_slice)))
     }
 }
@@ -405,9 +435,13 @@ mod tests {
 
     #[test]
     fn no_profile_lets_a_process_look_at_others_or_change_mounts() {
-        for profile in
-            [SeccompProfile::Service, SeccompProfile::Net, SeccompProfile::Runner, SeccompProfile::Toolstack]
-        {
+        for profile in [
+            SeccompProfile::Service,
+            SeccompProfile::Net,
+            SeccompProfile::Runner,
+            SeccompProfile::Toolstack,
+            SeccompProfile::Qemu,
+        ] {
             let rules = rules(profile).unwrap();
             for forbidden in [
                 libc::SYS_ptrace,

@@ -159,7 +159,8 @@ pub fn creation_errors_name_the_field() {
     let (code, text) = refused(&|r| r.netdevs = vec!["nosuchif".into()]);
     assert!(code == InvalidArgument && text.contains("nosuchif"), "{text}");
     let (code, text) = refused(&|r| {
-        r.binds = vec![Bind { source: "/no/such".into(), target: "/x".into(), read_only: true }];
+        r.binds =
+            vec![Bind { source: "/no/such".into(), target: "/x".into(), read_only: true, executable: false }];
     });
     assert!(code == InvalidArgument && text.contains("/no/such"), "{text}");
     let (code, text) = refused(&|r| r.uuid = uuid_of_dom0());

@@ -41,18 +41,6 @@ pub fn vcpu_handle(vcpu: &VcpuFd) -> std::io::Result<OwnedFd> {
     unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) }.try_clone_to_owned()
 }
 
-/// Whether the CPU offers VMX or SVM.
-pub fn cpu_can_virtualize() -> bool {
-    #[allow(unused_unsafe, reason = "safe in newer toolchains only")]
-    // SAFETY: every x86_64 CPU has the CPUID instruction.
-    unsafe {
-        use std::arch::x86_64::__cpuid;
-        let vmx = __cpuid(1).ecx & (1 << 5) != 0;
-        let svm = __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & (1 << 2) != 0;
-        vmx || svm
-    }
-}
-
 /// `KVM_XEN_HVM_CONFIG`.
 pub fn xen_hvm_config(vm: &VmFd, flags: u32, msr: u32) -> Result<(), Errno> {
     let config = kvm_xen_hvm_config { flags, msr, ..Default::default() };

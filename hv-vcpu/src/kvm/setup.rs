@@ -28,7 +28,7 @@ pub struct Vm {
 
 /// Checks the CPU before /dev/kvm is opened: the device can be there and be a slow emulation.
 pub fn check_hardware() -> Result<(), KvmError> {
-    if ioctl::cpu_can_virtualize() { Ok(()) } else { Err(KvmError::NoHardware) }
+    if domain_kit::os::cpu_can_virtualize() { Ok(()) } else { Err(KvmError::NoHardware) }
 }
 
 /// Checks KVM's Xen support; returns its flags.

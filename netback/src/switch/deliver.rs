@@ -34,6 +34,12 @@ impl Switch {
         }
         // Before anybody can answer it.
         self.captures.add(port.id, true, &lane.arena, run.iter().map(|rx| &rx.frame));
+        if let Some(vhost) = &handle.vhost {
+            return vhost.deliver(&lane.arena, run, &port.stats, commit).unwrap_or_else(|error| {
+                port.fail(error.to_string());
+                0
+            });
+        }
         let mut guard = lock(&handle.queue);
         let Some(rx) = guard.as_mut() else { return 0 };
         let arena = lane.arena.clone();
@@ -41,7 +47,7 @@ impl Switch {
         match rx.deliver(lane, &source, run, commit) {
             Ok(delivery) => {
                 drop(guard);
-                handle.ports.notify_rx(delivery.notify, &port.stats);
+                handle.notify(delivery.notify, &port.stats);
                 run.len() - delivery.dropped
             }
             Err(error) => {

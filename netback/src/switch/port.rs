@@ -14,6 +14,7 @@ use crate::headers::Mac;
 use crate::queue::rx::RxQueue;
 use crate::stats::Stats;
 use crate::tap::Offloads;
+use crate::vhost::VhostRx;
 use crate::worker::Ports;
 use domain_kit::ring::Span;
 
@@ -53,8 +54,29 @@ impl Groups {
 pub struct RxHandle {
     /// `None`: given up.
     pub queue: Mutex<Option<RxQueue<Page, Span, Span>>>,
-    /// To notify the frontend.
-    pub ports: Arc<Ports>,
+    /// To notify the frontend. By Xen's rings only.
+    pub ports: Option<Arc<Ports>>,
+    /// In the place of both: a virtqueue.
+    pub vhost: Option<Arc<VhostRx>>,
+}
+
+impl RxHandle {
+    /// Of a ring.
+    pub fn ring(queue: RxQueue<Page, Span, Span>, ports: Arc<Ports>) -> RxHandle {
+        RxHandle { queue: Mutex::new(Some(queue)), ports: Some(ports), vhost: None }
+    }
+
+    /// Of a virtqueue.
+    pub fn vhost(rx: Arc<VhostRx>) -> RxHandle {
+        RxHandle { queue: Mutex::new(None), ports: None, vhost: Some(rx) }
+    }
+
+    /// Tells the frontend of what was delivered.
+    pub fn notify(&self, wanted: bool, stats: &Stats) {
+        if let Some(ports) = &self.ports {
+            ports.notify_rx(wanted, stats);
+        }
+    }
 }
 
 /// Called once when a port breaks.

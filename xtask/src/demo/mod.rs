@@ -22,6 +22,8 @@ pub enum DemoGuest {
     Debian13,
     /// Debian 12's cloud kernel as a PVH domain.
     Debian12,
+    /// Debian 13's cloud kernel in a machine that QEMU emulates in software: no hardware virtualization is needed.
+    Qemu,
     /// A process guest: the same rings, journals and store without a virtual machine.
     Process,
 }
@@ -31,6 +33,7 @@ impl DemoGuest {
         match self {
             Self::Debian13 => "Debian 13's kernel, unmodified, as a PVH domain",
             Self::Debian12 => "Debian 12's kernel, unmodified, as a PVH domain",
+            Self::Qemu => "Debian 13's kernel, unmodified, in a machine that QEMU emulates",
             Self::Process => "a process guest",
         }
     }
@@ -42,7 +45,7 @@ pub struct DemoArgs {
     /// The guest.
     #[arg(long, value_enum, default_value = "debian13")]
     pub guest: DemoGuest,
-    /// Seconds over which the kills are spread (default: 150 for a Linux guest, 60 for a process guest).
+    /// Seconds over which the kills are spread (default: 150 for a PVH guest, else 60).
     #[arg(long)]
     pub duration: Option<u64>,
     /// Kills over all components (0: just the load).
@@ -71,7 +74,8 @@ pub struct DemoArgs {
 impl DemoArgs {
     /// Seconds of load.
     fn seconds(&self) -> u64 {
-        self.duration.unwrap_or(if self.guest == DemoGuest::Process { 60 } else { 150 })
+        let native = matches!(self.guest, DemoGuest::Process | DemoGuest::Qemu);
+        self.duration.unwrap_or(if native { 60 } else { 150 })
     }
 }
 
@@ -94,6 +98,11 @@ pub fn run(args: &DemoArgs) -> Result<i32> {
         }
     };
     let Some((kernel, initrd)) = image else { return here(args, load_run::Guest::Process) };
+    if args.guest == DemoGuest::Qemu {
+        setup::packages(setup::QEMU)?;
+        let name = args.guest.title().into();
+        return here(args, load_run::Guest::Qemu { name, kernel, initrd, vcpus: args.vcpus });
+    }
     let linux = |kernel, initrd| load_run::Guest::Linux {
         name: args.guest.title().into(),
         kernel,

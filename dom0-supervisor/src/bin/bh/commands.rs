@@ -24,6 +24,9 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::Shutdown { guest, wait } => shutdown(&dom0, guest, false, wait, args.json).await,
         Command::Reboot { guest, wait } => shutdown(&dom0, guest, true, wait, args.json).await,
         Command::Destroy { guest } => destroy(&dom0, guest, args.json).await,
+        Command::Pause { guest } => pause(&dom0, guest, true, args.json).await,
+        Command::Unpause { guest } => pause(&dom0, guest, false, args.json).await,
+        Command::Screenshot { guest, file } => screenshot(&dom0, guest, &file, args.json).await,
         Command::Console { guest, log } => console::run(&dom0, guest, log).await,
         Command::BlockList { guest } => block::list(&dom0, guest, args.json).await,
         Command::BlockAttach { guest, disk } => block::attach(&dom0, guest, disk.join(","), args.json).await,
@@ -212,6 +215,30 @@ async fn shutdown(dom0: &Dom0, guest: String, reboot: bool, wait: Wait, json: bo
         (true, true) => "has rebooted",
     };
     say(json, &format!("guest {guest} {what}"), json!({ "guest": guest, "result": what }))
+}
+
+async fn pause(dom0: &Dom0, guest: String, pause: bool, json: bool) -> Result<(), Failure> {
+    let request = PauseGuestRequest { guest: guest.clone(), pause };
+    let reply = dom0
+        .call(|mut c| {
+            let request = request.clone();
+            async move { c.pause_guest(request).await }
+        })
+        .await?;
+    say(json, &format!("guest {guest} is {}", reply.state), json!({ "guest": guest, "state": reply.state }))
+}
+
+async fn screenshot(dom0: &Dom0, guest: String, file: &Path, json: bool) -> Result<(), Failure> {
+    let reply = dom0
+        .call(|c| {
+            let guest = guest.clone();
+            // A screen's worth is more than a message's usual size.
+            async move { c.max_decoding_message_size(64 << 20).screenshot(GuestRef { guest }).await }
+        })
+        .await?;
+    std::fs::write(file, &reply.png)?;
+    let text = format!("{}: {} bytes", file.display(), reply.png.len());
+    say(json, &text, json!({ "file": file.display().to_string(), "bytes": reply.png.len() }))
 }
 
 async fn destroy(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure> {

@@ -68,6 +68,23 @@ enum Command {
         /// Name, domid or uuid.
         guest: String,
     },
+    /// Stop the processors of a QEMU guest.
+    Pause {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// Let a paused guest go on.
+    Unpause {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// What a QEMU guest's display shows, as a PNG file.
+    Screenshot {
+        /// Name, domid or uuid.
+        guest: String,
+        /// The file.
+        file: PathBuf,
+    },
     /// A guest's console. Ctrl-] leaves it.
     Console {
         /// Name, domid or uuid.

@@ -1,0 +1,186 @@
+//! QEMU guests: the two domains of each. The guest's own has qemu-bridge as its process; the other is QEMU, which hv-core starts as it
+//! starts every domain's process. They meet at QEMU's monitor: descriptor 4 of QEMU's domain, the socket that every domain listens on,
+//! to which the guest's domain has a connection approved.
+
+use std::path::{Path, PathBuf};
+
+use domain_kit::resource_of;
+use proto::hvcore::resource::Kind;
+use proto::hvcore::{Bind, CreateDomainRequest, Limits, Resource, Role};
+use uuid::Uuid;
+
+use crate::config::{Accel, DomainFile, HostFile};
+use crate::state::{Guest, guest_uuid_text};
+
+/// Tasks of QEMU: processors, I/O, its thread pool.
+const QEMU_PIDS: u32 = 256;
+/// Where a kernel and its initial RAM disk are in QEMU's file system.
+const KERNEL: &str = "/boot/kernel";
+const INITRD: &str = "/boot/initrd";
+
+/// The uuid of QEMU's domain.
+pub fn emulator_uuid(guest: &Uuid) -> Uuid {
+    Uuid::new_v5(guest, b"qemu")
+}
+
+/// QEMU's domain. `kvm`: the host can run processors itself.
+pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainRequest {
+    let config = &guest.config;
+    let qemu = &host.qemu;
+    let read_only = |path: &Path, target: &str| Bind {
+        source: path.display().to_string(),
+        target: target.to_owned(),
+        read_only: true,
+        executable: false,
+    };
+    let same = |path: &PathBuf| read_only(path, &path.display().to_string());
+    let mut binds = vec![same(&qemu.libraries), Bind { executable: true, ..same(&qemu.loader) }];
+    binds.extend(qemu.firmware.iter().map(same));
+    binds.extend(config.kernel.as_deref().map(|path| read_only(path, KERNEL)));
+    binds.extend(config.ramdisk.as_deref().map(|path| read_only(path, INITRD)));
+    let kvm = match config.accel {
+        Some(accel) => accel == Accel::Kvm,
+        None => kvm,
+    };
+    if kvm {
+        binds.push(Bind { read_only: false, ..read_only(Path::new("/dev/kvm"), "/dev/kvm") });
+    }
+    let memory_bytes = match config.limits.memory {
+        0 => 0,
+        mib => (mib << 20) + config.ram_bytes(),
+    };
+    CreateDomainRequest {
+        name: format!("qemu-{}", config.name),
+        uuid: guest_uuid_text(&emulator_uuid(&guest.uuid)),
+        roles: vec![Role::Service.into()],
+        program: qemu.program.display().to_string(),
+        args: arguments(host, config, &guest.uuid, kvm),
+        // It has no /proc to find itself in.
+        env: vec![format!("QEMU_MODULE_DIR={}", qemu.libraries.join("qemu").display())],
+        seccomp: "qemu".into(),
+        limits: Some(Limits {
+            memory_bytes,
+            cpu_weight: config.limits.cpu_weight,
+            pids: QEMU_PIDS,
+            ..Limits::default()
+        }),
+        binds,
+        paused: true,
+        ..CreateDomainRequest::default()
+    }
+}
+
+/// QEMU's command line: nothing that is not named here. Disks and NICs are plugged in by qemu-bridge before the guest starts.
+fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Vec<String> {
+    let memory = config.memory.unwrap_or(0);
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
+    add("name", format!("guest={},debug-threads=on", config.name));
+    host.qemu.firmware.iter().for_each(|dir| add("L", dir.display().to_string()));
+    add("uuid", uuid.to_string());
+    add("machine", "pc,usb=off,dump-guest-core=off,memory-backend=ram".into());
+    add("accel", if kvm { "kvm" } else { "tcg" }.into());
+    add("cpu", config.cpu.clone().unwrap_or_else(|| if kvm { "host" } else { "max" }.into()));
+    add("smp", config.vcpus().to_string());
+    add("m", format!("{memory}M"));
+    add("object", format!("memory-backend-memfd,id=ram,size={memory}M,share=on,seal=on"));
+    add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    // The processors wait until all devices are there; what ends the guest leaves QEMU, so that its state can be asked for.
+    add("action", "shutdown=pause,panic=pause,reboot=reset,watchdog=reset".into());
+    add("chardev", "socket,id=qmp,fd=4,server=on,wait=off".into());
+    add("mon", "chardev=qmp,mode=control".into());
+    add("chardev", "null,id=serial0".into());
+    add("device", "isa-serial,chardev=serial0".into());
+    add("object", "rng-builtin,id=rng0".into());
+    add("device", "virtio-rng-pci,rng=rng0,id=rng0".into());
+    add("device", "pvpanic".into());
+    // Another at each start of a machine.
+    add("device", "vmgenid,guid=auto".into());
+    add("display", "none".into());
+    if config.display {
+        add("device", "VGA".into());
+    }
+    if config.kernel.is_some() {
+        add("kernel", KERNEL.into());
+        if config.ramdisk.is_some() {
+            add("initrd", INITRD.into());
+        }
+        if !config.cmdline.is_empty() {
+            add("append", config.cmdline.clone());
+        }
+    }
+    args.extend(["-nodefaults", "-no-user-config", "-S"].map(str::to_owned));
+    args
+}
+
+/// What leads the guest's own domain to QEMU's monitor.
+pub fn monitor(control_socket: &str) -> Resource {
+    Resource { name: "qmp".into(), kind: Kind::Connect.into(), path: control_socket.to_owned(), mode: 0 }
+}
+
+/// The two ends of a device's socket.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VhostSocket {
+    /// For the guest's own domain: QEMU listens here.
+    pub listener: Resource,
+    /// For the backend's.
+    pub connect: Resource,
+}
+
+/// The name by which a device's backend knows the way to its frontend: also the value of its node.
+pub fn vhost_resource(guest: &Uuid, kind: &str, id: u32) -> String {
+    resource_of("vhost", &format!("{guest}/{kind}/{id}"))
+}
+
+/// The socket of a device; `control_socket` is that of any domain, beside whose directory vhost-user's is.
+pub fn vhost_socket(guest: &Uuid, kind: &str, id: u32, control_socket: &str) -> Option<VhostSocket> {
+    let run = Path::new(control_socket).parent()?.parent()?;
+    let name = vhost_resource(guest, kind, id);
+    let path = run.join("vhost").join(format!("{name}.sock")).display().to_string();
+    let listener = Resource {
+        name: format!("vhost-{kind}-{id}"),
+        kind: Kind::Listener.into(),
+        path: path.clone(),
+        mode: 0o600,
+    };
+    Some(VhostSocket { listener, connect: Resource { name, kind: Kind::Connect.into(), path, mode: 0 } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guest(more: &str) -> Guest {
+        let text = format!(
+            "name = \"g\"\ntype = \"qemu\"\nmemory = 64\nkernel = \"/k\"\ncmdline = \"console=ttyS0\"\n\
+             whole_memory = true\ndisk = [{{vdev = \"xvda\", path = \"/d\"}}]\n{more}"
+        );
+        Guest::new(DomainFile::parse(&text, "t").unwrap(), 0)
+    }
+
+    #[test]
+    fn qemu_gets_what_it_needs_and_nothing_else() {
+        let host = HostFile::parse("", "h").unwrap();
+        let request = emulator(&host, &guest(""), false);
+        assert!(request.paused && request.capabilities.is_empty() && request.resources.is_empty());
+        assert!(request.binds.iter().all(|b| b.read_only));
+        assert_eq!(request.binds.iter().filter(|b| b.executable).count(), 1);
+        for word in ["-nodefaults", "-no-user-config", "-sandbox", "-S"] {
+            assert!(request.args.iter().any(|a| a == word), "{word}");
+        }
+        let kvm = |more, can| emulator(&host, &guest(more), can).binds.iter().any(|b| b.target == "/dev/kvm");
+        assert!(kvm("", true) && !kvm("", false));
+        assert!(kvm("accel = \"kvm\"", false) && !kvm("accel = \"tcg\"", true));
+    }
+
+    #[test]
+    fn both_ends_meet() {
+        let uuid = Uuid::from_u128(7);
+        let socket = vhost_socket(&uuid, "vbd", 51712, "/run/x/ctl/5.sock").unwrap();
+        assert_eq!(socket.listener.path, socket.connect.path);
+        assert!(socket.listener.path.starts_with("/run/x/vhost/"));
+        assert_eq!(socket.listener.name, "vhost-vbd-51712");
+        assert_eq!(socket.connect.name, vhost_resource(&uuid, "vbd", 51712));
+        assert_ne!(socket.connect.name, vhost_resource(&uuid, "vif", 51712));
+    }
+}

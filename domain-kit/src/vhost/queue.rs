@@ -1,0 +1,324 @@
+//! A split virtqueue from the device's end (virtio 1.2, 2.7).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::fence;
+
+use super::memory::{GuestMemory, Place};
+use super::{F_EVENT_IDX, F_INDIRECT_DESC, MAX_QUEUE_SIZE};
+
+/// Bytes of a descriptor.
+const DESC: usize = 16;
+const DESC_F_NEXT: u16 = 1;
+const DESC_F_WRITE: u16 = 2;
+const DESC_F_INDIRECT: u16 = 4;
+/// Bytes before a ring's entries: flags and idx.
+const HEAD: usize = 4;
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+/// Most segments of a request.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// Why a queue cannot be served any more: the driver broke the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// Its size is no power of two up to [`MAX_QUEUE_SIZE`].
+    #[error("the queue's size {0} is not possible")]
+    Size(u16),
+    /// An address outside the guest's memory, or not aligned.
+    #[error("the {0} ring lies outside the guest's memory or is not aligned")]
+    Address(&'static str),
+    /// More requests than the queue has room for.
+    #[error("the driver's index is {0} ahead")]
+    Index(u16),
+    /// A request that names a descriptor that is not there.
+    #[error("descriptor {0} does not exist")]
+    Head(u16),
+}
+
+/// Why one request cannot be carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// Its descriptors are not as virtio wants them.
+    #[error("{0}")]
+    Malformed(&'static str),
+}
+
+/// A piece of a request's memory.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Where.
+    pub place: Place,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// A request's memory: what the device reads, then what it writes.
+#[derive(Clone, Debug, Default)]
+pub struct Chain {
+    /// The driver wrote it.
+    pub readable: Vec<Segment>,
+    /// The device is to write it.
+    pub writable: Vec<Segment>,
+}
+
+/// Where a queue is, as the frontend says.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct QueueAddresses {
+    /// Descriptors.
+    pub size: u16,
+    /// The frontend's address of the descriptor table.
+    pub desc: u64,
+    /// Of the available ring.
+    pub avail: u64,
+    /// Of the used ring.
+    pub used: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Queue {
+    memory: Arc<GuestMemory>,
+    size: u16,
+    desc: Place,
+    avail: Place,
+    used: Place,
+    next_avail: u16,
+    next_used: u16,
+    /// The used index at the last look whether the driver wants to be told.
+    told: u16,
+    event_idx: bool,
+    indirect: bool,
+}
+
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+fn descriptor(table: &Place, index: u16) -> Descriptor {
+    let mut bytes = [0; DESC];
+    table.mem.copy_out(table.offset + DESC * usize::from(index), &mut bytes);
+    let short = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    let mut addr = [0; 8];
+    addr.copy_from_slice(&bytes[..8]);
+    let len = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
+    Descriptor { addr: u64::from_le_bytes(addr), len, flags: short(12), next: short(14) }
+}
+
+impl Queue {
+    /// Serves the queue at these addresses from `next_avail` on.
+    ///
+    /// # Errors
+    /// [`QueueError`].
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        at: &QueueAddresses,
+        features: u64,
+        next_avail: u16,
+    ) -> Result<Queue, QueueError> {
+        let size = at.size;
+        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
+            return Err(QueueError::Size(size));
+        }
+        let n = u64::from(size);
+        let place = |what, addr: u64, len: u64, align: u64| {
+            let found = memory.at_user(addr, len).filter(|place| (place.offset as u64).is_multiple_of(align));
+            found.ok_or(QueueError::Address(what))
+        };
+        let desc = place("descriptor", at.desc, 16 * n, 16)?;
+        let avail = place("available", at.avail, 6 + 2 * n, 2)?;
+        let used = place("used", at.used, 6 + 8 * n, 4)?;
+        let mut queue = Queue {
+            memory,
+            size,
+            desc,
+            avail,
+            used,
+            next_avail,
+            next_used: 0,
+            told: 0,
+            event_idx: features & F_EVENT_IDX != 0,
+            indirect: features & F_INDIRECT_DESC != 0,
+        };
+        queue.next_used = queue.used_idx();
+        queue.told = queue.next_used;
+        Ok(queue)
+    }
+
+    /// Descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// The index of the request that is taken next.
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Goes on from another index.
+    pub fn set_next_avail(&mut self, index: u16) {
+        self.next_avail = index;
+    }
+
+    /// The used ring's index as it stands in memory.
+    pub fn used_idx(&self) -> u16 {
+        self.used.mem.load_u16(self.used.offset + 2, Acquire)
+    }
+
+    fn avail_idx(&self) -> u16 {
+        self.avail.mem.load_u16(self.avail.offset + 2, Acquire)
+    }
+
+    /// Whether the driver has made a request available that was not taken.
+    pub fn has_work(&self) -> bool {
+        self.avail_idx() != self.next_avail
+    }
+
+    /// The head of the next request; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the queue is not to be served any more.
+    pub fn take(&mut self) -> Result<Option<u16>, QueueError> {
+        let ahead = self.avail_idx().wrapping_sub(self.next_avail);
+        if ahead == 0 {
+            return Ok(None);
+        }
+        if ahead > self.size {
+            return Err(QueueError::Index(ahead));
+        }
+        let slot = usize::from(self.next_avail % self.size);
+        let head = self.avail.mem.load_u16(self.avail.offset + HEAD + 2 * slot, Relaxed);
+        if head >= self.size {
+            return Err(QueueError::Head(head));
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// The last request that was taken is taken again later.
+    pub fn put_back(&mut self) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
+    /// A request's segments, each descriptor copied once.
+    ///
+    /// # Errors
+    /// [`ChainError`]: that request's alone.
+    pub fn chain(&self, head: u16, into: &mut Chain) -> Result<(), ChainError> {
+        into.readable.clear();
+        into.writable.clear();
+        let bad = |what| Err(ChainError::Malformed(what));
+        let (mut table, mut entries, mut index, mut is_indirect) =
+            (self.desc.clone(), self.size, head, false);
+        // As many steps as there are descriptors: a loop ends here.
+        let mut left = usize::from(entries);
+        loop {
+            if index >= entries {
+                return bad("a descriptor beyond the table");
+            }
+            if left == 0 {
+                return bad("a loop of descriptors");
+            }
+            left -= 1;
+            let d = descriptor(&table, index);
+            if d.flags & DESC_F_INDIRECT != 0 {
+                if is_indirect || !self.indirect || d.flags & DESC_F_NEXT != 0 {
+                    return bad("an indirect table where none may be");
+                }
+                let count = d.len as usize / DESC;
+                if d.len as usize % DESC != 0 || count == 0 || count > MAX_SEGMENTS {
+                    return bad("an indirect table of an impossible length");
+                }
+                let Some(place) = self.memory.at_gpa(d.addr, d.len.into()) else {
+                    return bad("an indirect table outside the guest's memory");
+                };
+                (table, entries, index, is_indirect) = (place, count as u16, 0, true);
+                left = count;
+                continue;
+            }
+            let Some(place) = self.memory.at_gpa(d.addr, d.len.into()) else {
+                return bad("a segment outside the guest's memory");
+            };
+            let segment = Segment { place, len: d.len as usize };
+            if d.flags & DESC_F_WRITE != 0 {
+                into.writable.push(segment);
+            } else if into.writable.is_empty() {
+                into.readable.push(segment);
+            } else {
+                return bad("a segment to read behind one to write");
+            }
+            if into.readable.len() + into.writable.len() > MAX_SEGMENTS {
+                return bad("too many segments");
+            }
+            if d.flags & DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            index = d.next;
+        }
+    }
+
+    /// Hands a request back, `written` bytes of whose memory were written. The driver sees it at once.
+    pub fn give(&mut self, head: u16, written: u32) {
+        let slot = self.used.offset + HEAD + 8 * usize::from(self.next_used % self.size);
+        self.used.mem.store_u32(slot, head.into(), Relaxed);
+        self.used.mem.store_u32(slot + 4, written, Relaxed);
+        self.next_used = self.next_used.wrapping_add(1);
+        self.used.mem.store_u16(self.used.offset + 2, self.next_used, Release);
+    }
+
+    /// Writes entries of several buffers without showing them; [`Queue::show`] does. For requests that span buffers.
+    pub fn stage(&self, nth: u16, head: u16, written: u32) {
+        let slot = self.used.offset + HEAD + 8 * usize::from(self.next_used.wrapping_add(nth) % self.size);
+        self.used.mem.store_u32(slot, head.into(), Relaxed);
+        self.used.mem.store_u32(slot + 4, written, Relaxed);
+    }
+
+    /// Shows `count` staged entries to the driver at once.
+    pub fn show(&mut self, count: u16) {
+        self.next_used = self.next_used.wrapping_add(count);
+        self.used.mem.store_u16(self.used.offset + 2, self.next_used, Release);
+    }
+
+    /// Whether the driver wants to be told of what was handed back since the last such question.
+    pub fn must_notify(&mut self) -> bool {
+        let (old, new) = (self.told, self.next_used);
+        if old == new {
+            return false;
+        }
+        self.told = new;
+        // The index must be visible before the driver's wish is read (2.7.7.2).
+        fence(SeqCst);
+        if !self.event_idx {
+            return self.avail.mem.load_u16(self.avail.offset, Relaxed) & AVAIL_F_NO_INTERRUPT == 0;
+        }
+        let event = self.avail.mem.load_u16(self.avail.offset + HEAD + 2 * usize::from(self.size), Relaxed);
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    /// Asks the driver to kick with its next request; true if there is one by now.
+    pub fn ask_for_kicks(&self) -> bool {
+        if self.event_idx {
+            let event = self.used.offset + HEAD + 8 * usize::from(self.size);
+            self.used.mem.store_u16(event, self.next_avail, Relaxed);
+        } else {
+            self.used.mem.store_u16(self.used.offset, 0, Relaxed);
+        }
+        fence(SeqCst);
+        self.has_work()
+    }
+
+    /// Kicks are not needed for now.
+    pub fn no_kicks(&self) {
+        if !self.event_idx {
+            self.used.mem.store_u16(self.used.offset, USED_F_NO_NOTIFY, Relaxed);
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! gRPC: `bulkhead.qemu.v1`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use domain_kit::control::ServiceControl;
+use proto::qemu::qemu_server::{Qemu, QemuServer};
+use proto::qemu::{
+    QemuPauseRequest, QemuResumeRequest, QemuScreenshot, QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
+};
+use proto::service::Counter;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+
+use crate::machine::Machine;
+use crate::qmp::QmpError;
+
+/// For `domain_kit::control::serve_with`.
+pub fn routes(machine: Arc<Machine>) -> Routes {
+    Routes::new(QemuServer::new(Api(machine)))
+}
+
+struct Api(Arc<Machine>);
+
+fn status(error: QmpError) -> Status {
+    match error {
+        QmpError::Refused { .. } => Status::failed_precondition(error.to_string()),
+        QmpError::Silent(_) => Status::deadline_exceeded(error.to_string()),
+        QmpError::Closed | QmpError::Garbage(_) => Status::unavailable(error.to_string()),
+    }
+}
+
+impl Api {
+    async fn on_machine<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Machine) -> Result<T, QmpError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let machine = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || work(&machine)).await;
+        done.map_err(|e| Status::internal(e.to_string()))?.map_err(status)
+    }
+
+    fn told(&self) -> Response<QemuStatus> {
+        Response::new(QemuStatus {
+            state: self.0.state(),
+            version: self.0.version().into(),
+            accel: self.0.accel().into(),
+            resets: self.0.resets(),
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Qemu for Api {
+    async fn status(&self, _request: Request<QemuStatusRequest>) -> Result<Response<QemuStatus>, Status> {
+        Ok(self.told())
+    }
+
+    async fn pause(&self, _request: Request<QemuPauseRequest>) -> Result<Response<QemuStatus>, Status> {
+        self.on_machine(Machine::pause).await?;
+        Ok(self.told())
+    }
+
+    async fn resume(&self, _request: Request<QemuResumeRequest>) -> Result<Response<QemuStatus>, Status> {
+        self.on_machine(Machine::resume).await?;
+        Ok(self.told())
+    }
+
+    async fn screenshot(
+        &self,
+        _request: Request<QemuScreenshotRequest>,
+    ) -> Result<Response<QemuScreenshot>, Status> {
+        let png = self.on_machine(Machine::screenshot).await?;
+        Ok(Response::new(QemuScreenshot { png }))
+    }
+}
+
+/// Counters of the bridge; its data path is elsewhere.
+pub struct Counters(pub Arc<Machine>);
+
+impl ServiceControl for Counters {
+    fn statistics(&self) -> Vec<Counter> {
+        let counter = |name: &str, value: u64| Counter { name: name.into(), value, ..Counter::default() };
+        vec![counter("resets", self.0.resets().into())]
+    }
+
+    fn drain(&self, _deadline: Duration, _resume: bool) -> bool {
+        true
+    }
+}
