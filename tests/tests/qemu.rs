@@ -77,12 +77,12 @@ fn qemu_guest_pauses_and_its_end_is_its_own() {
     let (progress, _console) = system.console("linux");
     assert!(progress.wait(Duration::from_secs(60), |seen| verified(seen) > 0), "not under load");
 
-    system.bh_ok(&["pause", "linux"]);
+    system.bh_ok(&["pause", "linux"]).unwrap();
     assert_eq!(state(&system), "paused");
     let lines = progress.lock().lines.len();
     std::thread::sleep(Duration::from_secs(2));
     assert!(progress.lock().lines.len() <= lines + 1, "a paused guest says nothing");
-    system.bh_ok(&["unpause", "linux"]);
+    system.bh_ok(&["unpause", "linux"]).unwrap();
     let before = verified(&progress.lock());
     assert!(progress.wait(Duration::from_secs(20), |seen| verified(seen) > before), "it goes on");
 

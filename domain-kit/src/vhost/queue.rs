@@ -234,7 +234,7 @@ impl Queue {
                     return bad("an indirect table where none may be");
                 }
                 let count = d.len as usize / DESC;
-                if d.len as usize % DESC != 0 || count == 0 || count > MAX_SEGMENTS {
+                if !(d.len as usize).is_multiple_of(DESC) || count == 0 || count > MAX_SEGMENTS {
                     return bad("an indirect table of an impossible length");
                 }
                 let Some(place) = self.memory.at_gpa(d.addr, d.len.into()) else {
