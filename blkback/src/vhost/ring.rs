@@ -22,7 +22,7 @@ use crate::limit::Limiter;
 use crate::stats::Stats;
 
 /// Executions that ended in a crash of this process after which a request is given up.
-const MAX_ATTEMPTS: u8 = domain_kit::journal::MAX_ATTEMPTS as u8;
+const MAX_ATTEMPTS: u8 = domain_kit::journal::MAX_ATTEMPTS;
 /// Time without requests after which memory is given back.
 const IDLE: Duration = Duration::from_secs(2);
 /// Longest look for work before sleeping.
@@ -139,7 +139,8 @@ impl RingServer {
             let look = window.look(since, || {
                 Ok::<_, std::convert::Infallible>(disk.ready() || (serving && queue.has_work()))
             });
-            if !matches!(look, Ok(true)) && !(serving && self.queue.ask_for_kicks()) {
+            let found = matches!(look, Ok(true)) || (serving && self.queue.ask_for_kicks());
+            if !found {
                 let quiet = self.running == 0 && self.pending.is_empty();
                 let due = self.stopped_until.map(|at| at.saturating_duration_since(Instant::now()));
                 let timeout = due.or((quiet && !idle).then_some(IDLE));
