@@ -1,5 +1,5 @@
 //! A Linux guest in a machine that QEMU emulates, its disk and NIC served by our backends through vhost-user. Natively: no hardware
-//! virtualization is needed. `cargo xtask test` makes the guest's image and runs these.
+//! virtualization is needed. `cargo xtask guest-image` makes the guest's image.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn under_kills(kills: usize, seed: u64) {
 }
 
 #[test]
-#[ignore = "needs the guest image: cargo xtask test"]
+#[ignore = "needs the guest image: cargo xtask guest-image"]
 fn qemu_guest_under_kills() {
     under_kills(25, 5);
 }
@@ -70,7 +70,7 @@ fn verified(seen: &Seen) -> u64 {
 
 /// Pause and unpause; then QEMU itself is killed: the guest is gone, and nothing else.
 #[test]
-#[ignore = "needs the guest image: cargo xtask test"]
+#[ignore = "needs the guest image: cargo xtask guest-image"]
 fn qemu_guest_pauses_and_its_end_is_its_own() {
     let system = start();
     create(&system, &domain_file(&system, "bh.work=disk"));

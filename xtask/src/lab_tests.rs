@@ -22,7 +22,6 @@ pub const ALL: &[LabTest] = &[
     ("lab: statuses and deadlines", statuses),
     ("lab: Debian 12 guest image", || guest_image(Guest::Debian12)),
     ("lab: Debian 13 guest image", || guest_image(Guest::Debian13)),
-    ("qemu: tests named qemu_*", qemu_tests),
     ("lab: tests named lab_*", ignored_tests),
 ];
 
@@ -124,24 +123,6 @@ fn boot(image: &Image, port: u16) -> Result<String> {
 }
 
 /// Runs all ignored tests named `lab_…` in one L1, one at a time.
-/// QEMU guests run natively; what they need beside the others' tests is the guest image, which was made before.
-fn qemu_tests() -> Result<()> {
-    setup::packages(setup::QEMU)?;
-    let tests = libtest::ignored("qemu_")?;
-    if tests.is_empty() {
-        bail!("no test is named qemu_…");
-    }
-    let mut failed = Vec::new();
-    for test in tests {
-        let mut cmd = Command::new(&test.exe);
-        cmd.args(["--ignored", "--exact", "--test-threads=1", &test.name]).current_dir(&test.dir);
-        if run::loud(&mut cmd).is_err() {
-            failed.push(test.name);
-        }
-    }
-    if failed.is_empty() { Ok(()) } else { bail!("failed: {}", failed.join(" ")) }
-}
-
 fn ignored_tests() -> Result<()> {
     let tests = libtest::ignored("lab_")?;
     if tests.is_empty() {
