@@ -206,6 +206,7 @@ fn every_feature_and_again_after_a_kill() {
     // A frontend that comes again, with other wishes.
     drop(b.front);
     b.front = connect(&system, &b.brain, Options::default());
+    b.served();
     assert_eq!(b.front.queues().len(), 1);
     a.send(&frame(b.mac, a.mac, 9, 100));
     b.receive(marked(9));
