@@ -274,13 +274,7 @@ impl Vbd {
 
     /// The device by vhost-user, if its frontend asks for that and the toolstack approved it.
     fn vhost(&self, node: &DeviceNode, disk: &Arc<dyn Disk>) -> Result<Option<VhostDevice>, DeviceError> {
-        let protocol = node.front_node(node::PROTOCOL)?;
-        if protocol.as_deref().map(str::trim) != Some(vhost::PROTOCOL) {
-            return Ok(None);
-        }
-        let resource = node
-            .back_node(vhost::NODE)?
-            .ok_or_else(|| DeviceError::Failed("vhost-user is not approved for this device".into()))?;
+        let Some(resource) = node.vhost_user()? else { return Ok(None) };
         let mode = self.mode(node, &**disk)?;
         self.sole_writer(node.key, mode)?;
         let instance = device::instance(&self.shared.domain.hv, node.key.frontend)

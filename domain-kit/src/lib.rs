@@ -15,6 +15,7 @@
 //! | [`xenbus`] | how the two ends of a device find each other and agree on their states |
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
+//! | [`guest`] | what a guest without a kernel does with its nodes |
 //! | `vhost` (a feature) | the backend's end of vhost-user |
 //!
 //! `unsafe` lives in [`mem`] (mapped memory) and [`os`] (inherited descriptors) alone.
@@ -24,6 +25,7 @@ pub mod domain;
 pub mod evtchn;
 pub mod fdstore;
 pub mod grants;
+pub mod guest;
 pub mod hypercall;
 pub mod journal;
 pub mod mem;

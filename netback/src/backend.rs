@@ -294,12 +294,7 @@ impl NetDriver {
 
     /// The vif by vhost-user, if its frontend asks for that and the toolstack approved it.
     fn vhost(&mut self, node: &DeviceNode) -> Result<Option<VhostVif>, DeviceError> {
-        if node.front_node("protocol")?.as_deref().map(str::trim) != Some(vhost::PROTOCOL) {
-            return Ok(None);
-        }
-        let resource = node
-            .back_node(vhost::NODE)?
-            .ok_or_else(|| DeviceError::Failed("vhost-user is not approved for this device".into()))?;
+        let Some(resource) = node.vhost_user()? else { return Ok(None) };
         let id = Self::id(node.key)?;
         let settings = self.settings(node)?;
         let switch = self.switch()?;

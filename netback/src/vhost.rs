@@ -13,7 +13,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -23,6 +22,7 @@ use domain_kit::Domain;
 use domain_kit::hypercall::Hypercall;
 use domain_kit::mem::{SharedMem, sealed_memfd};
 use domain_kit::ring::{RingMem, Span};
+use domain_kit::vhost::line::Line;
 use domain_kit::vhost::queue::{Chain, Queue, QueueError, Segment};
 use domain_kit::vhost::session::{self, Call, clear_kick};
 use domain_kit::vhost::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
@@ -45,11 +45,6 @@ use crate::switch::settings::Settings;
 use crate::switch::{Lane, Origin, Switch};
 use crate::tap::Offloads;
 use crate::worker::{Control, Worker};
-
-/// What the frontend's `protocol` says.
-pub const PROTOCOL: &str = "vhost-user";
-/// In the backend's own directory: the resource that leads to the frontend's socket.
-pub const NODE: &str = "vhost-user";
 
 // VIRTIO_NET_F_* (virtio 1.2, 5.1.3).
 const F_CSUM: u64 = 1 << 0;
@@ -82,8 +77,6 @@ const WAIT_PACKETS: usize = 512;
 const WAIT_BYTES: usize = 2 << 20;
 /// Most buffers of one packet.
 const MAX_BUFFERS: u16 = 64;
-/// Between two attempts to reach the frontend.
-const REDIAL: Duration = Duration::from_millis(100);
 /// Mark of the note: Connected was told to the frontend.
 const SERVED: u64 = 1 << 32;
 
@@ -122,10 +115,6 @@ pub fn forget(hv: &Hypercall, id: VifId) {
     }
 }
 
-struct Waiting {
-    bytes: Vec<u8>,
-}
-
 /// The queue to the guest.
 struct RxState {
     queue: Queue,
@@ -134,7 +123,8 @@ struct RxState {
     /// The guest takes blank checksums.
     csum: bool,
     chain: Chain,
-    waiting: VecDeque<Waiting>,
+    /// Packets, their headers first.
+    waiting: VecDeque<Vec<u8>>,
     waiting_bytes: usize,
     /// The driver is to be told.
     told: bool,
@@ -229,12 +219,12 @@ impl RxState {
         let mut any = false;
         while let Some(packet) = self.waiting.pop_front() {
             let mut header = [0; VNET_HDR_LEN];
-            header.copy_from_slice(&packet.bytes[..VNET_HDR_LEN]);
-            if !self.put(&header, &Packet::Own(&packet.bytes[VNET_HDR_LEN..]))? {
+            header.copy_from_slice(&packet[..VNET_HDR_LEN]);
+            if !self.put(&header, &Packet::Own(&packet[VNET_HDR_LEN..]))? {
                 self.waiting.push_front(packet);
                 break;
             }
-            self.waiting_bytes -= packet.bytes.len();
+            self.waiting_bytes -= packet.len();
             any = true;
         }
         if any && self.queue.must_notify() {
@@ -293,7 +283,7 @@ impl VhostRx {
                     let mut bytes = vec![0; len];
                     bytes[..VNET_HDR_LEN].copy_from_slice(&header);
                     arena.copy_out(frame.at, &mut bytes[VNET_HDR_LEN..]);
-                    state.waiting.push_back(Waiting { bytes });
+                    state.waiting.push_back(bytes);
                     state.waiting_bytes += len;
                 }
                 stats.rx_packets.add(1);
@@ -328,8 +318,7 @@ struct Shared {
     tx_next: Mutex<u16>,
     worker: Mutex<Option<Arc<Worker>>>,
     draining: AtomicBool,
-    ended: AtomicBool,
-    stream: Mutex<Option<UnixStream>>,
+    line: Line,
 }
 
 /// A vif that is served by vhost-user.
@@ -374,8 +363,7 @@ impl VhostVif {
             tx_next: Mutex::default(),
             worker: Mutex::default(),
             draining: draining.into(),
-            ended: false.into(),
-            stream: Mutex::default(),
+            line: Line::default(),
         });
         let (hv, lane_hv) = (domain.hv.new_channel()?, domain.hv.new_channel()?);
         let arena_fd = sealed_memfd("vhost-packets", ARENA_BYTES).map_err(system("making memory"))?;
@@ -455,10 +443,7 @@ impl VhostVif {
 
     /// Stops serving and keeps nothing.
     pub fn close(mut self, hv: &Hypercall) {
-        self.shared.ended.store(true, Relaxed);
-        if let Some(stream) = &*lock(&self.shared.stream) {
-            let _gone_already = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.shared.line.end();
         if let Some(thread) = self.thread.take() {
             // A panic in it has ended the process already.
             let _ended = thread.join();
@@ -494,35 +479,11 @@ impl Drain {
 /// The session's thread.
 fn talk(hv: &Hypercall, resource: &str, shared: &Arc<Shared>, lane: Lane) {
     let id = shared.id;
-    let mut complained = false;
     let lane = Arc::new(Mutex::new(lane));
-    while !shared.ended.load(Relaxed) {
-        let stream = match hv.resource_open(resource) {
-            Ok((_, fd)) => UnixStream::from(fd),
-            Err(error) => {
-                if !std::mem::replace(&mut complained, true) {
-                    tracing::warn!(%id, %error, "the frontend cannot be reached; tried again");
-                }
-                std::thread::sleep(REDIAL);
-                continue;
-            }
-        };
-        complained = false;
-        *lock(&shared.stream) = stream.try_clone().ok();
-        if shared.ended.load(Relaxed) {
-            break;
-        }
+    shared.line.keep(hv, resource, id, |stream| {
         let mut device = Served { shared: shared.clone(), lane: lane.clone() };
-        let result = session::serve(stream, &mut device, false);
-        *lock(&shared.stream) = None;
-        match result {
-            Ok(()) => tracing::info!(%id, "the frontend hung up"),
-            Err(error) => {
-                tracing::error!(%id, error, "vhost-user");
-                std::thread::sleep(REDIAL);
-            }
-        }
-    }
+        session::serve(stream, &mut device, false)
+    });
     let lane = lock(&lane);
     if let Err(error) = lane.hv.buffer_unregister(lane.buffer) {
         tracing::warn!(%id, %error, "the packets' buffer");

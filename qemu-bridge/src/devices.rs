@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use domain_kit::Domain;
-use domain_kit::xenbus::{Frontend, XenbusState};
+use domain_kit::xenbus::{Frontend, VHOST_USER, XenbusState};
 use domain_kit::xs::{WatchSet, XsClient, XsError, XsOps};
 use serde_json::{Value, json};
 
@@ -242,7 +242,7 @@ impl Devices {
                 if !self.chardevs()?.contains(&key) {
                     self.listen(key)?;
                 }
-                front.publish(&[("protocol", "vhost-user".into())], Initialised)?;
+                front.publish(&[("protocol", VHOST_USER.into())], Initialised)?;
                 Ok(false)
             }
             (Initialised, Connected) => {

@@ -1,12 +1,12 @@
 //! qemu-bridge: one QEMU guest's domain. hv-core starts it; see the crate's README.
 
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use domain_kit::guest::{wait_until_made, watch_shutdown};
 use domain_kit::xenbus::connect_store;
-use domain_kit::xs::{XsClient, XsOps};
 use domain_kit::{Domain, control};
 use qemu_bridge::control::{Counters, routes};
 use qemu_bridge::devices::Devices;
@@ -80,46 +80,13 @@ fn devices(domain: &Arc<Domain>, machine: &Arc<Machine>) -> anyhow::Result<()> {
         }
     };
     xs.set_timeout(Duration::from_secs(30));
-    wait_until_made(&xs, domain.domid())?;
-    watch_shutdown(&xs, machine.clone())?;
-    Devices::new(domain.clone(), machine.clone(), xs)?.run()
-}
-
-/// The toolstack learns the domid by making the domain, so this process can be ahead of its own nodes. They come all at once.
-fn wait_until_made(xs: &XsClient, domid: u16) -> anyhow::Result<()> {
-    let deadline = Instant::now() + STORE;
-    loop {
-        match xs.read(&format!("/local/domain/{domid}/vm")) {
-            Ok(_) => return Ok(()),
-            Err(error) if Instant::now() >= deadline => {
-                return Err(error).context("the toolstack does not make this domain's nodes");
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+    wait_until_made(&xs, domain.domid(), STORE).context("the toolstack does not make this domain's nodes")?;
+    let button = machine.clone();
+    watch_shutdown(&xs, move |reboot| {
+        if let Err(error) = button.power_button(reboot) {
+            tracing::error!(%error, "the power button");
         }
-    }
-}
-
-/// Turns the toolstack's wishes into presses of the power button: read, acknowledge by an empty value, act.
-fn watch_shutdown(xs: &XsClient, machine: Arc<Machine>) -> anyhow::Result<()> {
-    const NODE: &str = "control/shutdown";
-    let watches = xs.watch_set()?;
-    watches.watch(NODE, "shutdown")?;
-    let xs = xs.clone();
-    std::thread::Builder::new().name("shutdown".into()).spawn(move || {
-        loop {
-            watches.next_timeout(Duration::from_secs(3600));
-            let reboot = match xs.read_opt(NODE).ok().flatten().as_deref() {
-                Some("poweroff" | "halt") => false,
-                Some("reboot") => true,
-                _ => continue,
-            };
-            if let Err(error) = xs.write(NODE, "") {
-                tracing::warn!(%error, "the request to end could not be acknowledged");
-            }
-            if let Err(error) = machine.power_button(reboot) {
-                tracing::error!(%error, "the power button");
-            }
-        }
+        true
     })?;
-    Ok(())
+    Devices::new(domain.clone(), machine.clone(), xs)?.run()
 }

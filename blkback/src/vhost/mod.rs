@@ -15,14 +15,14 @@
 mod request;
 mod ring;
 
-use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use domain_kit::hypercall::Hypercall;
 use domain_kit::mem::SharedMem;
+use domain_kit::vhost::line::Line;
 use domain_kit::vhost::session;
 use domain_kit::vhost::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use domain_kit::xenbus::DeviceKey;
@@ -37,16 +37,10 @@ use crate::limit::{Limiter, Limits};
 use crate::stats::Stats;
 use ring::{Common, RingServer};
 
-/// What the frontend's `protocol` says.
-pub const PROTOCOL: &str = "vhost-user";
-/// In the backend's own directory: the resource that leads to the frontend's socket.
-pub const NODE: &str = "vhost-user";
 /// Most queues of a device.
 const QUEUES: u16 = 8;
 /// How long a queue may take to end.
 const END: Duration = Duration::from_secs(5);
-/// Between two attempts to reach the frontend.
-const REDIAL: Duration = Duration::from_millis(100);
 
 /// Bytes of a note in the fd store, and what stands where.
 const NOTE_BYTES: usize = 4096;
@@ -95,22 +89,7 @@ pub struct VhostDevice {
 struct Rings {
     stats: Vec<Arc<Stats>>,
     controls: Vec<Arc<RingControl>>,
-    ended: AtomicBool,
-    /// The conversation, to be hung up.
-    stream: Mutex<Option<UnixStream>>,
-}
-
-impl Rings {
-    fn end(&self) {
-        self.ended.store(true, Relaxed);
-        if let Some(stream) = &*self.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _gone_already = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    fn set_stream(&self, stream: Option<UnixStream>) {
-        *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = stream;
-    }
+    line: Line,
 }
 
 /// Devices that a previous incarnation served and whose frontends are still there.
@@ -186,7 +165,7 @@ impl VhostDevice {
         let controls = controls.collect::<Result<Vec<_>, AttachError>>()?;
         let stats: Vec<_> = (0..QUEUES).map(|_| Arc::new(Stats::default())).collect();
         stats.iter().for_each(|s| s.drain_us.set(disk.fence().drain.as_micros() as u64));
-        let rings = Arc::new(Rings { stats, controls, ended: false.into(), stream: Mutex::new(None) });
+        let rings = Arc::new(Rings { stats, controls, line: Line::default() });
         let common =
             Common { disk: disk.clone(), limiter: limiter.clone(), read_only: wanted.read_only, no_space };
         let hv = hv.new_channel()?;
@@ -228,7 +207,7 @@ impl VhostDevice {
 
     /// Stops serving and keeps nothing.
     pub fn close(mut self, hv: &Hypercall) {
-        self.rings.end();
+        self.rings.line.end();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -241,43 +220,19 @@ impl VhostDevice {
 }
 
 /// The session's thread.
-fn talk(hv: &Hypercall, resource: &str, key: DeviceKey, rings: &Arc<Rings>, common: &Common, crashed: bool) {
+fn talk(hv: &Hypercall, resource: &str, key: DeviceKey, rings: &Rings, common: &Common, crashed: bool) {
     let mut crashed = crashed;
-    let mut complained = false;
-    while !rings.ended.load(Relaxed) {
-        let stream = match hv.resource_open(resource) {
-            Ok((_, fd)) => UnixStream::from(fd),
-            Err(error) => {
-                if !std::mem::replace(&mut complained, true) {
-                    tracing::warn!(device = %key, %error, "the frontend cannot be reached; tried again");
-                }
-                std::thread::sleep(REDIAL);
-                continue;
-            }
-        };
-        complained = false;
-        rings.set_stream(stream.try_clone().ok());
-        if rings.ended.load(Relaxed) {
-            break;
-        }
+    rings.line.keep(hv, resource, key, |stream| {
         let mut device = Served { key, rings, common, threads: Vec::new() };
-        let result = session::serve(stream, &mut device, std::mem::take(&mut crashed));
-        rings.set_stream(None);
-        match result {
-            Ok(()) => tracing::info!(device = %key, "the frontend hung up"),
-            Err(error) => {
-                tracing::error!(device = %key, error, "vhost-user");
-                std::thread::sleep(REDIAL);
-            }
-        }
-    }
+        session::serve(stream, &mut device, std::mem::take(&mut crashed))
+    });
     tracing::info!(device = %key, "no longer served");
 }
 
 /// The device as one conversation sees it.
 struct Served<'a> {
     key: DeviceKey,
-    rings: &'a Arc<Rings>,
+    rings: &'a Rings,
     common: &'a Common,
     threads: Vec<(u16, Arc<RingControl>, JoinHandle<u16>)>,
 }

@@ -5,6 +5,7 @@ use crate::config::{AccessMode, DevType, DiskEntry, GuestType, VifEntry};
 use crate::specs_qemu::vhost_resource;
 use crate::state::Guest;
 use crate::store::Change;
+use domain_kit::xenbus::VHOST_USER;
 
 /// "1": the cable of a vif is pulled. In the frontend's directory it has that name and meaning in XenServer, whose Windows drivers show
 /// it; Linux's netfront looks at the state alone.
@@ -174,7 +175,7 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
         front.put(format!("{}/backend-id", device.front), backend.to_string());
         if guest.config.guest_type == GuestType::Qemu {
             let resource = vhost_resource(&guest.uuid, device.kind, device.id);
-            back.put(format!("{}/vhost-user", device.back), resource);
+            back.put(format!("{}/{VHOST_USER}", device.back), resource);
         }
         match device.kind {
             "vbd" => {

@@ -5,6 +5,7 @@
 //! | [`memory`] | the guest's memory, as the frontend's table describes it |
 //! | [`queue`] | a split virtqueue (virtio 1.2, 2.7) from the device's end |
 //! | [`inflight`] | which requests are under way, in memory that outlives the process (vhost-user's INFLIGHT_SHMFD) |
+//! | [`mod@line`] | the line to the frontend: dialled again whenever it hung up |
 //! | [`session`] | the conversation: messages in, rings started and stopped |
 //!
 //! The frontend listens, the backend dials in: then a backend that was killed is back at once, and not after the frontend's own reconnection
@@ -16,6 +17,7 @@
 //! through [`crate::mem::SharedMem`], which copies between two mappings at once, and has no second kind of mapping beside it.
 
 pub mod inflight;
+pub mod line;
 pub mod memory;
 pub mod queue;
 pub mod session;

@@ -322,3 +322,134 @@ impl Queue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mem::sealed_memfd;
+    use crate::vhost::memory::RegionInfo;
+
+    const BYTES: usize = 64 << 10;
+    const SIZE: u16 = 16;
+    const AT: QueueAddresses = QueueAddresses { size: SIZE, desc: 0, avail: 0x1000, used: 0x2000 };
+
+    fn memory() -> Arc<GuestMemory> {
+        let info = RegionInfo { gpa: 0, len: BYTES as u64, user: 0, offset: 0 };
+        Arc::new(GuestMemory::map(&[(info, sealed_memfd("guest", BYTES).unwrap().into())]).unwrap())
+    }
+
+    fn put(memory: &GuestMemory, at: u64, bytes: &[u8]) {
+        let place = memory.at_gpa(at, bytes.len() as u64).unwrap();
+        place.mem.copy_in(place.offset, bytes);
+    }
+
+    fn describe(memory: &GuestMemory, index: u64, addr: u64, len: u32, flags: u16, next: u16) {
+        let bytes =
+            [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
+        put(memory, 16 * index, &bytes);
+    }
+
+    fn offer(memory: &GuestMemory, index: u16, head: u16) {
+        put(memory, AT.avail + 4 + 2 * u64::from(index % SIZE), &head.to_le_bytes());
+        put(memory, AT.avail + 2, &index.wrapping_add(1).to_le_bytes());
+    }
+
+    #[test]
+    fn a_request_is_taken_and_given_back() {
+        let memory = memory();
+        let mut queue = Queue::new(memory.clone(), &AT, F_INDIRECT_DESC, 0).unwrap();
+        assert_eq!(queue.take(), Ok(None));
+        // A table elsewhere, of one segment to read and one to write.
+        describe(&memory, 3, 0x3000, 32, DESC_F_INDIRECT, 0);
+        describe(&memory, 0x300, 0x4000, 100, DESC_F_NEXT, 1);
+        describe(&memory, 0x301, 0x5000, 200, DESC_F_WRITE, 0);
+        offer(&memory, 0, 3);
+        assert!(queue.has_work());
+        assert_eq!(queue.take(), Ok(Some(3)));
+        let mut chain = Chain::default();
+        queue.chain(3, &mut chain).unwrap();
+        let found =
+            |segments: &[Segment]| segments.iter().map(|s| (s.place.offset, s.len)).collect::<Vec<_>>();
+        assert_eq!(
+            (found(&chain.readable), found(&chain.writable)),
+            (vec![(0x4000, 100)], vec![(0x5000, 200)])
+        );
+        queue.give(3, 200);
+        assert_eq!(queue.used_idx(), 1);
+        assert!(queue.must_notify() && !queue.must_notify());
+        assert!(!queue.ask_for_kicks());
+    }
+
+    #[test]
+    fn what_a_driver_may_not_say_is_refused() {
+        let memory = memory();
+        let mut queue = Queue::new(memory.clone(), &AT, F_INDIRECT_DESC, 0).unwrap();
+        let mut chain = Chain::default();
+        // In a circle; beyond the table; outside the memory; to read behind one to write; a table in a table.
+        describe(&memory, 0, 0, 1, DESC_F_NEXT, 1);
+        describe(&memory, 1, 0, 1, DESC_F_NEXT, 0);
+        assert!(queue.chain(0, &mut chain).is_err());
+        describe(&memory, 0, 0, 1, DESC_F_NEXT, SIZE);
+        assert!(queue.chain(0, &mut chain).is_err());
+        describe(&memory, 0, BYTES as u64 - 1, 2, 0, 0);
+        assert!(queue.chain(0, &mut chain).is_err());
+        describe(&memory, 0, 0, 1, DESC_F_NEXT | DESC_F_WRITE, 1);
+        describe(&memory, 1, 0, 1, 0, 0);
+        assert!(queue.chain(0, &mut chain).is_err());
+        describe(&memory, 0, 0x3000, 16, DESC_F_INDIRECT, 0);
+        describe(&memory, 0x300, 0x3000, 16, DESC_F_INDIRECT, 0);
+        assert!(queue.chain(0, &mut chain).is_err());
+        // More than fits, and a head that is none.
+        put(&memory, AT.avail + 2, &(SIZE + 1).to_le_bytes());
+        assert_eq!(queue.take(), Err(QueueError::Index(SIZE + 1)));
+        offer(&memory, 0, SIZE);
+        assert_eq!(queue.take(), Err(QueueError::Head(SIZE)));
+        for bad in [
+            QueueAddresses { size: 12, ..AT },
+            QueueAddresses { size: 0, ..AT },
+            QueueAddresses { desc: 8, ..AT },
+            QueueAddresses { used: BYTES as u64 - 4, ..AT },
+            QueueAddresses { avail: u64::MAX - 1, ..AT },
+        ] {
+            assert!(Queue::new(memory.clone(), &bad, 0, 0).is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        /// Whatever the rings and tables hold: it ends, inside the guest's memory.
+        #[test]
+        fn any_memory(
+            tables in proptest::collection::vec((0u64..BYTES as u64 + 64, 0u32..600, 0u16..8, 0u16..20), 16),
+            heads in proptest::collection::vec(0u16..18, 16), ahead in 0u16..18, from in any::<u16>(), features in any::<u64>(),
+        ) {
+            let memory = memory();
+            for (i, (addr, len, flags, next)) in (0u64..).zip(&tables) {
+                describe(&memory, i, *addr, *len, *flags, *next);
+                // Such tables are also where indirect ones may point to.
+                describe(&memory, 0x300 + i, *addr, *len, *flags, *next);
+            }
+            for (i, head) in (0u64..).zip(&heads) {
+                put(&memory, AT.avail + 4 + 2 * i, &head.to_le_bytes());
+            }
+            put(&memory, AT.avail + 2, &from.wrapping_add(ahead).to_le_bytes());
+            let mut queue = Queue::new(memory, &AT, features, from).unwrap();
+            let mut chain = Chain::default();
+            let mut taken = 0;
+            while let Ok(Some(head)) = queue.take() {
+                taken += 1;
+                prop_assert!(taken <= SIZE);
+                if queue.chain(head, &mut chain).is_ok() {
+                    prop_assert!(chain.readable.len() + chain.writable.len() <= MAX_SEGMENTS);
+                    for segment in chain.readable.iter().chain(&chain.writable) {
+                        prop_assert!(segment.place.offset + segment.len <= BYTES);
+                    }
+                }
+                queue.give(head, 1);
+            }
+            queue.must_notify();
+            queue.ask_for_kicks();
+        }
+    }
+}

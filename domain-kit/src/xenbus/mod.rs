@@ -26,6 +26,6 @@ mod nodes;
 
 pub use backend::{Backend, BackendDriver, BackendHandle, DeviceError, Properties};
 pub use frontend::Frontend;
-pub use nodes::{DeviceKey, DeviceNode, connect_store};
+pub use nodes::{DeviceKey, DeviceNode, VHOST_USER, connect_store};
 
 pub use xen_abi::xenbus::XenbusState;

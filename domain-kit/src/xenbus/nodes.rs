@@ -6,11 +6,17 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use xen_abi::io::blkif::node::PROTOCOL;
 use xen_abi::xenbus::XenbusState;
 
+use super::backend::DeviceError;
 use crate::Domain;
 use crate::mem::Page;
 use crate::xs::{RingTransport, XsClient, XsErrno, XsError, XsOps};
+
+/// What the node `protocol` of a frontend says that wants vhost-user in the place of rings; and the backend's own node with the approved resource
+/// that leads to the frontend's socket.
+pub const VHOST_USER: &str = "vhost-user";
 
 /// Names one device of a backend: whose, and which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,6 +83,20 @@ impl DeviceNode {
     /// The store's.
     pub fn back_number<T: FromStr>(&self, name: &str) -> Result<Option<T>, XsError> {
         Ok(number(&self.back, name, self.back_node(name)?))
+    }
+
+    /// The approved resource of the frontend's socket, if the frontend wants vhost-user.
+    ///
+    /// # Errors
+    /// The store's; the toolstack did not approve it.
+    pub fn vhost_user(&self) -> Result<Option<String>, DeviceError> {
+        if self.front_node(PROTOCOL)?.as_deref().map(str::trim) != Some(VHOST_USER) {
+            return Ok(None);
+        }
+        let resource = self.back_node(VHOST_USER)?;
+        resource
+            .map(Some)
+            .ok_or_else(|| DeviceError::Failed("vhost-user is not approved for this device".into()))
     }
 }
 

@@ -11,12 +11,12 @@ mod work;
 
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use domain_kit::guest::{wait_until_made, watch_shutdown};
 use domain_kit::xenbus::connect_store;
-use domain_kit::xs::{XsClient, XsOps};
 use domain_kit::{Domain, control};
 use proto::service::Counter;
 use workload::report::{Json, Report};
@@ -25,6 +25,8 @@ use workload::work::End;
 use crate::options::Options;
 use crate::report::Reporter;
 
+/// How long the store may take to appear, and then our nodes in it.
+const STORE: Duration = Duration::from_secs(60);
 /// SHUTDOWN_* reasons (sched.h).
 const POWEROFF: u32 = 0;
 const REBOOT: u32 = 1;
@@ -59,11 +61,11 @@ fn run(
     reporter: &Arc<Reporter>,
     health: &control::ControlHandle,
 ) -> anyhow::Result<End> {
-    let xs = connect_store(domain, Duration::from_secs(60)).context("xenstore")?;
+    let xs = connect_store(domain, STORE).context("xenstore")?;
     xs.set_timeout(Duration::from_secs(30));
-    wait_until_made(&xs, domain.domid())?;
+    wait_until_made(&xs, domain.domid(), STORE).context("the toolstack does not make this domain's nodes")?;
     let (ends, end) = mpsc::channel();
-    watch_shutdown(&xs, ends)?;
+    watch_shutdown(&xs, move |reboot| ends.send(if reboot { End::Reboot } else { End::PowerOff }).is_ok())?;
     let work = work::start(options, domain, &xs, reporter);
     domain.hv.served()?;
     health.set_serving(true);
@@ -73,45 +75,6 @@ fn run(
     let clean = work.stop(&**reporter);
     reporter.line(&Json::new("end").text("why", why.name()).flag("clean", clean));
     Ok(why)
-}
-
-/// The toolstack learns the domid by making the domain, so this process can be ahead of its own nodes. They come all at once.
-fn wait_until_made(xs: &XsClient, domid: u16) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        match xs.read(&format!("/local/domain/{domid}/vm")) {
-            Ok(_) => return Ok(()),
-            Err(error) if Instant::now() >= deadline => {
-                return Err(error).context("the toolstack does not make this domain's nodes");
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
-        }
-    }
-}
-
-/// Turns the toolstack's wishes into an end, as guests do: read, acknowledge by an empty value, act.
-fn watch_shutdown(xs: &XsClient, ends: mpsc::Sender<End>) -> anyhow::Result<()> {
-    const NODE: &str = "control/shutdown";
-    let watches = xs.watch_set()?;
-    watches.watch(NODE, "shutdown")?;
-    let xs = xs.clone();
-    std::thread::Builder::new().name("shutdown".into()).spawn(move || {
-        loop {
-            watches.next_timeout(Duration::from_secs(3600));
-            let end = match xs.read_opt(NODE).ok().flatten().as_deref() {
-                Some("poweroff" | "halt") => End::PowerOff,
-                Some("reboot") => End::Reboot,
-                _ => continue,
-            };
-            if let Err(error) = xs.write(NODE, "") {
-                tracing::warn!(%error, "the request to end could not be acknowledged");
-            }
-            if ends.send(end).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
 }
 
 /// A guest has no counters of its own; its load reports on the console.
