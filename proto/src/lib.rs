@@ -31,6 +31,9 @@ pub mod store {
 /// dom0-supervisor's API.
 pub mod toolstack {
     tonic::include_proto!("bulkhead.toolstack.v1");
+
+    /// Bytes of one message of captured packets at most: netback sends a mebibyte and what is left of its last packet.
+    pub const MAX_CAPTURED: usize = 4 << 20;
 }
 /// The encoded descriptors of all schemas, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bulkhead.bin"));

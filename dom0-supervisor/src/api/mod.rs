@@ -3,6 +3,7 @@
 
 mod console;
 mod network;
+mod relay;
 mod services;
 mod store;
 pub(crate) use services::channel;
@@ -61,13 +62,6 @@ impl Api {
             Err(e) => Err(Status::internal(one_line(&e.to_string()))),
         }
     }
-}
-
-/// A service's connection broke, as opposed to its answer.
-fn broken(e: &Status) -> bool {
-    ["transport", "h2 protocol", "connection", "broken pipe", "error reading a body"]
-        .iter()
-        .any(|b| e.message().contains(b))
 }
 
 /// What a time-out in a request means.

@@ -3,26 +3,29 @@
 use std::time::Duration;
 
 use proto::toolstack::network_backend_client::NetworkBackendClient;
-use proto::toolstack::{CaptureVifRequest, CapturedPackets, CheckVifRulesReply, CheckVifRulesRequest};
+use proto::toolstack::{
+    CaptureVifRequest, CapturedPackets, CheckVifRulesReply, CheckVifRulesRequest, MAX_CAPTURED,
+};
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
+use super::relay::{answered, passed};
 use super::services::channel;
 use super::{Api, Streamed};
-use crate::manager::one_line;
+
+/// What it is called in answers.
+const NETBACK: &str = "netback";
 
 /// How long netback may take to answer, or to begin a stream.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Bytes of one message at most: netback sends a mebibyte and what is left of its last packet.
-const MAX_MESSAGE: usize = 4 << 20;
 
 impl Api {
     /// The netback of a device, and the guest's domid.
     async fn netback(&self, guest: &str, id: u32) -> Result<(NetworkBackendClient<Channel>, u32), Status> {
         let guest = guest.to_owned();
         let (domid, path) = self.blocking(move |m| m.vif_socket(&guest, id)).await?;
-        let client = NetworkBackendClient::new(channel(path)).max_decoding_message_size(MAX_MESSAGE);
+        let client = NetworkBackendClient::new(channel(path)).max_decoding_message_size(MAX_CAPTURED);
         Ok((client, domid.into()))
     }
 
@@ -33,8 +36,11 @@ impl Api {
         let CaptureVifRequest { guest, id, snap_length, .. } = request;
         let (mut client, domid) = self.netback(&guest, id).await?;
         let to_netback = CaptureVifRequest { guest: String::new(), id, domid, snap_length };
-        let stream = answered(client.capture(to_netback)).await.map_err(|e| at(&guest, id, e))?.into_inner();
-        Ok(Box::pin(stream.map(|part| part.map_err(passed))))
+        let stream = answered(NETBACK, PATIENCE, client.capture(to_netback))
+            .await
+            .map_err(|e| at(&guest, id, e))?
+            .into_inner();
+        Ok(Box::pin(stream.map(|part| part.map_err(|e| passed(NETBACK, &e)))))
     }
 
     pub(super) async fn relay_check(
@@ -42,28 +48,10 @@ impl Api {
         request: CheckVifRulesRequest,
     ) -> Result<CheckVifRulesReply, Status> {
         let (mut client, _) = self.netback(&request.guest, request.id).await?;
-        answered(client.check_rules(request)).await.map(Response::into_inner)
-    }
-}
-
-async fn answered<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<Response<T>, Status> {
-    match tokio::time::timeout(PATIENCE, call).await {
-        Ok(answer) => answer.map_err(passed),
-        Err(_) => {
-            let text = format!("netback does not answer within {} s; see bh services", PATIENCE.as_secs());
-            Err(Status::unavailable(text))
-        }
+        answered(NETBACK, PATIENCE, client.check_rules(request)).await.map(Response::into_inner)
     }
 }
 
 fn at(guest: &str, id: u32, e: Status) -> Status {
     Status::new(e.code(), format!("guest {guest}: vif {id}: {}", e.message()))
-}
-
-/// netback's word. That its connection broke is told so that `bh` does not take it for dom0's.
-fn passed(e: Status) -> Status {
-    if crate::api::broken(&e) {
-        return Status::unavailable("netback is being restarted");
-    }
-    Status::new(e.code(), one_line(e.message()))
 }

@@ -14,7 +14,11 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::channel;
-use crate::manager::{Manager, OpError, one_line};
+use super::relay::{answered, passed};
+use crate::manager::{Manager, OpError};
+
+/// What it is called in answers.
+const XENSTORED: &str = "xenstored";
 
 /// How long xenstored may take to answer, or to begin a stream.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -51,24 +55,8 @@ impl StoreRelay {
         F: Future<Output = Answer<T>>,
     {
         let client = self.client().await?;
-        match tokio::time::timeout(PATIENCE, call(client)).await {
-            Ok(Ok(answer)) => Ok(Response::new(answer.into_inner())),
-            Ok(Err(e)) => Err(passed(&e)),
-            Err(_) => {
-                let text =
-                    format!("xenstored does not answer within {} s; see bh services", PATIENCE.as_secs());
-                Err(Status::unavailable(text))
-            }
-        }
+        answered(XENSTORED, PATIENCE, call(client)).await.map(|answer| Response::new(answer.into_inner()))
     }
-}
-
-/// xenstored's word, without what belongs to its connection. That one broke is told so that `bh` does not take it for dom0's.
-fn passed(e: &Status) -> Status {
-    if super::broken(e) {
-        return Status::unavailable("xenstored is being restarted");
-    }
-    Status::new(e.code(), one_line(e.message()))
 }
 
 #[tonic::async_trait]
@@ -78,7 +66,7 @@ impl Store for StoreRelay {
     async fn snapshot(&self, request: Request<SnapshotRequest>) -> Answer<Self::SnapshotStream> {
         let request = request.into_inner();
         let stream = self.pass(|mut c| async move { c.snapshot(request).await }).await?.into_inner();
-        Ok(Response::new(Box::pin(stream.map(|part| part.map_err(|e| passed(&e))))))
+        Ok(Response::new(Box::pin(stream.map(|part| part.map_err(|e| passed(XENSTORED, &e))))))
     }
 
     async fn read(&self, request: Request<ReadRequest>) -> Answer<Node> {
@@ -107,7 +95,7 @@ impl Store for StoreRelay {
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
         let request = request.into_inner();
         let stream = self.pass(|mut c| async move { c.watch(request).await }).await?.into_inner();
-        Ok(Response::new(Box::pin(stream.map(|event| event.map_err(|e| passed(&e))))))
+        Ok(Response::new(Box::pin(stream.map(|event| event.map_err(|e| passed(XENSTORED, &e))))))
     }
 
     async fn statistics(&self, request: Request<StatisticsRequest>) -> Answer<StatisticsReply> {

@@ -7,14 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use proto::toolstack::{CaptureVifRequest, CapturedPackets};
+use proto::toolstack::{CaptureVifRequest, CapturedPackets, MAX_CAPTURED};
 use tonic::{Code, Status, Streaming};
 
 use crate::client::{Dom0, Failure, PATIENCE, lost};
 use crate::pcapng::Writer;
 
-/// Bytes of one message at most: netback sends a mebibyte and what is left of its last packet.
-const MAX_MESSAGE: usize = 4 << 20;
 /// What stands in the file's header if all of a packet is wanted.
 const WHOLE: u32 = 262_144;
 
@@ -145,7 +143,7 @@ async fn open(
         let result = dom0
             .call(|c| {
                 let request = request.clone();
-                async move { c.max_decoding_message_size(MAX_MESSAGE).capture_vif(request).await }
+                async move { c.max_decoding_message_size(MAX_CAPTURED).capture_vif(request).await }
             })
             .await;
         match result {
