@@ -620,15 +620,7 @@ fn a_blkback_can_open_nothing_but_its_disk() {
         let mknod = ask(&format!("syscall {} 0 {} {}", nix::libc::SYS_mknodat, 0, 0));
         assert_ne!(mknod, "ok");
         let probe = Probe::new(&system.dir().join("run"), service_domid(&system, name));
-        let ask = |order: &str| {
-            let mut answer = None;
-            // A forbidden call ends the process; hv-core starts the next.
-            until(&system, "the probe answers", || {
-                answer = probe.order(order).ok().filter(|a| !a.is_empty());
-                answer.is_some()
-            });
-            answer.unwrap_or_default()
-        };
+        let ask = |order: &str| answer_of(&system, &probe, order);
         for address in ["127.0.0.1:10809", "10.77.0.1:22"] {
             let answer = ask(&format!("uring-connect {address}"));
             assert!(answer != "ok" && answer != "EINPROGRESS", "{address}: {answer}");

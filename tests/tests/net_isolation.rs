@@ -48,15 +48,7 @@ fn a_netback_reaches_nothing_but_its_nic() {
     for (service, uplink, foreign) in [(netback(), UPLINK, SECOND_UPLINK), ("second", SECOND_UPLINK, UPLINK)]
     {
         let probe = Probe::new(&run, service_domid(&system, service));
-        let ask = |order: &str| {
-            let mut answer = None;
-            // A forbidden call ends the process; hv-core starts the next.
-            until(&system, "the probe answers", || {
-                answer = probe.order(order).ok().filter(|a| !a.is_empty());
-                answer.is_some()
-            });
-            answer.unwrap_or_default()
-        };
+        let ask = |order: &str| answer_of(&system, &probe, order);
         // NICs: its own, and no other's.
         let interfaces = ask("interfaces");
         let mut names: Vec<&str> = interfaces.split(' ').collect();

@@ -112,12 +112,6 @@ fn captures_outlive_restarts_and_are_bounded() {
     let mut b = end(&system, 1, "", Options::default());
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name).display().to_string();
-    let trip = |a: &mut End, b: &mut End, mark: u8| {
-        a.send(&frame(b.mac, a.mac, mark, 200));
-        b.receive(marked(mark));
-        b.send(&frame(a.mac, b.mac, mark + 1, 300));
-        a.receive(marked(mark + 1));
-    };
     trip(&mut a, &mut b, 1);
     let (whole, short) = (file("whole.pcapng"), file("short.pcapng"));
     let mut capture = Capture::start(&system, &["guest0", "-w", &whole]);
@@ -320,12 +314,6 @@ fn a_pulled_cable_and_no_flap_without() {
     }
     let link =
         |system: &System| system.bh_json(&["network-list", "guest0"]).unwrap()["vifs"][0]["link"].as_bool();
-    let trip = |a: &mut End, b: &mut End, mark: u8| {
-        a.send(&frame(b.mac, a.mac, mark, 200));
-        b.receive(marked(mark));
-        b.send(&frame(a.mac, b.mac, mark + 1, 300));
-        a.receive(marked(mark + 1));
-    };
     trip(&mut a, &mut b, 1);
     assert_eq!(link(&system), Some(true));
     let kill_it = || {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::kill_tests::{Bench, bench, kill_everywhere, settle, with_guest};
+use super::kill_tests::{Bench, bench, failed_in_one_line, kill_everywhere, settle, with_guest};
 use crate::config::DiskEntry;
 use crate::manager::{Manager, OpError};
 use crate::state::State;
@@ -68,13 +68,7 @@ fn attach_that_fails_leaves_nothing() {
                 }
                 (world, manager)
             },
-            |manager, bench| match attach(manager, bench) {
-                Err(OpError::Failed(text)) => {
-                    assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
-                    Ok(())
-                }
-                other => other,
-            },
+            |manager, bench| failed_in_one_line(attach(manager, bench)),
             |world, state, _| check(&world.lock(), state, false),
         );
         assert!(points > 10, "{points} kill points");

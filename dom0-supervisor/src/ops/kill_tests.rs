@@ -101,6 +101,17 @@ fn check_nothing_left(world: &Inner, state: &State) {
     assert_eq!(homes, 6);
 }
 
+/// The operation's own failure is what is wanted, told in one line.
+pub(super) fn failed_in_one_line(result: Result<(), OpError>) -> Result<(), OpError> {
+    match result {
+        Err(OpError::Failed(text)) => {
+            assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
 /// Runs `operation` on a world made by `prepare`, killed at call 0, 1, 2, … until one run needs no kill; `check` judges the
 /// settled end. Returns how many kill points there were.
 pub(super) fn kill_everywhere(
@@ -176,13 +187,7 @@ fn create_that_fails_leaves_nothing() {
             },
             |manager, bench| {
                 // The timing-dependent waits make the number of calls vary; the fuse covers the calls before them and some within.
-                match create(manager, bench) {
-                    Err(OpError::Failed(text)) => {
-                        assert!(!text.contains('\n') && text.starts_with("guest g: "), "{text}");
-                        Ok(())
-                    }
-                    other => other,
-                }
+                failed_in_one_line(create(manager, bench))
             },
             |world, state, _| check_nothing_left(&world.lock(), state),
         );

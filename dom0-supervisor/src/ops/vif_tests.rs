@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::kill_tests::{Bench, bench, kill_everywhere, settle, with_guest};
+use super::kill_tests::{Bench, bench, failed_in_one_line, kill_everywhere, settle, with_guest};
 use crate::config::VifEntry;
 use crate::manager::{Manager, OpError};
 use crate::state::State;
@@ -77,13 +77,7 @@ fn attach_that_fails_leaves_nothing() {
             world.lock().deaf_backends = true;
             (world, manager)
         },
-        |manager, bench| match attach(manager, bench) {
-            Err(OpError::Failed(text)) => {
-                assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
-                Ok(())
-            }
-            other => other,
-        },
+        |manager, bench| failed_in_one_line(attach(manager, bench)),
         |world, state, _| check(&world.lock(), state, None),
     );
     assert!(points > 8, "{points} kill points");
@@ -126,13 +120,7 @@ fn a_move_that_fails_goes_back() {
             world.lock().deaf_backends = true;
             (world, manager)
         },
-        |manager, _| match manager.move_vif("g", 1, "wan".parse().unwrap()) {
-            Err(OpError::Failed(text)) => {
-                assert!(text.starts_with("guest g: ") && !text.contains('\n'), "{text}");
-                Ok(())
-            }
-            other => other,
-        },
+        |manager, _| failed_in_one_line(manager.move_vif("g", 1, "wan".parse().unwrap())),
         |world, state, _| {
             let at = place(state).unwrap().to_owned();
             assert_eq!(at, "lan");

@@ -103,6 +103,14 @@ impl End {
     }
 }
 
+/// A packet each way, the answer marked with the next number.
+pub fn trip(a: &mut End, b: &mut End, mark: u8) {
+    a.send(&frame(b.mac, a.mac, mark, 200));
+    b.receive(marked(mark));
+    b.send(&frame(a.mac, b.mac, mark + 1, 300));
+    a.receive(marked(mark + 1));
+}
+
 pub fn frame(to: [u8; 6], from: [u8; 6], mark: u8, len: usize) -> Vec<u8> {
     let mut frame = vec![mark; len];
     frame[..6].copy_from_slice(&to);

@@ -132,6 +132,16 @@ pub fn service_process(system: &System, name: &str) -> Process {
     Process(pid)
 }
 
+/// The probe's answer. A forbidden call ends its process; hv-core starts the next, which is asked again.
+pub fn answer_of(system: &System, probe: &Probe, order: &str) -> String {
+    let mut answer = None;
+    until(system, "the probe answers", || {
+        answer = probe.order(order).ok().filter(|a| !a.is_empty());
+        answer.is_some()
+    });
+    answer.unwrap_or_default()
+}
+
 /// Name of a guest's own blkback.
 pub fn blkback_of(guest: &str) -> String {
     format!("blkback-{guest}-xvda")
