@@ -1,77 +1,16 @@
 //! Linux guests through the whole system, in the lab. `cargo xtask test` runs them there.
 
 mod common;
+#[path = "common/linux.rs"]
+mod linux;
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::inspect::{Found, Process};
 use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
-use bulkhead_tests::progress::{Progress, Seen};
-use bulkhead_tests::system::{Config, System};
+use bulkhead_tests::system::Config;
 use common::*;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::Value;
-
-/// The guest image of this name, with its kernel.
-fn linux(image: &str) -> (PathBuf, PathBuf) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/guest").join(image);
-    let found = (dir.join("vmlinuz"), dir.join("initrd.img"));
-    assert!(found.0.exists() && found.1.exists(), "{} is not made: cargo xtask guest-image", dir.display());
-    found
-}
-
-fn domain_file(image: &str, vcpus: u32, words: &str, disk: Option<&Path>) -> String {
-    let (kernel, initrd) = linux(image);
-    let disk = disk.map(|p| format!("[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n", p.display()));
-    format!(
-        "name = \"linux\"\ntype = \"pvh\"\nkernel = \"{}\"\nramdisk = \"{}\"\nmemory = 256\nvcpus = {vcpus}\n\
-         cmdline = \"console=hvc0 quiet panic=1 {words}\"\non_crash = \"preserve\"\n{}",
-        kernel.display(),
-        initrd.display(),
-        disk.unwrap_or_default()
-    )
-}
-
-fn boot(system: &System, file: &str) -> (Progress, bulkhead_tests::system::Console) {
-    let start = Instant::now();
-    create(system, file);
-    let (progress, console) = system.console("linux");
-    wait(system, &progress, "boot", |seen| seen.boots > 0);
-    println!("up after {:.1} s", start.elapsed().as_secs_f64());
-    (progress, console)
-}
-
-fn wait(system: &System, progress: &Progress, what: &str, enough: impl FnMut(&Seen) -> bool) {
-    if !progress.wait(Duration::from_secs(90), enough) {
-        let seen = progress.lock();
-        let text: Vec<&str> = seen.text.iter().map(String::as_str).collect();
-        let last = seen.lines.last().map(|l| l.1.to_string());
-        look_at_guest(system);
-        panic!("{what}: not in 90 s\n{}\n{last:?}\n{}", text.join("\n"), system.log_tail(40));
-    }
-}
-
-/// Has hv-vcpu log what the guest does, a few times, so that a hang tells more than that it hung.
-fn look_at_guest(system: &System) {
-    let pid = guest(system, "linux").and_then(|g| g["host_pid"].as_i64()).unwrap_or(0);
-    if pid > 1 {
-        for _ in 0..4 {
-            // A guest that is gone needs no look.
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGUSR2);
-            std::thread::sleep(Duration::from_secs(2));
-        }
-    }
-}
-
-fn state(system: &System) -> String {
-    guest(system, "linux").map_or("gone".into(), |g| g["state"].as_str().unwrap_or_default().to_owned())
-}
-
-fn first(seen: &Seen, event: &str) -> Value {
-    seen.lines.iter().find(|l| l.1["ev"] == event).map(|l| l.1.clone()).unwrap_or_default()
-}
+use linux::*;
 
 /// Under load, with some kills of everything.
 fn kills(image: &str, vcpus: u32, kills: usize) {
@@ -107,12 +46,19 @@ fn lab_debian12_under_kills() {
 fn lab_two_vcpus_reboot_and_poweroff() {
     let system = start();
     let disk = image(&system, "linux.img", 64 << 20);
-    let (progress, _console) = boot(&system, &domain_file("debian13", 2, "bh.work=disk", Some(&disk)));
+    let words = format!("bh.work=disk {}", script("iperf3 --version; mke2fs -V 2>&1"));
+    let (progress, _console) =
+        boot(&system, &domain_file("debian13/initrd-tools.img", 2, &words, Some(&disk)));
     wait(&system, &progress, "the disk's load", |seen| {
         seen.last["disk"]["verified_bytes"].as_u64().unwrap_or(0) > 0
     });
     let row = guest(&system, "linux").unwrap();
     assert_eq!((&row["state"], &row["vcpus"]), (&"running".into(), &2.into()), "{row}");
+    // Its blkfront has a queue for each, and the image's programs run.
+    let queues = format!("/local/domain/{}/device/vbd/51712/multi-queue-num-queues", row["domid"]);
+    assert_eq!(system.bh_ok(&["store", "read", &queues]).unwrap().trim(), "2");
+    let version = said(&system, &progress, 0, SOON);
+    assert!(version[0].starts_with("iperf 3"), "{version:?}");
     let boot_id = first(&progress.lock(), "boot")["boot_id"].clone();
 
     system.bh_ok(&["reboot", "linux", "--wait", "--timeout", "60"]).unwrap_or_else(|e| panic!("{e:#}"));

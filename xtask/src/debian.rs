@@ -97,7 +97,18 @@ const XEN_DAEMONS: &[&str] = &[
 /// # Errors
 /// When apt cannot fetch it.
 pub fn xen_daemons() -> Result<PathBuf> {
-    unpacked_together(Release::Bookworm, "xen-daemons", XEN_DAEMONS)
+    unpacked_together(Release::Bookworm, "xen-daemons", |_| Ok(names(XEN_DAEMONS)))
+}
+
+/// What the guest's tools need of Debian 13, with every library that these depend on.
+const GUEST_TOOLS: &[&str] = &["e2fsprogs", "fio", "iperf3"];
+
+/// A tree with e2fsprogs, fio, iperf3 and their libraries, unpacked and not installed.
+///
+/// # Errors
+/// When apt cannot fetch it.
+pub fn guest_tools() -> Result<PathBuf> {
+    unpacked_together(Release::Trixie, "guest-tools", |apt| apt.with_libraries(GUEST_TOOLS))
 }
 
 /// A small Debian tree with QEMU in it, for `--root` where the host's QEMU is too old for a
@@ -140,11 +151,22 @@ pub fn tree(release: Release) -> Result<PathBuf> {
 /// The directory that holds the unpacked package, fetched first if need be. A kernel meta-package
 /// stands for the image that it depends on.
 fn unpacked(release: Release, package: &str) -> Result<PathBuf> {
-    unpacked_together(release, package, &[package])
+    unpacked_together(release, package, |apt| {
+        let image = package.starts_with("linux-image-");
+        Ok(vec![if image { apt.image_behind(package)? } else { package.to_owned() }])
+    })
 }
 
-/// The same for several packages in one tree.
-fn unpacked_together(release: Release, what: &str, packages: &[&str]) -> Result<PathBuf> {
+fn names(packages: &[&str]) -> Vec<String> {
+    packages.iter().map(|&p| p.to_owned()).collect()
+}
+
+/// The same for several packages in one tree; apt is asked for their names when they have to be fetched.
+fn unpacked_together(
+    release: Release,
+    what: &str,
+    packages: impl FnOnce(&Apt) -> Result<Vec<String>>,
+) -> Result<PathBuf> {
     let tree = paths::lab().join("pkg").join(format!("{}-{what}", release.suite()));
     if tree.exists() {
         return Ok(tree);
@@ -161,10 +183,7 @@ fn unpacked_together(release: Release, what: &str, packages: &[&str]) -> Result<
         fs::remove_dir_all(&part)?;
     }
     fs::create_dir_all(&part)?;
-    for &package in packages {
-        let name =
-            if package.starts_with("linux-image-") { apt.image_behind(package)? } else { package.to_owned() };
-        let deb = apt.download(&name)?;
+    for deb in apt.download(&packages(&apt)?)? {
         run::quiet(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&part))?;
         fs::remove_file(&deb).ok();
     }
@@ -222,15 +241,47 @@ impl Apt {
             .ok_or_else(|| anyhow!("{meta} depends on no kernel image"))
     }
 
-    fn download(&self, name: &str) -> Result<PathBuf> {
-        run::quiet(self.cmd("apt-get").args(["-q", "download", name]))?;
-        let prefix = format!("{name}_");
-        fs::read_dir(self.dir.join("debs"))?
-            .flatten()
-            .find(|e| e.file_name().to_string_lossy().starts_with(&prefix))
-            .map(|e| e.path())
-            .ok_or_else(|| anyhow!("apt-get download {name} left no file"))
+    /// These packages and the libraries that they depend on, level by level. What is no library (an interpreter for a package's
+    /// scripts, a user to be made) is not needed to run a program.
+    fn with_libraries(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let mut all = names(packages);
+        let mut level = all.clone();
+        while !level.is_empty() {
+            let text = run::quiet(self.cmd("apt-cache").arg("depends").args(&level))?;
+            level.clear();
+            for name in text.lines().filter_map(depended_library) {
+                if !all.contains(&name) {
+                    all.push(name.clone());
+                    level.push(name);
+                }
+            }
+        }
+        Ok(all)
     }
+
+    /// Fetches packages; the files, in the same order.
+    fn download(&self, names: &[String]) -> Result<Vec<PathBuf>> {
+        run::quiet(self.cmd("apt-get").args(["-q", "download"]).args(names))?;
+        let debs: Vec<PathBuf> =
+            fs::read_dir(self.dir.join("debs"))?.flatten().map(|entry| entry.path()).collect();
+        names
+            .iter()
+            .map(|name| {
+                let prefix = format!("{name}_");
+                let of = |path: &&PathBuf| {
+                    path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(&prefix))
+                };
+                debs.iter().find(of).cloned().ok_or_else(|| anyhow!("apt-get download {name} left no file"))
+            })
+            .collect()
+    }
+}
+
+/// The library that a line of `apt-cache depends` names, if it does.
+fn depended_library(line: &str) -> Option<String> {
+    let line = line.trim().trim_start_matches('|');
+    let name = line.strip_prefix("Depends: ").or_else(|| line.strip_prefix("PreDepends: "))?;
+    (name.starts_with("lib") || name == "zlib1g").then(|| name.to_owned())
 }
 
 /// The host's Debian sources, in deb822 form, with the suite changed to `release`.
@@ -364,7 +415,15 @@ fn one_line(text: &str, host: &str) -> Vec<Source> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Source, deb822, one_line};
+    use super::{Source, deb822, depended_library, one_line};
+
+    #[test]
+    fn libraries_are_taken_and_nothing_else() {
+        let text = "fio\n  Depends: libaio1t64\n  Depends: python3\n  PreDepends: zlib1g\n |Depends: libc6\n  Recommends: libx\n  \
+                    Depends: <libvirtual>\n    libreal\n";
+        let found: Vec<String> = text.lines().filter_map(depended_library).collect();
+        assert_eq!(found, ["libaio1t64", "zlib1g", "libc6"]);
+    }
 
     #[test]
     fn third_parties_are_left_out_of_deb822() {

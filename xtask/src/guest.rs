@@ -4,7 +4,7 @@
 use crate::cpio::Cpio;
 use crate::debian::{self, Kernel, Release};
 use crate::modules::Modules;
-use crate::{lab, paths, run, setup};
+use crate::{lab, paths, run, setup, tools};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::collections::BTreeSet;
@@ -82,6 +82,9 @@ pub fn run(args: &GuestArgs) -> Result<i32> {
     let guests = if args.guests.is_empty() { Guest::ALL } else { &args.guests };
     for guest in guests {
         let image = image(*guest)?;
+        if *guest == Guest::Debian13 {
+            tools::images(&image)?;
+        }
         println!(
             "{} (Linux {}): {} {}",
             guest.name(),
@@ -197,7 +200,7 @@ fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Writes a file whole or not at all: a guest may be booting from the old one.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let part = path.with_extension("part");
     fs::write(&part, bytes).with_context(|| format!("cannot write {}", part.display()))?;
     fs::rename(&part, path).with_context(|| format!("cannot rename to {}", path.display()))

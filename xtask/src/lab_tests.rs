@@ -2,7 +2,7 @@
 
 use crate::guest::{self, Guest, Image};
 use crate::lab::{self, LabArgs, RunDir};
-use crate::{libtest, run, setup};
+use crate::{libtest, run, setup, tools};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs::{self, File};
@@ -58,6 +58,9 @@ fn statuses() -> Result<()> {
 fn guest_image(guest: Guest) -> Result<()> {
     setup::packages(setup::LAB)?;
     let image = guest::image(guest)?;
+    if guest == Guest::Debian13 {
+        tools::images(&image)?;
+    }
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
     let port = listener.local_addr()?.port();
     let stop = Arc::new(AtomicBool::new(false));

@@ -18,6 +18,7 @@ mod paths;
 mod run;
 mod setup;
 mod soak;
+mod tools;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

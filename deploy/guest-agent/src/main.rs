@@ -10,6 +10,9 @@
 //! | `bh.disk=xvda` `bh.span=MIB` `bh.threads=N` `bh.max_blocks=N` `bh.disk_pause_us=N` | the disk load |
 //! | `bh.peer=IP:PORT` `bh.rate=BYTES_PER_S` | the TCP load |
 //! | `bh.ping=IP` `bh.ping_ms=N` | the ping load (default: the peer, 100 ms) |
+//! | `bh.run=SCRIPT` | a line for busybox's shell, spaces and the like as `%20`; what it says comes as `run` lines, its end as `run_end`. May be there several times: one after the other |
+//! | `bh.fs=xvda,xvdb` | an ext4 is made, stressed and checked on each disk, and changes of its size are told; one that is not there yet is waited for. Needs an image with tools |
+//! | `bh.blkfront=max_ring_page_order=2,…` | parameters of the module xen_blkfront |
 //! | `bh.seed=N` | seed of contents and choices |
 //! | `bh.seconds=N` | ends the load and powers off after so long |
 //! | `bh.interval_ms=N` | time between progress lines (default 250) |
@@ -18,8 +21,11 @@
 //! Called as `poweroff`, `reboot` or `halt` (the kernel does so when the toolstack asks for it
 //! through xenstore) it signals process 1.
 
+mod fs;
 mod options;
 mod report;
+mod run;
+mod stuck;
 mod system;
 mod work;
 
@@ -71,8 +77,9 @@ fn init() -> ExitCode {
     ]);
     signals.thread_block().ok();
     let mounted = system::mounts();
-    let reporter = Reporter::open();
-    boot_line(&reporter);
+    // For as long as the guest runs.
+    let reporter: &'static Reporter = Box::leak(Box::new(Reporter::open()));
+    boot_line(reporter);
     if let Err(e) = mounted {
         reporter.error("mount", &e);
     }
@@ -80,7 +87,7 @@ fn init() -> ExitCode {
     let (ends, end) = mpsc::channel();
     thread::spawn(move || watch_signals(&signals, &ends));
 
-    system::load_modules(&reporter);
+    system::load_modules(&options.blkfront, reporter);
     if options.shell {
         thread::spawn(system::shell);
     }
@@ -89,10 +96,15 @@ fn init() -> ExitCode {
     {
         reporter.error("net", &e);
     }
-    let work = work::start(&options, &reporter);
+    for disk in options.fs.clone() {
+        thread::spawn(move || fs::tell(&disk, reporter));
+    }
+    let scripts = options.run.clone();
+    thread::spawn(move || run::all(&scripts, reporter));
+    let work = work::start(&options, reporter);
     let limit = options.seconds.map(Duration::from_secs);
-    let why = work.watch(Duration::from_millis(options.interval_ms), limit, &reporter, &end);
-    let clean = work.stop(&reporter);
+    let why = work.watch(Duration::from_millis(options.interval_ms), limit, reporter, &end);
+    let clean = work.stop(reporter);
     reporter.line(&Json::new("end").text("why", why.name()).flag("clean", clean));
     system::finish(why)
 }

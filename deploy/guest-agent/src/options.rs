@@ -24,6 +24,12 @@ pub struct Options {
     pub seconds: Option<u64>,
     pub interval_ms: u64,
     pub shell: bool,
+    /// Disks that get a file system each.
+    pub fs: Vec<String>,
+    /// Scripts to be run, one after the other.
+    pub run: Vec<String>,
+    /// Parameters of the module xen_blkfront.
+    pub blkfront: String,
     /// Words that start with `bh.` and mean nothing here.
     pub unknown: Vec<String>,
 }
@@ -73,6 +79,12 @@ impl Options {
             "nic" => value.clone_into(&mut self.nic),
             "disk" => value.clone_into(&mut self.disk),
             "shell" => self.shell = true,
+            "blkfront" => self.blkfront = value.replace(',', " "),
+            "fs" => self.fs = value.split(',').filter(|d| !d.is_empty()).map(str::to_owned).collect(),
+            "run" => match decoded(value) {
+                Some(script) => self.run.push(script),
+                None => return false,
+            },
             "work" => {
                 for load in value.split(',') {
                     match load {
@@ -110,9 +122,25 @@ impl Options {
     }
 }
 
+/// `%XX` turned into the byte that it stands for, as in a URL: a word of the command line has no spaces.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let hex = rest.split_off(..2)?;
+        bytes.push(u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Options;
+    use super::{Options, decoded};
 
     #[test]
     fn words_are_read_and_unknown_ones_kept() {
@@ -125,5 +153,16 @@ mod tests {
         assert_eq!((o.span_mib, o.seed, o.threads), (64, 1, 4));
         assert_eq!(o.ping.map(|p| p.to_string()).as_deref(), Some("10.0.0.1"));
         assert_eq!(o.unknown, ["bh.colour=red", "bh.seed=x"]);
+    }
+
+    #[test]
+    fn scripts_and_disks_are_read() {
+        let o = Options::parse(
+            "bh.run=echo%20a%3B%20exit%203 bh.fs=xvda,xvdb bh.run=%2 bh.run=b bh.blkfront=a=1,b=2",
+        );
+        assert_eq!(o.run, ["echo a; exit 3", "b"]);
+        assert_eq!((o.fs.len(), o.blkfront.as_str()), (2, "a=1 b=2"));
+        assert_eq!(o.unknown, ["bh.run=%2"]);
+        assert_eq!((decoded("%zz"), decoded("%ff"), decoded("%")), (None, None, None));
     }
 }

@@ -3,14 +3,15 @@
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::{Pid, sync};
+use std::ffi::CString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::Mutex;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use workload::report::Report;
@@ -38,8 +39,8 @@ pub fn cpus() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Loads the modules that the image carries for this hypervisor, in the order of its list.
-pub fn load_modules(reporter: &dyn Report) {
+/// Loads the modules that the image carries for this hypervisor, in the order of its list; `blkfront`: parameters of xen_blkfront.
+pub fn load_modules(blkfront: &str, reporter: &dyn Report) {
     let dir = Path::new("/lib/bulkhead-modules");
     let xen = fs::read_to_string("/sys/hypervisor/type").is_ok_and(|t| t.trim() == "xen");
     let Ok(order) = fs::read_to_string(dir.join(if xen { "xen" } else { "virtio" })) else {
@@ -48,7 +49,8 @@ pub fn load_modules(reporter: &dyn Report) {
     for name in order.lines().filter(|l| !l.is_empty()) {
         let load = || -> io::Result<()> {
             let file = File::open(dir.join(format!("{name}.ko")))?;
-            finit_module(&file, c"", ModuleInitFlags::empty())?;
+            let parameters = if name == "xen_blkfront" { blkfront } else { "" };
+            finit_module(&file, &CString::new(parameters)?, ModuleInitFlags::empty())?;
             Ok(())
         };
         if let Err(e) = load() {
@@ -57,36 +59,83 @@ pub fn load_modules(reporter: &dyn Report) {
     }
 }
 
-/// Held while a child of ours is waited for by its starter, so that [`reap`] does not take its
-/// exit status.
-static WAITING: Mutex<()> = Mutex::new(());
+/// Children that their starters wait for: [`reap`] leaves them their exit status. Locked while one is started, so that none ends
+/// before it is in the list.
+static AWAITED: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 /// Process id of the console's shell, 0 while there is none.
 static SHELL: AtomicI32 = AtomicI32::new(0);
 
-fn busybox(args: &[&str]) -> io::Result<()> {
-    let _held = WAITING.lock();
-    let out = Command::new("/bin/busybox").args(args).stdin(Stdio::null()).output()?;
-    if out.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&out.stderr);
-    Err(io::Error::other(format!("{}: {}", args.join(" "), text.trim())))
+fn awaited() -> MutexGuard<'static, Vec<Pid>> {
+    AWAITED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes the exit status of every ended child, as process 1 must.
-pub fn reap() {
-    let Ok(_held) = WAITING.try_lock() else {
-        return;
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).unwrap_or(0))
+}
+
+fn busybox(args: &[&str]) -> io::Result<()> {
+    command("/bin/busybox", args)
+}
+
+/// Runs a program to its end.
+///
+/// # Errors
+/// It cannot be started, or failed: with what it said.
+pub fn command(program: &str, args: &[&str]) -> io::Result<()> {
+    let mut said = Vec::new();
+    let status = lines_of(Command::new(program).args(args), |line| said.push(line.to_owned()))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{program} {}: {status}: {}", args.join(" "), said.join("; "))))
+}
+
+/// Runs a program to its end; both its outputs come line by line while it runs.
+///
+/// # Errors
+/// It cannot be started or its output not be read.
+pub fn lines_of(command: &mut Command, mut line: impl FnMut(&str)) -> io::Result<ExitStatus> {
+    let (output, write) = io::pipe()?;
+    command.stdin(Stdio::null()).stdout(write.try_clone()?).stderr(write);
+    command.env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin");
+    let mut child = {
+        let mut awaited = awaited();
+        let child = command.spawn()?;
+        awaited.push(pid(&child));
+        child
     };
-    loop {
-        match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
-            Err(_) | Ok(WaitStatus::StillAlive) => return,
-            Ok(status) => {
-                if let Some(pid) = status.pid() {
-                    SHELL.compare_exchange(pid.as_raw(), 0, SeqCst, SeqCst).ok();
-                }
-            }
+    // The command holds the pipe's other end until it is told otherwise, and the end of its output would not come.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut output = BufReader::new(output);
+    let mut bytes = Vec::new();
+    let read = loop {
+        bytes.clear();
+        match output.read_until(b'\n', &mut bytes) {
+            Ok(0) => break Ok(()),
+            Ok(_) => line(String::from_utf8_lossy(&bytes).trim_end()),
+            Err(e) => break Err(e),
         }
+    };
+    // With nobody to read on, what it writes ends it.
+    drop(output);
+    let status = child.wait();
+    awaited().retain(|&p| p != pid(&child));
+    // Others that ended behind it have waited.
+    reap();
+    read.and(status)
+}
+
+/// Takes the exit status of every ended child, as process 1 must, but those that are waited for.
+pub fn reap() {
+    let awaited = awaited();
+    loop {
+        let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let Some(pid) = waitid(Id::All, peek).ok().and_then(|status| status.pid()) else { return };
+        // Its starter takes it and calls again.
+        if awaited.contains(&pid) || waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
+            return;
+        }
+        SHELL.compare_exchange(pid.as_raw(), 0, SeqCst, SeqCst).ok();
     }
 }
 
@@ -124,7 +173,7 @@ pub fn shell() {
     let script = format!("exec setsid -c sh -l <>{console} >&0 2>&1");
     loop {
         {
-            let _held = WAITING.lock();
+            let _held = awaited();
             let child = Command::new("/bin/busybox")
                 .args(["sh", "-c", &script])
                 .env("PATH", "/bin:/sbin")
@@ -156,5 +205,38 @@ pub fn finish(end: End) -> ExitCode {
     reboot(mode).ok();
     loop {
         thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_with_the_status_while_others_are_reaped() {
+        let reaper = thread::spawn(|| {
+            for _ in 0..200 {
+                reap();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let runs: Vec<_> = (0..4)
+            .map(|n| {
+                thread::spawn(move || {
+                    let mut lines = Vec::new();
+                    let script = format!("echo a; echo b >&2; exit {n}");
+                    let mut command = Command::new("/bin/sh");
+                    let status = lines_of(command.args(["-c", &script]), |line| lines.push(line.to_owned()));
+                    assert_eq!(lines, ["a", "b"]);
+                    assert_eq!(status.unwrap().code(), Some(n));
+                })
+            })
+            .collect();
+        for run in runs {
+            run.join().unwrap();
+        }
+        reaper.join().unwrap();
+        let why = command("/bin/sh", &["-c", "echo bad; false"]).unwrap_err().to_string();
+        assert!(why.contains("bad"), "{why}");
     }
 }
