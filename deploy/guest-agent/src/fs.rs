@@ -161,11 +161,14 @@ pub fn tell(disk: &str, reporter: &'static dyn Report) {
 /// The first thing that went wrong, with the step.
 pub fn run(disk: &str, patience: Duration, reporter: &'static dyn Report) -> io::Result<Done> {
     let device = format!("/dev/{disk}");
-    system::wait_for(&device, patience)?;
+    let step = |name: &str| Step::begin(disk, name, reporter);
+    {
+        let _step = step("wait");
+        system::wait_for(&device, patience)?;
+    }
     let dir = PathBuf::from(format!("/mnt/{disk}"));
     let shown = dir.display().to_string();
     fs::create_dir_all(&dir)?;
-    let step = |name: &str| Step::begin(disk, name, reporter);
     let busybox = |args: &[&str]| {
         let _step = step(args[0]);
         system::command("/bin/busybox", args)

@@ -53,7 +53,8 @@ fn blocked(disk: &str, step: &str, reporter: &dyn Report) {
     let waiting = numbers.filter(|pid| {
         let stat = read(format!("/proc/{pid}/stat"));
         stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['D', 'R']))
-            || read(format!("/proc/{pid}/comm")).starts_with("mke2fs")
+            // What brings disks up and down.
+            || read(format!("/proc/{pid}/comm")).starts_with("xen")
     });
     for pid in waiting.take(MOST.0) {
         let stack = read(format!("/proc/{pid}/stack"));
