@@ -7,7 +7,8 @@
 //!
 //! Each ring says in a word of its own whether it has anything under way; who wants to be alone says so in one word of the device.
 //! Each writes its own word and then looks at the other's, so at least one of two sees the other. Who has to wait sleeps, and is woken
-//! by whoever made it wait. A request that is not the first under way costs one load of a word that hardly ever changes.
+//! by whoever made it wait. A ring that was alone is so again only after each ring that it made wait had its turn: a stream of
+//! barriers on one does not keep the others from the disk. A request that is not the first under way costs one load of a word that hardly ever changes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
@@ -20,6 +21,8 @@ pub type Wake = Box<dyn Fn() + Send + Sync>;
 struct Ring {
     /// Something is under way, or about to be.
     busy: AtomicBool,
+    /// It was turned away, and not let in since.
+    waits: AtomicBool,
     wake: Wake,
 }
 
@@ -27,21 +30,32 @@ struct Ring {
 pub struct Gate {
     /// The ring that is, or wants to be, alone, + 1; 0 if none.
     alone: AtomicU32,
+    /// The ring that was alone last, + 1.
+    last: AtomicU32,
     rings: Box<[Ring]>,
 }
 
 impl Gate {
     /// For rings that are woken so.
     pub fn new(wakes: Vec<Wake>) -> Arc<Gate> {
-        let rings = wakes.into_iter().map(|wake| Ring { busy: false.into(), wake });
-        Arc::new(Gate { alone: 0.into(), rings: rings.collect() })
+        let rings = wakes.into_iter().map(|wake| Ring { busy: false.into(), waits: false.into(), wake });
+        Arc::new(Gate { alone: 0.into(), last: 0.into(), rings: rings.collect() })
+    }
+
+    fn wake(&self, ring: &AtomicU32) {
+        if let Some(ring) = (ring.load(SeqCst) as usize).checked_sub(1).and_then(|i| self.rings.get(i)) {
+            (ring.wake)();
+        }
     }
 
     fn wake_alone(&self) {
-        let alone = self.alone.load(SeqCst);
-        if let Some(ring) = (alone as usize).checked_sub(1).and_then(|i| self.rings.get(i)) {
-            (ring.wake)();
-        }
+        self.wake(&self.alone);
+    }
+
+    /// Ring `me` was alone last, and another has waited for its turn since.
+    fn owes(&self, me: u32) -> bool {
+        self.last.load(SeqCst) == me + 1
+            && (0..).zip(&self.rings).any(|(i, ring)| i != me && ring.waits.load(SeqCst))
     }
 
     fn open(&self, me: u32) {
@@ -62,12 +76,16 @@ pub struct Seat {
     inside: bool,
     /// `alone` is this ring's.
     claimed: bool,
+    /// And a request of its was let in so.
+    was_alone: bool,
+    /// As `waits` says.
+    waits: bool,
 }
 
 impl Seat {
     /// Of ring `number`.
     pub fn new(gate: Arc<Gate>, number: u32) -> Seat {
-        Seat { gate: Some(gate), number, inside: false, claimed: false }
+        Seat { gate: Some(gate), number, ..Seat::default() }
     }
 
     /// A request may start beside others. If not, the ring is woken when it may; it has to [`Seat::leave`] once nothing of its own is
@@ -77,7 +95,11 @@ impl Seat {
         let Some(ring) = gate.rings.get(self.number as usize) else { return true };
         if self.inside {
             // Whoever wants to be alone waits for this ring; it starts nothing more until then.
-            return gate.alone.load(Relaxed) == 0;
+            let may = gate.alone.load(Relaxed) == 0;
+            if may == self.waits {
+                self.set_waits(!may);
+            }
+            return may;
         }
         ring.busy.store(true, SeqCst);
         if std::mem::take(&mut self.claimed) {
@@ -85,34 +107,61 @@ impl Seat {
         } else if gate.alone.load(SeqCst) != 0 {
             ring.busy.store(false, SeqCst);
             gate.wake_alone();
+            self.set_waits(true);
+            // It may have opened just before it could see that this ring waits; then the wake-up is under way.
             return false;
         }
         self.inside = true;
+        self.set_waits(false);
         true
+    }
+
+    /// Who was alone last waits for those that wait.
+    fn set_waits(&mut self, waits: bool) {
+        if std::mem::replace(&mut self.waits, waits) == waits {
+            return;
+        }
+        let Some(gate) = &self.gate else { return };
+        gate.rings[self.number as usize].waits.store(waits, SeqCst);
+        if !waits {
+            gate.wake(&gate.last);
+        }
     }
 
     /// A request may start, and nothing else is under way on the device. To be asked when nothing of this ring's is. If not, others
     /// start nothing more, and the ring is woken when it may.
     pub fn enter_alone(&mut self) -> bool {
-        let Some(gate) = &self.gate else { return true };
+        let Some(gate) = self.gate.clone() else { return true };
+        if self.claimed && std::mem::take(&mut self.was_alone) && gate.owes(self.number) {
+            self.claimed = false;
+            gate.open(self.number);
+        }
         if !self.claimed {
             if std::mem::take(&mut self.inside) {
                 gate.rings[self.number as usize].busy.store(false, SeqCst);
             }
-            let claimed = gate.alone.compare_exchange(0, self.number + 1, SeqCst, SeqCst);
-            if claimed.is_err() {
+            let owes = gate.owes(self.number);
+            if owes || gate.alone.compare_exchange(0, self.number + 1, SeqCst, SeqCst).is_err() {
                 // It may have waited for this ring.
                 gate.wake_alone();
+                self.set_waits(true);
                 return false;
             }
             self.claimed = true;
+            gate.last.store(self.number + 1, SeqCst);
         }
-        (0..).zip(&gate.rings).all(|(i, ring)| i == self.number || !ring.busy.load(SeqCst))
+        let others = || (0..).zip(&gate.rings).filter(|(i, _)| *i != self.number);
+        self.was_alone = others().all(|(_, ring)| !ring.busy.load(SeqCst));
+        if self.was_alone {
+            self.set_waits(false);
+        }
+        self.was_alone
     }
 
     /// Nothing of this ring's is under way, and it does not wait to be alone.
     pub fn leave(&mut self) {
         let Some(gate) = &self.gate else { return };
+        self.was_alone = false;
         if std::mem::take(&mut self.claimed) {
             gate.open(self.number);
         }
@@ -126,6 +175,7 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.leave();
+        self.set_waits(false);
     }
 }
 
@@ -199,6 +249,45 @@ mod tests {
             }
         });
         assert!(lonely.load(SeqCst) > turns / 2);
+    }
+
+    #[test]
+    fn a_stream_of_barriers_lets_the_others_take_turns() {
+        let woken: Arc<[AtomicU64; 3]> = Arc::default();
+        let wake = |i: usize| -> Wake {
+            let woken = woken.clone();
+            Box::new(move || {
+                woken[i].fetch_add(1, SeqCst);
+            })
+        };
+        let gate = Gate::new((0..3).map(wake).collect());
+        let [mut a, mut b, mut c] = [0, 1, 2].map(|i| Seat::new(gate.clone(), i));
+        assert!(a.enter_alone());
+        assert!(a.enter_alone(), "nobody waits: the next at once");
+        assert!(!b.enter());
+        b.leave();
+        assert!(!a.enter_alone(), "b has waited");
+        let before = woken[0].load(SeqCst);
+        assert!(b.enter());
+        assert!(woken[0].load(SeqCst) > before, "a is told that b had its turn");
+        assert!(!a.enter_alone(), "b is busy");
+        assert!(!b.enter(), "and starts nothing more");
+        b.leave();
+        assert!(a.enter_alone());
+        // Among barriers too.
+        assert!(!c.enter_alone());
+        assert!(!a.enter_alone());
+        assert!(c.enter_alone());
+        assert!(!a.enter_alone() && !c.enter_alone(), "now a has waited");
+        assert!(!b.enter() || !a.enter_alone());
+        b.leave();
+        assert!(a.enter_alone());
+        // Who goes does not keep others waiting.
+        assert!(!b.enter());
+        drop(b);
+        assert!(!a.enter_alone(), "c still waits");
+        drop(c);
+        assert!(a.enter_alone());
     }
 
     #[test]
