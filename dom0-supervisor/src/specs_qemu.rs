@@ -118,32 +118,20 @@ pub fn monitor(control_socket: &str) -> Resource {
     Resource { name: "qmp".into(), kind: Kind::Connect.into(), path: control_socket.to_owned(), mode: 0 }
 }
 
-/// The two ends of a device's socket.
-#[derive(Clone, Debug, PartialEq)]
-pub struct VhostSocket {
-    /// For the guest's own domain: QEMU listens here.
-    pub listener: Resource,
-    /// For the backend's.
-    pub connect: Resource,
-}
-
 /// The name by which a device's backend knows the way to its frontend: also the value of its node.
 pub fn vhost_resource(guest: &Uuid, kind: &str, id: u32) -> String {
     resource_of("vhost", &format!("{guest}/{kind}/{id}"))
 }
 
-/// The socket of a device; `control_socket` is that of any domain, beside whose directory vhost-user's is.
-pub fn vhost_socket(guest: &Uuid, kind: &str, id: u32, control_socket: &str) -> Option<VhostSocket> {
-    let run = Path::new(control_socket).parent()?.parent()?;
-    let name = vhost_resource(guest, kind, id);
-    let path = run.join("vhost").join(format!("{name}.sock")).display().to_string();
-    let listener = Resource {
-        name: format!("vhost-{kind}-{id}"),
-        kind: Kind::Listener.into(),
-        path: path.clone(),
-        mode: 0o600,
-    };
-    Some(VhostSocket { listener, connect: Resource { name, kind: Kind::Connect.into(), path, mode: 0 } })
+/// What leads a device's backend to QEMU, which listens inside its own domain: its vhost-user NICs take no socket that was handed to it.
+pub fn vhost_socket(guest: &Uuid, kind: &str, id: u32) -> Resource {
+    let emulator = guest_uuid_text(&emulator_uuid(guest));
+    Resource {
+        name: vhost_resource(guest, kind, id),
+        kind: Kind::Connect.into(),
+        path: format!("inside:{emulator}:{kind}{id}"),
+        mode: 0,
+    }
 }
 
 #[cfg(test)]
@@ -174,13 +162,11 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_meet() {
+    fn backends_reach_the_guests_own_emulator() {
         let uuid = Uuid::from_u128(7);
-        let socket = vhost_socket(&uuid, "vbd", 51712, "/run/x/ctl/5.sock").unwrap();
-        assert_eq!(socket.listener.path, socket.connect.path);
-        assert!(socket.listener.path.starts_with("/run/x/vhost/"));
-        assert_eq!(socket.listener.name, "vhost-vbd-51712");
-        assert_eq!(socket.connect.name, vhost_resource(&uuid, "vbd", 51712));
-        assert_ne!(socket.connect.name, vhost_resource(&uuid, "vif", 51712));
+        let socket = vhost_socket(&uuid, "vbd", 51712);
+        assert_eq!(socket.path, format!("inside:{}:vbd51712", emulator_uuid(&uuid)));
+        assert_eq!(socket.name, vhost_resource(&uuid, "vbd", 51712));
+        assert_ne!(socket.name, vhost_resource(&uuid, "vif", 51712));
     }
 }

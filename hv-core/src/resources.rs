@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use hv_abi::resource_kind;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use uuid::Uuid;
 
 /// An approved resource.
 #[derive(Clone, Debug)]
@@ -44,23 +46,35 @@ pub fn temporary(path: &str) -> Result<OwnedFd, String> {
 /// Longest wait for a server to take a connection.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 
-/// Whether this names a server: a Unix socket's absolute path, or `tcp:` and a numeric address with port.
+/// Whether this names a server: a Unix socket's absolute path, `tcp:` and a numeric address with port, or what [`inside`] knows.
 pub fn is_server(path: &str) -> bool {
-    match path.strip_prefix("tcp:") {
-        Some(address) => address.parse::<SocketAddr>().is_ok(),
-        None => path.starts_with('/') && path.len() <= SUN_PATH_MAX,
+    if let Some(address) = path.strip_prefix("tcp:") {
+        return address.parse::<SocketAddr>().is_ok();
     }
+    inside(path).is_some() || (path.starts_with('/') && path.len() <= SUN_PATH_MAX)
 }
 
-/// A connection to a server that [`is_server`] knows. Made in the host's network: the domain has none.
+/// Of `inside:UUID:NAME`, the domain and the name. Its process listens at NAME in the abstract name space, which belongs to its network
+/// namespace: nobody else can be there, and no file system is between the two ends.
+pub fn inside(path: &str) -> Option<(Uuid, &str)> {
+    let (uuid, name) = path.strip_prefix("inside:")?.split_once(':')?;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
+    let fits = !name.is_empty() && name.len() <= SUN_PATH_MAX && name.bytes().all(plain);
+    fits.then_some((Uuid::try_parse(uuid).ok()?, name))
+}
+
+/// A connection to a server that [`is_server`] knows. Made in the host's network: the domain has none. What is [`inside`] a domain is
+/// reached by a thread that is in that domain's network namespace.
 fn connect(path: &str) -> io::Result<OwnedFd> {
-    match path.strip_prefix("tcp:") {
-        Some(address) => {
-            let address = address.parse().map_err(|_| io::ErrorKind::InvalidInput)?;
-            Ok(TcpStream::connect_timeout(&address, CONNECT_WAIT)?.into())
-        }
-        None => Ok(UnixStream::connect(path)?.into()),
+    if let Some(address) = path.strip_prefix("tcp:") {
+        let address = address.parse().map_err(|_| io::ErrorKind::InvalidInput)?;
+        return Ok(TcpStream::connect_timeout(&address, CONNECT_WAIT)?.into());
     }
+    if let Some((_, name)) = inside(path) {
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+        return Ok(UnixStream::connect_addr(&address)?.into());
+    }
+    Ok(UnixStream::connect(path)?.into())
 }
 
 /// What a socket is called until it listens.
@@ -165,8 +179,8 @@ impl Opens {
         Opens { out: Arc::default(), most }
     }
 
-    /// As [`open`]; `netns`: inside this network namespace (a TAP belongs to that in which /dev/net/tun was opened). Comes back as
-    /// soon as `give_up` is true; what the kernel gives later is closed.
+    /// As [`open`]; `netns`: inside this network namespace (a TAP belongs to that in which /dev/net/tun was opened, an abstract
+    /// socket to that in which it was bound). Comes back as soon as `give_up` is true; what the kernel gives later is closed.
     ///
     /// # Errors
     /// As [`open`] and setns(2); `EBUSY` too many have not come back, `ETIMEDOUT` given up, `EAGAIN` no thread.
@@ -270,6 +284,33 @@ mod tests {
         for bad in ["s", "tcp:localhost:1", "tcp:127.0.0.1", "udp:127.0.0.1:1", ""] {
             assert!(!is_server(bad), "{bad}");
         }
+        let uuid = Uuid::from_u128(7);
+        assert_eq!(inside(&format!("inside:{uuid}:vif-0")), Some((uuid, "vif-0")));
+        for bad in [format!("inside:{uuid}:"), format!("inside:{uuid}:a/b"), "inside::x".into()] {
+            assert!(!is_server(&bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_socket_inside_a_domain_is_reached_in_its_network_namespace_alone() {
+        let (listening, listens) = std::sync::mpsc::channel();
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        let domain = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let netns = OwnedFd::from(std::fs::File::open("/proc/thread-self/ns/net").unwrap());
+            let name = std::os::unix::net::SocketAddr::from_abstract_name("vif-0").unwrap();
+            let _listener = UnixListener::bind_addr(&name).unwrap();
+            listening.send(netns).unwrap();
+            let _until_dropped = wait.recv();
+        });
+        let netns = Arc::new(listens.recv().unwrap());
+        let path = format!("inside:{}:vif-0", Uuid::from_u128(7));
+        let opens = Opens::new(1);
+        assert!(opens.open(resource_kind::CONNECT, &path, Some(netns), || false).is_ok());
+        let elsewhere = opens.open(resource_kind::CONNECT, &path, None, || false);
+        assert_eq!(elsewhere.unwrap_err(), Errno::ECONNREFUSED);
+        drop(done);
+        domain.join().unwrap();
     }
 
     #[test]

@@ -254,7 +254,7 @@ pub fn resource(r: &WireResource) -> Result<(Name, Resource), String> {
     } else if !crate::resources::is_server(&r.path) {
         return bad(
             "resources.path",
-            format!("{:?} is neither a socket's path nor tcp:ADDRESS:PORT", r.path),
+            format!("{:?} is no socket's path, tcp:ADDRESS:PORT or inside:UUID:NAME", r.path),
         );
     }
     let kind = match r.kind() {

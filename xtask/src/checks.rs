@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change lands, with a table at the end.
 
-use crate::{fuzz, lab_tests, licences, paths, run, setup};
+use crate::{fuzz, guest, lab_tests, libtest, licences, paths, run, setup};
 use anyhow::{Result, bail};
 use clap::Args;
 use std::process::Command;
@@ -35,6 +35,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         ("rustdoc", Box::new(rustdoc)),
         ("build", Box::new(|| cargo(1500, &["build", "--workspace"], &[]))),
         ("tests", Box::new(|| cargo(1800, &["test", "--workspace", "--no-fail-fast"], &[]))),
+        ("QEMU guests", Box::new(qemu_guests)),
         ("fuzz", Box::new(fuzz::brief)),
     ];
     if !args.quick {
@@ -86,6 +87,23 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         println!("failed or not run: {} (after {total} s)", failed.join(", "));
         Ok(1)
     }
+}
+
+/// Every ignored test named `qemu_…`: they need a guest's image, and QEMU.
+fn qemu_guests() -> Result<()> {
+    setup::packages(setup::QEMU)?;
+    guest::image(guest::Guest::Debian13)?;
+    for test in libtest::ignored("qemu_")? {
+        // One after the other: each emulated processor takes one of the machine's.
+        run::loud(
+            Command::new("timeout")
+                .args(["-k", "10", "300"])
+                .arg(&test.exe)
+                .args(["--ignored", "--exact", "--nocapture", &test.name])
+                .current_dir(&test.dir),
+        )?;
+    }
+    Ok(())
 }
 
 fn clippy() -> Result<()> {

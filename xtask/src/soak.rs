@@ -2,7 +2,7 @@
 //! `soak_…`; with `BH_SOAK=1` it takes the full count instead of CI's subset.
 
 use crate::libtest::{self, Ignored};
-use crate::setup;
+use crate::{guest, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
@@ -42,6 +42,10 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
     if wanted.is_empty() {
         let names: Vec<&str> = all.iter().map(|t| t.name.as_str()).collect();
         bail!("no such soak run; there are: {}", names.join(", "));
+    }
+    if wanted.iter().any(|t| t.name.contains("qemu")) {
+        setup::packages(setup::QEMU)?;
+        guest::image(guest::Guest::Debian13)?;
     }
     let mut results = Vec::new();
     let mut failed = 0;

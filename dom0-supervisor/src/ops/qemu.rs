@@ -1,4 +1,4 @@
-//! What operations on QEMU guests have beside the others': a second domain, and sockets that are approved at both ends of a device.
+//! What operations on QEMU guests have beside the others': a second domain, and sockets that are approved for a device's backend.
 
 use proto::hvcore::{Domain, DomainState};
 
@@ -111,22 +111,17 @@ impl Manager {
         }
     }
 
-    /// Approves the socket of a device at both its ends, before its nodes tell of it.
+    /// Approves the way to a device's frontend for its backend, before its nodes tell of it.
     pub(super) fn open_vhost(&self, guest: &Guest, device: &DevicePaths) -> Result<(), OpError> {
         if guest.config.guest_type != GuestType::Qemu {
             return Ok(());
         }
-        let gone = || OpError::Failed("its domain went away".into());
-        let own = guest.domain.ok_or_else(gone)?;
-        let domain = find_instance(&*self.hv, own.domid, own.instance)?.ok_or_else(gone)?;
-        let socket = specs::vhost_socket(&guest.uuid, device.kind, device.id, &domain.control_socket)
-            .ok_or_else(|| OpError::Failed("hv-core tells no control socket".into()))?;
-        self.hv.approve(own.domid, own.instance, vec![socket.listener], Vec::new())?;
         let backend = self.backend_of(device)?.ok_or_else(|| {
             OpError::Failed(format!("{}: backend {} is gone", super::steps_do::label(device), device.backend))
         })?;
         let backend = numbers(&backend)?;
-        self.hv.approve(backend.domid, backend.instance, vec![socket.connect], Vec::new())?;
+        let socket = specs::vhost_socket(&guest.uuid, device.kind, device.id);
+        self.hv.approve(backend.domid, backend.instance, vec![socket], Vec::new())?;
         Ok(())
     }
 
@@ -137,7 +132,7 @@ impl Manager {
         }
         let Some(own) = guest.domain else { return Ok(()) };
         let domain = find_instance(&*self.hv, own.domid, own.instance)?;
-        // A bridge that runs has taken its sockets.
+        // Approved already.
         if domain.is_none_or(|d| d.state() != DomainState::Created) {
             return Ok(());
         }
@@ -157,10 +152,6 @@ impl Manager {
             let backend = numbers(&backend)?;
             let name = specs::vhost_resource(&guest.uuid, device.kind, device.id);
             ok(self.hv.approve(backend.domid, backend.instance, Vec::new(), vec![name]))?;
-        }
-        if let Some(own) = guest.domain {
-            let name = format!("vhost-{}-{}", device.kind, device.id);
-            ok(self.hv.approve(own.domid, own.instance, Vec::new(), vec![name]))?;
         }
         Ok(())
     }

@@ -8,11 +8,12 @@
 //! ```
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{BackendReqHandler, Error, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
@@ -135,10 +136,20 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
         broken: None,
     };
     let handler = Arc::new(Mutex::new(handler));
+    let peeked = stream.try_clone().map_err(|e| format!("the connection: {e}"))?;
     let mut messages = BackendReqHandler::from_stream(stream, handler.clone());
     let result = loop {
+        let enable = peek_enable(&peeked);
         match messages.handle_request() {
             Ok(()) => {}
+            // QEMU's virtio-net enables its queues before it says which features it takes. The crate has taken the message and refuses it.
+            Err(Error::InactiveFeature(_)) => {
+                let Some((index, enable)) = enable else { break Err("a message out of turn".into()) };
+                let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Err(error) = handler.set_vring_enable(index, enable) {
+                    break Err(handler.broken.take().unwrap_or_else(|| error.to_string()));
+                }
+            }
             Err(Error::Disconnected | Error::SocketBroken(_)) => break Ok(()),
             Err(error) => break Err(error.to_string()),
         }
@@ -152,6 +163,21 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
         let _told_if_it_hangs = handler.stop(index);
     }
     result
+}
+
+/// The queue and the wish, if the next message is SET_VRING_ENABLE. Waits for it as whoever reads it would.
+fn peek_enable(stream: &UnixStream) -> Option<(u32, bool)> {
+    /// Request, flags, length; queue, wish.
+    const LEN: usize = 12 + 8;
+    let mut message = [0; LEN];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+    let word = |m: &[u8; LEN], at: usize| u32::from_ne_bytes([m[at], m[at + 1], m[at + 2], m[at + 3]]);
+    recv(stream.as_raw_fd(), &mut message[..12], flags).ok().filter(|n| *n == 12)?;
+    if word(&message, 0) != FrontendReq::SET_VRING_ENABLE as u32 || word(&message, 8) != 8 {
+        return None;
+    }
+    recv(stream.as_raw_fd(), &mut message, flags).ok().filter(|n| *n == LEN)?;
+    Some((word(&message, 12), word(&message, 16) == 1))
 }
 
 impl<D: Device> Handler<'_, D> {
@@ -537,5 +563,45 @@ mod tests {
             assert_eq!(device.started, device.stopped, "seed {seed}");
         }
         assert!(broken > 100, "{broken} of 500 were told to be wrong");
+    }
+
+    fn message(request: u32, body: &[u32]) -> Vec<u8> {
+        let words = [request, 1, 4 * body.len() as u32];
+        words.iter().chain(body).flat_map(|w| w.to_ne_bytes()).collect()
+    }
+
+    /// What the other end sends, then its end.
+    fn hear(messages: &[Vec<u8>]) -> Result<(), String> {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        messages.iter().for_each(|m| theirs.write_all(m).unwrap());
+        drop(theirs);
+        serve(ours, &mut Seen::default(), false)
+    }
+
+    const SET_FEATURES: u32 = 2;
+    const SET_OWNER: u32 = 3;
+    const ENABLE: u32 = 18;
+
+    #[test]
+    fn an_enable_is_seen_before_it_is_read() {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(ENABLE, &[1, 1])).unwrap();
+        assert_eq!(peek_enable(&ours), Some((1, true)));
+        assert_eq!(peek_enable(&ours), Some((1, true)), "it is still there");
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(SET_OWNER, &[])).unwrap();
+        assert_eq!(peek_enable(&ours), None);
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        let (_, ours) = UnixStream::pair().unwrap();
+        assert_eq!(peek_enable(&ours), None, "nobody there");
+    }
+
+    #[test]
+    fn queues_are_enabled_before_features_are_taken() {
+        let agreed = message(SET_FEATURES, &[1 << 30, 1]);
+        let early = [message(SET_OWNER, &[]), message(ENABLE, &[0, 1]), message(ENABLE, &[1, 1]), agreed];
+        assert_eq!(hear(&early), Ok(()));
+        let none_such = hear(&[message(SET_OWNER, &[]), message(ENABLE, &[7, 1])]);
+        assert!(none_such.is_err(), "there is no queue 7");
     }
 }

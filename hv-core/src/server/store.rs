@@ -54,13 +54,23 @@ pub(super) fn resource_open(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
         let mut table = hv.lock();
         let d = Hv::own(&mut table, c)?;
         let resource = d.resources.get(&name.0).cloned().ok_or(Errno::ENOENT)?;
-        (resource, d.kept.as_ref().map(|k| k.netns.clone()).ok_or(Errno::ESTALE)?, d.opens.clone())
+        let (own, opens) = (d.kept.as_ref().map(|k| k.netns.clone()), d.opens.clone());
+        let netns = match (resource.kind, resources::inside(&resource.path)) {
+            (resource_kind::DEVICE, _) => Some(own.ok_or(Errno::ESTALE)?),
+            // Nobody listens in a domain that is not there.
+            (resource_kind::CONNECT, Some((uuid, _))) => {
+                let of = table.domains.values().find(|d| d.spec.uuid == uuid);
+                let kept = of.and_then(|d| d.kept.as_ref()).ok_or(Errno::ECONNREFUSED)?;
+                Some(kept.netns.clone())
+            }
+            _ => None,
+        };
+        (resource, netns, opens)
     };
     let fd = match (resource.kind, resource.listener.or(resource.temporary)) {
         (resource_kind::LISTENER, Some(listener)) => listener,
         (resource_kind::FILE_TEMPORARY, Some(file)) => Arc::new(resources::reopen(&file)?),
         (kind, _) => {
-            let netns = (kind == resource_kind::DEVICE).then_some(netns);
             // The next incarnation begins when all calls of this one have ended: none may wait for the kernel.
             let opened = opens.open(kind, &resource.path, netns, || c.incarnation.ended());
             Arc::new(opened.map_err(|e| if c.incarnation.ended() { Errno::ESTALE } else { e })?)
