@@ -369,8 +369,6 @@ fn serve(
     let mut notify_once = true;
     // Of an idle disk, of one that works on one request, and on several.
     let mut windows = [LOOK_FOR_REQUESTS, LOOK_FOR_DISK, Duration::ZERO].map(Window::new);
-    // Something was taken up and not handed over: where there is no looking, that waits for the call that sleeps.
-    let mut held = false;
     let mut gave_back = false;
     let result = loop {
         if control.stop.load(Relaxed) {
@@ -400,14 +398,10 @@ fn serve(
         }
         let window = &mut windows[engine.running().min(2) as usize];
         if polled.more || !claimed {
-            if window.is_open() || held || !claimed {
-                engine.disk().kick();
-            }
-            held = !held && !window.is_open();
+            engine.disk().kick();
             gave_back &= !polled.more;
             continue;
         }
-        held = false;
         let since = Instant::now();
         if window.is_open() {
             engine.disk().kick();

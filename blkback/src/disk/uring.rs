@@ -28,11 +28,10 @@ use super::source::Source;
 
 /// Operations in a chunk after which it is registered: before, pinning it all costs more than it saves.
 const REGISTER_AFTER: u32 = 64;
-/// With more than twice as many operations under way, so many completions are waited for at once: they are answered, and the requests that
-/// follow are handed over, together, which spares system calls, events and the disk's kicks.
-const GATHER: u32 = 4;
-/// No longer than this; then each completion counts.
-const GATHER_TIME: Duration = Duration::from_micros(100);
+/// So many operations that wait are handed over at once, in the middle of a round: the disk begins while the rest is prepared, and what it has
+/// done is answered while it works. With all of a round handed over together both sides wait for each other in turn, which cost a fifth of the
+/// requests per second at depth 32 (docs/benchmarks.md).
+const HAND_OVER: usize = 4;
 /// Bytes that a secure discard overwrites at once.
 const ERASE_STEP: usize = 1 << 20;
 /// User data of polls of events: this and the event's number.
@@ -311,7 +310,12 @@ impl DiskQueue for UringQueue {
         self.ops[i] = Some(op);
         self.under_way += 1;
         match self.check(request) {
-            Ok(()) => self.push_op(tag, op),
+            Ok(()) => {
+                self.push_op(tag, op);
+                if self.ring.submission().len() >= HAND_OVER {
+                    self.enter(0, None);
+                }
+            }
             // Completes like any other, by way of the ring.
             Err(DiskError(errno)) => {
                 tracing::error!(?request, errno, "an operation that cannot be");
@@ -383,10 +387,6 @@ impl DiskQueue for UringQueue {
                     opcode::PollAdd::new(types::Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true);
                 self.push(poll.build().user_data(EVENTS | i as u64));
             }
-        }
-        if self.ring.completion().is_empty() && self.under_way > 2 * GATHER {
-            let time = timeout.map_or(GATHER_TIME, |time| time.min(GATHER_TIME));
-            self.enter(GATHER as usize, Some(time));
         }
         if self.ring.completion().is_empty() {
             self.enter(1, timeout);
