@@ -413,7 +413,11 @@ impl BackendDriver for NetDriver {
         let switch = self.switch()?;
         let (connection, work) =
             connection::connect(&self.domain.hv, id, params, settings, &switch, self.failed(id))?;
-        let mut vif = Device::Rings(Vif { connection, work, workers: Vec::new() });
+        let vif = Vif { connection, work, workers: Vec::new() };
+        // Before anybody is told that it is connected: whoever waits for that may send to it. What it sends itself waits until
+        // the next incarnation would know of the connection, so that none of it goes out twice.
+        self.attach(&vif);
+        let mut vif = Device::Rings(vif);
         if reattach {
             self.connected(node, &mut vif);
         }
@@ -434,7 +438,6 @@ impl BackendDriver for NetDriver {
         vif.work.iter_mut().for_each(|work| work.kick = true);
         // From here on a next incarnation takes it over without asking the store.
         let kept = connection::keep(&self.domain.hv, id, &vif.connection).map_err(|e| e.to_string());
-        self.attach(vif);
         if let Err(why) = kept.and_then(|()| self.serve(vif).map_err(|e| e.to_string())) {
             self.bus.failed(node.key, why);
         }
@@ -483,7 +486,7 @@ impl BackendDriver for NetDriver {
         if let Some(switch) = &self.switch {
             switch.detach(vif.connection.port.slot);
         }
-        // Not attached yet, perhaps.
+        // Not attached, perhaps.
         vif.connection.port.queues.iter().for_each(|q| drop(lock(&q.queue).take()));
         vif.connection.close(&self.domain.hv, id);
     }

@@ -428,7 +428,7 @@ fn assemble(
     for (index, (tx, arena, ports)) in txs.into_iter().enumerate() {
         works.push(Work {
             tx,
-            lane: Lane { arena, buffer, hv: hv.new_channel()? },
+            lane: Lane::new(arena, buffer, hv.new_channel()?),
             ports,
             ctrl: ctrl.take(),
             index,

@@ -25,6 +25,8 @@ const HANDED: usize = 4;
 const BLAME: usize = 8;
 const NOTES: usize = 16;
 const NOTE: usize = 8;
+/// In a note's length: the packet was handed on, out of its turn.
+const MARK: u32 = 1 << 31;
 
 /// Bytes of notes for `packets` packets.
 pub const fn notes_bytes(packets: usize) -> usize {
@@ -47,6 +49,8 @@ pub struct Spool {
     end: usize,
     free: usize,
     frames: Vec<Frame>,
+    /// Those that recovery found handed on out of their turn.
+    marked: Vec<usize>,
     handed: usize,
 }
 
@@ -63,6 +67,7 @@ impl Spool {
             end: range.end,
             free: range.start,
             frames: Vec::new(),
+            marked: Vec::new(),
             handed: 0,
         }
     }
@@ -88,6 +93,7 @@ impl Spool {
             end: range.end,
             free: range.start,
             frames: Vec::new(),
+            marked: Vec::new(),
             handed,
         };
         if count == 0 {
@@ -99,7 +105,8 @@ impl Spool {
         }
         for i in 0..count {
             let at = base + NOTES + i * NOTE;
-            let (offset, len) = (notes.load_u32(at) as usize, notes.load_u32(at + 4) as usize);
+            let (offset, note) = (notes.load_u32(at) as usize, notes.load_u32(at + 4));
+            let len = (note & !MARK) as usize;
             let inside =
                 offset >= range.start + HEADROOM && offset.checked_add(len).is_some_and(|e| e <= range.end);
             if !inside || !(MIN_PACKET..=MAX_RX_PACKET).contains(&len) {
@@ -107,7 +114,14 @@ impl Spool {
             }
             spool.free = spool.free.max((offset + len).next_multiple_of(64));
             spool.frames.push(Frame { at: offset, len, meta: read_meta(arena, offset) });
+            if note & MARK != 0 && i >= handed {
+                spool.marked.push(i);
+            }
         }
+        while spool.marked.contains(&spool.handed) {
+            spool.hand(notes, spool.handed);
+        }
+        let handed = spool.handed;
         let blame = notes.load_u32(base + BLAME);
         if own_fault && handed < count {
             let before = if blame >> 16 == handed as u32 { blame & 0xffff } else { 0 };
@@ -147,6 +161,12 @@ impl Spool {
         &self.frames[self.handed.min(self.frames.len())..]
     }
 
+    /// What waits with the numbers (from the start of the notes), without what was handed on out of its turn.
+    pub fn unmarked(&self) -> Vec<(usize, Frame)> {
+        let all = self.frames.iter().copied().enumerate().skip(self.handed);
+        all.filter(|(i, _)| !self.marked.contains(i)).collect()
+    }
+
     /// How many packets before the waiting ones were handed on; [`Spool::hand`] counts with them.
     pub fn handed(&self) -> usize {
         self.handed
@@ -175,6 +195,7 @@ impl Spool {
             notes.store_u32(self.base + COUNT, 0);
             notes.store_u32(self.base + HANDED, 0);
             self.frames.clear();
+            self.marked.clear();
             (self.handed, self.free) = (0, self.start);
         }
     }
@@ -183,6 +204,13 @@ impl Spool {
 /// Marks all packets up to number `index` as handed on, in the notes alone.
 pub fn mark_handed(notes: &impl RingMem, base: usize, index: usize) {
     notes.store_u32(base + HANDED, index as u32 + 1);
+}
+
+/// Marks packet number `index` as handed on before those in front of it, in the notes alone. [`Spool::hand`] must follow once
+/// all up to it are.
+pub fn mark_one(notes: &impl RingMem, base: usize, index: usize) {
+    let at = base + NOTES + index * NOTE + 4;
+    notes.store_u32(at, notes.load_u32(at) | MARK);
 }
 
 fn read_meta(arena: &impl RingMem, packet: usize) -> Meta {

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use crate::connection::{ConnectError, kept_memory, system};
 use crate::offload::VNET_HDR_LEN;
-use crate::queue::{ARENA_BYTES, Fate, QueueError, SCRATCH};
+use crate::queue::{ARENA_BYTES, Fate, Frame, QueueError, SCRATCH};
 use crate::slots::{MAX_RX_PACKET, MIN_PACKET};
 use crate::spool::{self, Spool};
 use crate::switch::{Lane, Origin, Switch};
@@ -88,7 +88,7 @@ impl UplinkWork {
                 tracing::error!(%error, "what was read from the uplink is lost");
                 Spool::create(&notes, 0, MAX_BATCH, 0..SCRATCH)
             });
-        let lane = Lane { arena, buffer, hv: hv.new_channel()? };
+        let lane = Lane::new(arena, buffer, hv.new_channel()?);
         Ok(UplinkWork { tap, lane, notes, spool, switch, careful: own_fault })
     }
 
@@ -137,20 +137,18 @@ impl UplinkWork {
     }
 
     fn hand_on(&mut self) {
-        let frames = self.spool.waiting().to_vec();
-        let first = self.spool.handed();
+        let (numbers, frames): (Vec<usize>, Vec<Frame>) = self.spool.unmarked().into_iter().unzip();
         let (base, notes) = (self.spool.base(), &self.notes);
         let size = if std::mem::take(&mut self.careful) { 1 } else { MAX_BATCH };
-        let mut done = first;
-        for batch in frames.chunks(size) {
+        for (batch, numbers) in frames.chunks(size).zip(numbers.chunks(size)) {
             let mut fates = [Fate::default(); MAX_BATCH];
             self.switch.forward(Origin::Uplink, &mut self.lane, batch, &mut fates[..batch.len()], &mut |i| {
-                spool::mark_handed(notes, base, done + i)
+                spool::mark_one(notes, base, numbers[i]);
             });
-            done += batch.len();
-            spool::mark_handed(notes, base, done - 1);
+            if let Some(&last) = numbers.last() {
+                self.spool.hand(notes, last);
+            }
         }
-        self.spool.handed_to(done);
         self.spool.rewind(&self.notes);
     }
 }

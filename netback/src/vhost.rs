@@ -369,7 +369,8 @@ impl VhostVif {
         let arena_fd = sealed_memfd("vhost-packets", ARENA_BYTES).map_err(system("making memory"))?;
         let buffer = lane_hv.buffer_register(&arena_fd, ARENA_BYTES as u64)?;
         let arena = Arc::new(SharedMem::map(&arena_fd, ARENA_BYTES).map_err(system("mapping memory"))?);
-        let lane = Lane { arena: Span::new(arena, 0, ARENA_BYTES), buffer, hv: lane_hv };
+        let mut lane = Lane::new(Span::new(arena, 0, ARENA_BYTES), buffer, lane_hv);
+        lane.in_order = true;
         let theirs = shared.clone();
         let thread = std::thread::Builder::new()
             .name(note_name(id))

@@ -214,8 +214,8 @@ impl Control {
         state.0
     }
 
-    /// Waits for one of these descriptors, to be woken, or for `timeout`.
-    pub fn sleep(&self, others: &[std::os::fd::BorrowedFd<'_>], timeout: Option<Duration>) {
+    /// Waits for one of these descriptors, to be woken, or for `timeout`. Says of each whether it is readable.
+    pub fn sleep(&self, others: &[std::os::fd::BorrowedFd<'_>], timeout: Option<Duration>) -> Vec<bool> {
         let mut fds = vec![PollFd::new(self.0.wake.as_fd(), PollFlags::POLLIN)];
         fds.extend(others.iter().map(|&fd| PollFd::new(fd, PollFlags::POLLIN)));
         let timeout = timeout.map_or(PollTimeout::NONE, |t| {
@@ -229,7 +229,11 @@ impl Control {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        let _nothing_there_is_fine = self.0.wake.read();
+        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
+        if ready.next() == Some(true) {
+            let _nothing_there_is_fine = self.0.wake.read();
+        }
+        ready.collect()
     }
 }
 
@@ -378,14 +382,13 @@ impl Work {
     fn sleep(&self, control: &Control, wait: Option<Duration>) {
         let mut fds = vec![self.ports.tx().rx(), self.ports.rx().rx()];
         fds.extend(self.ctrl.iter().map(|ctrl| ctrl.port.rx()));
-        control.sleep(&fds, wait);
+        let ready = control.sleep(&fds, wait);
         // Before the rings are looked at again, so that a kick that comes now wakes us again.
-        self.ports.tx().clear();
-        if matches!(*self.ports, Ports::Split { .. }) {
-            self.ports.rx().clear();
-        }
-        if let Some(ctrl) = &self.ctrl {
-            ctrl.port.clear();
+        let ports = [self.ports.tx(), self.ports.rx()].into_iter().chain(self.ctrl.iter().map(|c| &c.port));
+        for (port, ready) in ports.zip(ready) {
+            if ready {
+                port.clear();
+            }
         }
     }
 }

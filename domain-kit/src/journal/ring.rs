@@ -126,11 +126,11 @@ impl<R: RingMem, J: RingMem, F: RingFormat> JournaledRing<R, J, F> {
     ///
     /// # Errors
     /// [`JournalError::Ring`] if the frontend broke the protocol; the ring is then marked as failed.
-    pub fn take_with(
+    pub fn take_with<E: AsRef<[u8]>>(
         &mut self,
         max: usize,
         into: &mut Vec<Slot>,
-        mut extra: impl FnMut(&[u8]) -> Vec<u8>,
+        mut extra: impl FnMut(&[u8]) -> E,
     ) -> Result<usize, JournalError> {
         let waiting = self.ring.unconsumed().inspect_err(|_| self.journal.fail())? as usize;
         // A frontend may guess answers that it has not seen; the journal holds no more than its entries.
@@ -141,9 +141,10 @@ impl<R: RingMem, J: RingMem, F: RingFormat> JournaledRing<R, J, F> {
             let i = slot.0 as usize;
             let request = &mut self.requests[i * size..(i + 1) * size];
             let index = self.ring.take(request);
-            let mut kept = extra(request);
-            kept.truncate(self.journal.shape().extra_size as usize);
-            self.journal.write_entry(slot, index, request, &kept);
+            let kept = extra(request);
+            let kept = kept.as_ref();
+            let most = self.journal.shape().extra_size as usize;
+            self.journal.write_entry(slot, index, request, &kept[..kept.len().min(most)]);
             self.req_index[i] = index;
             self.attempts[i] = 0;
             into.push(slot);
@@ -159,7 +160,7 @@ impl<R: RingMem, J: RingMem, F: RingFormat> JournaledRing<R, J, F> {
     /// # Errors
     /// As [`JournaledRing::take_with`].
     pub fn take(&mut self, max: usize, into: &mut Vec<Slot>) -> Result<usize, JournalError> {
-        self.take_with(max, into, |_| Vec::new())
+        self.take_with(max, into, |_| [])
     }
 
     /// The private copy of a request.

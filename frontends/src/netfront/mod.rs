@@ -21,6 +21,7 @@ use domain_kit::ring::RingMem;
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use xen_abi::io::netif::node;
 
 use crate::ConnectError;
@@ -311,6 +312,29 @@ impl NetFront {
             }
         }
         Ok(None)
+    }
+
+    /// Waits until the backend has something for this end, `timeout` at most, and takes the events. To be called when the rings
+    /// were looked at and had nothing, with everything flushed.
+    ///
+    /// # Errors
+    /// [`QueueError`].
+    pub fn wait(&mut self, timeout: Duration) -> Result<(), QueueError> {
+        if self.final_check()? {
+            return Ok(());
+        }
+        let fds = self.all_wait_fds();
+        let mut fds: Vec<_> = fds.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        // Interrupted is as good as woken.
+        let _ = poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX));
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        let ports = self.queues.iter().flat_map(|queue| &queue.ports);
+        for (port, ready) in ports.zip(ready) {
+            if ready {
+                port.clear();
+            }
+        }
+        Ok(())
     }
 
     /// Publishes what was sent and posted, and notifies the backend where it wants that.

@@ -104,7 +104,10 @@ pub struct NetQueue<M, B> {
     /// Extra-info slots sent and not answered.
     extras: u32,
     expect: Expect,
-    assembling: Packet,
+    /// The packet that is being put together: its first `filled` bytes.
+    assembling: Vec<u8>,
+    filled: usize,
+    meta: PacketMeta,
     slots: usize,
     /// A slot of the packet failed: drop it when it is complete.
     damaged: bool,
@@ -146,7 +149,9 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             tx_busy: [false; SLOTS],
             extras: 0,
             expect: Expect::First,
-            assembling: Packet { bytes: Vec::new(), meta: PacketMeta::default() },
+            assembling: vec![0; MAX_RX_PACKET],
+            filled: 0,
+            meta: PacketMeta::default(),
             slots: 0,
             damaged: false,
             broken: None,
@@ -288,12 +293,22 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
     /// # Errors
     /// [`QueueError`], then for ever.
     pub fn receive(&mut self) -> Result<Option<Packet>, QueueError> {
-        self.check()?;
-        let result = self.try_receive();
-        self.break_on(result)
+        let packet = self.receive_bytes()?;
+        Ok(packet.map(|(bytes, meta)| Packet { bytes: bytes.to_vec(), meta }))
     }
 
-    fn try_receive(&mut self) -> Result<Option<Packet>, QueueError> {
+    /// The same for who looks at the packet at once: it is overwritten by the next one.
+    ///
+    /// # Errors
+    /// [`QueueError`], then for ever.
+    pub fn receive_bytes(&mut self) -> Result<Option<(&[u8], PacketMeta)>, QueueError> {
+        self.check()?;
+        let result = self.try_receive();
+        let packet = self.break_on(result)?;
+        Ok(packet.map(|(len, meta)| (&self.assembling[..len], meta)))
+    }
+
+    fn try_receive(&mut self) -> Result<Option<(usize, PacketMeta)>, QueueError> {
         for _ in 0..self.rx.unconsumed()? {
             let mut slot = RxSlot::default();
             let index = self.rx.take(&mut slot.0);
@@ -301,10 +316,7 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             // The slot's bytes were copied out: its buffer can be filled again.
             self.post();
             if complete {
-                let packet = std::mem::replace(
-                    &mut self.assembling,
-                    Packet { bytes: Vec::new(), meta: PacketMeta::default() },
-                );
+                let packet = (std::mem::take(&mut self.filled), std::mem::take(&mut self.meta));
                 self.slots = 0;
                 if std::mem::take(&mut self.damaged) {
                     self.dropped += 1;
@@ -326,13 +338,13 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
             let info = slot.extra_info();
             match info.extra() {
                 Some(Extra::Gso { size, gso_type: XEN_NETIF_GSO_TYPE_TCPV4, .. }) => {
-                    self.assembling.meta.gso_tcpv4 = Some(size);
+                    self.meta.gso_tcpv4 = Some(size);
                 }
                 Some(Extra::Gso { size, gso_type: XEN_NETIF_GSO_TYPE_TCPV6, .. }) => {
-                    self.assembling.meta.gso_tcpv6 = Some(size);
+                    self.meta.gso_tcpv6 = Some(size);
                 }
                 Some(Extra::Hash { hash_type, value, .. }) => {
-                    self.assembling.meta.hash = Some((hash_type, value));
+                    self.meta.hash = Some((hash_type, value));
                 }
                 Some(_) => {}
                 None => return Err(QueueError::BadExtra),
@@ -348,7 +360,7 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
         }
         let more_data = flags & NETRXF_MORE_DATA != 0;
         if self.expect == Expect::First {
-            self.assembling.meta.csum_blank = flags & NETRXF_CSUM_BLANK != 0;
+            self.meta.csum_blank = flags & NETRXF_CSUM_BLANK != 0;
         }
         match usize::try_from(status) {
             // The backend could not fill the slot.
@@ -360,13 +372,13 @@ impl<M: RingMem, B: RingMem> NetQueue<M, B> {
                     return Err(QueueError::OutOfPage { offset: offset as u16, len: status });
                 }
                 let (offset, len) = (offset + skipped, len - skipped);
-                let at = self.assembling.bytes.len();
-                if at + len > MAX_RX_PACKET {
+                let at = self.filled;
+                let Some(into) = self.assembling.get_mut(at..at + len) else {
                     return Err(QueueError::Endless);
-                }
-                self.assembling.bytes.resize(at + len, 0);
+                };
                 let page = (SLOTS + index) * PAGE_SIZE;
-                self.buffers.copy_out(page + offset, &mut self.assembling.bytes[at..]);
+                self.buffers.copy_out(page + offset, into);
+                self.filled += len;
             }
         }
         self.expect = match self.expect {

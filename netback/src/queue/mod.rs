@@ -79,8 +79,8 @@ pub trait World: Copier {
     fn buffer_base(&self) -> u64 {
         0
     }
-    /// Hands packets on, in order, and says in `fates` (as many) what became of each. `commit(i)` is called just before
-    /// anybody can see packet `i`.
+    /// Hands packets on, those of one destination in order, and says in `fates` (as many) what became of each. `commit(i)` is
+    /// called just before anybody can see packet `i`.
     fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize));
     /// Changes the frontend's multicast filter; false if it is full.
     fn multicast(&mut self, add: bool, address: [u8; 6]) -> bool;
@@ -104,6 +104,9 @@ pub enum QueueError {
     /// hv-core refused as a whole.
     #[error("grant copy: {0}")]
     Copy(#[from] HvError),
+    /// hv-core refused a batch as a whole of which this queue's packets were a part.
+    #[error("grant copy: refused; see the log")]
+    CopyOfAll,
     /// The TAP is gone.
     #[error("reading from the TAP: {0}")]
     Tap(io::Error),

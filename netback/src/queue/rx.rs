@@ -24,7 +24,7 @@ use crate::stats::Stats;
 
 /// Packets that wait for slots at most.
 const MAX_BACKLOG: usize = 512;
-/// Packets for which one round of grant copies is made.
+/// Packets of the backlog for which one round of grant copies is made.
 const MAX_BATCH: usize = 128;
 /// User area: the packet being answered: index of its first response, their number, [`PLACING`].
 const U_PLACING: usize = 0;
@@ -141,6 +141,81 @@ pub struct Delivery {
     pub dropped: usize,
     /// The frontend wants an event.
     pub notify: bool,
+}
+
+/// What is for one queue in a round of deliveries, see [`deliver_round`].
+#[derive(Debug)]
+pub struct Share<'a, R, J, A> {
+    /// The queue.
+    pub queue: &'a mut RxQueue<R, J, A>,
+    /// The packets, in order.
+    pub frames: &'a [RxFrame],
+    /// How many of them are delivered.
+    pub placed: usize,
+    /// Once all are delivered, kept or dropped, or the queue must not be used any more.
+    pub over: Option<Result<Delivery, QueueError>>,
+}
+
+/// Gives packets to several queues, each in order, with one round of grant copies for as much of all as one call can carry; what is
+/// not [`Share::over`] then wants another round. `commit(share, i)` is called just before packet `i` of a share can be seen or is
+/// kept.
+pub fn deliver_round<R: RingMem, J: RingMem, A: RingMem>(
+    copier: &mut impl Copier,
+    batch: &mut CopyBatch,
+    from: &Source<'_, impl RingMem>,
+    shares: &mut [Share<'_, R, J, A>],
+    commit: &mut dyn FnMut(usize, usize),
+) {
+    batch.clear();
+    let mut plans = Vec::with_capacity(shares.len());
+    for share in shares.iter_mut() {
+        let plan = if share.queue.backlog.waiting().is_empty() {
+            share.queue.plan(batch, (from.buffer, from.base), &share.frames[share.placed..])
+        } else {
+            Ok(Planned::default())
+        };
+        plans.push(plan);
+    }
+    let copied = if batch.entries.is_empty() { Ok(()) } else { copier.copy(batch) };
+    for (number, (share, plan)) in shares.iter_mut().zip(plans).enumerate() {
+        let plan = match (plan, &copied) {
+            (Err(error), _) => {
+                share.over = Some(Err(error));
+                continue;
+            }
+            (Ok(plan), Err(_)) if plan.packets > 0 => {
+                share.over = Some(Err(QueueError::CopyOfAll));
+                continue;
+            }
+            (Ok(plan), _) => plan,
+        };
+        let mut at = share.placed;
+        let rest = (|| {
+            for frame in &share.frames[at..at + plan.packets] {
+                commit(number, at);
+                share.queue.answer(frame, &batch.statuses)?;
+                at += 1;
+            }
+            if plan.full && at < share.frames.len() {
+                return Ok(None);
+            }
+            share.queue.settle(copier, from, &share.frames[at..], &mut |i| commit(number, at + i)).map(Some)
+        })();
+        share.placed = at;
+        share.over = rest.transpose();
+    }
+    if let Err(error) = copied {
+        // Each of the shares it was for says so too.
+        tracing::error!(%error, "grant copy");
+    }
+}
+
+/// What [`RxQueue::plan`] found room for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Planned {
+    packets: usize,
+    /// The batch has no room for more; else the frontend has no slots for the next packet.
+    full: bool,
 }
 
 /// The rx direction of one queue. `A` is the backlog's arena.
@@ -275,24 +350,31 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         frames: &[RxFrame],
         commit: &mut dyn FnMut(usize),
     ) -> Result<Delivery, QueueError> {
-        let mut delivery = Delivery::default();
-        let mut placed = 0;
-        if self.backlog.waiting().is_empty() {
-            while placed < frames.len() {
-                let n = self.place(copier, (from.buffer, from.base), &frames[placed..], &mut |i| {
-                    commit(placed + i)
-                })?;
-                if n == 0 {
-                    break;
-                }
-                placed += n;
+        let mut batch = std::mem::take(&mut self.copy);
+        let mut shares = [Share { queue: self, frames, placed: 0, over: None }];
+        let result = loop {
+            deliver_round(copier, &mut batch, from, &mut shares, &mut |_, i| commit(i));
+            if let Some(result) = shares[0].over.take() {
+                break result;
             }
-            delivery.notify = self.ring.push();
-        }
-        if placed == frames.len() {
+        };
+        self.copy = batch;
+        result
+    }
+
+    /// Publishes what was answered and keeps, or drops, the packets that found no slots.
+    fn settle(
+        &mut self,
+        copier: &mut impl Copier,
+        from: &Source<'_, impl RingMem>,
+        rest: &[RxFrame],
+        commit: &mut dyn FnMut(usize),
+    ) -> Result<Delivery, QueueError> {
+        let mut delivery = Delivery { notify: self.ring.push(), dropped: 0 };
+        if rest.is_empty() {
             return Ok(delivery);
         }
-        for (i, frame) in frames.iter().enumerate().skip(placed) {
+        for (i, frame) in rest.iter().enumerate() {
             commit(i);
             if !self.keep(from.arena, &frame.frame) {
                 delivery.dropped += 1;
@@ -363,26 +445,17 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         frames: &[RxFrame],
     ) -> Result<usize, QueueError> {
         let (base, first) = (self.backlog.base(), self.backlog.handed());
-        let planned = self.plan(copier, buffer, frames)?;
+        let mut batch = std::mem::take(&mut self.copy);
+        batch.clear();
+        let planned = self.plan(&mut batch, buffer, frames)?.packets;
+        if planned > 0 {
+            copier.copy(&mut batch)?;
+        }
         for (i, frame) in frames.iter().enumerate().take(planned) {
             spool::mark_handed(self.ring.journal().mem(), base, first + i);
-            self.answer(frame)?;
+            self.answer(frame, &batch.statuses)?;
         }
-        Ok(planned)
-    }
-
-    fn place(
-        &mut self,
-        copier: &mut impl Copier,
-        buffer: Buffer,
-        frames: &[RxFrame],
-        commit: &mut dyn FnMut(usize),
-    ) -> Result<usize, QueueError> {
-        let planned = self.plan(copier, buffer, frames)?;
-        for (i, frame) in frames.iter().enumerate().take(planned) {
-            commit(i);
-            self.answer(frame)?;
-        }
+        self.copy = batch;
         Ok(planned)
     }
 
@@ -391,20 +464,21 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         RxShape { len: frame.len, meta: frame.meta, hash, headroom: self.target.headroom }
     }
 
-    /// Takes slots for as many packets as there are and copies these packets' bytes; says how many. Nothing is answered yet.
+    /// Takes slots for as many packets as there are and as fit the batch, and adds the copies of their bytes. Nothing is answered
+    /// yet.
     fn plan(
         &mut self,
-        copier: &mut impl Copier,
+        batch: &mut CopyBatch,
         buffer: Buffer,
         frames: &[RxFrame],
-    ) -> Result<usize, QueueError> {
-        self.copy.clear();
+    ) -> Result<Planned, QueueError> {
         self.parts.clear();
-        let mut planned = 0;
-        for frame in frames.iter().take(MAX_BATCH) {
+        let mut planned = Planned::default();
+        for frame in frames {
             let shape = self.shape_of(frame);
             let slots = shape.slots();
-            if self.copy.entries.len() + slots > MAX_COPY_ENTRIES {
+            if batch.entries.len() + slots > MAX_COPY_ENTRIES {
+                planned.full = true;
                 break;
             }
             let needed = self.parts.len() + slots;
@@ -420,8 +494,8 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
                 let part = shape.part(index);
                 let mut entry = None;
                 if let RxPart::Data { offset, len, .. } = part {
-                    entry = Some(self.copy.entries.len());
-                    self.copy.entries.push(CopyEntry {
+                    entry = Some(batch.entries.len());
+                    batch.entries.push(CopyEntry {
                         domid: self.target.domid,
                         flags: COPY_TO_GRANT,
                         gref: gref(self.ring.request(self.have[self.parts.len()])),
@@ -433,17 +507,14 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
                 }
                 self.parts.push((part, entry));
             }
-            planned += 1;
-        }
-        if planned > 0 {
-            copier.copy(&mut self.copy)?;
+            planned.packets += 1;
         }
         self.parts.reverse();
         Ok(planned)
     }
 
-    /// Answers the slots of the next planned packet.
-    fn answer(&mut self, frame: &RxFrame) -> Result<(), QueueError> {
+    /// Answers the slots of the next planned packet, after the batch was carried out.
+    fn answer(&mut self, frame: &RxFrame, statuses: &[i16]) -> Result<(), QueueError> {
         let slots = self.shape_of(frame).slots();
         let start = self.ring.ring().rsp_prod_pvt();
         let placing = PLACING | (slots as u64) << 32 | u64::from(start);
@@ -458,7 +529,7 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
                     self.ring.respond(slot, status, aux);
                 }
                 RxPart::Data { len, flags, .. } => {
-                    let copied = entry.is_some_and(|i| self.copy.statuses.get(i) == Some(&0));
+                    let copied = entry.is_some_and(|i| statuses.get(i) == Some(&0));
                     if !copied {
                         self.stats.rx_errors.add(1);
                     }

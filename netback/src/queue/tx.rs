@@ -18,7 +18,7 @@ use crate::spool::HEADROOM;
 use crate::stats::Stats;
 
 /// Packets for which one round of grant copies is made.
-const MAX_BATCH: usize = 64;
+const MAX_BATCH: usize = 128;
 /// Bytes of the arena that a packet takes at most.
 const MAX_TX: usize = HEADROOM + 65536;
 /// First byte of the arena's half for this direction.
@@ -26,7 +26,9 @@ const ARENA_START: usize = HALF;
 const ARENA_END: usize = SCRATCH;
 /// Journal's user area: every packet that begins before this request index was handed over (or refused).
 const U_HANDED: usize = 0;
-const USER_SIZE: u32 = 8;
+/// Then a word for each slot of the ring: the index of the request in it that began a packet which was handed over. Packets are
+/// handed over in the order of their destinations, not of the ring.
+const U_MARKS: usize = 8;
 /// Kept beside each request: its [`Kind`].
 const EXTRA_SIZE: u32 = 8;
 
@@ -66,7 +68,7 @@ pub fn shape(layout: &RingLayout) -> Shape {
         entries: layout.size,
         req_size: layout.req_size as u32,
         extra_size: EXTRA_SIZE,
-        user_size: USER_SIZE,
+        user_size: U_MARKS as u32 + 4 * layout.size,
     }
 }
 
@@ -75,6 +77,8 @@ pub fn shape(layout: &RingLayout) -> Shape {
 enum Task {
     /// To be answered with an error.
     Refuse,
+    /// A dead incarnation handed it over.
+    Done,
     Multicast {
         add: bool,
         address: [u8; 6],
@@ -101,13 +105,15 @@ pub struct TxQueue<R, J> {
     /// Taken and not handed over, in ring order; begins at a packet's first slot.
     pending: VecDeque<Slot>,
     scanner: KindScanner,
+    /// Of `pending`, first requests of packets that a dead incarnation handed over: they are answered when it is their turn.
+    marked: Vec<u32>,
     /// How many of `pending` are done one packet at a time, because one of them crashed us.
     careful: usize,
     jobs: Vec<Job>,
     frames: Vec<Frame>,
     fates: Vec<Fate>,
-    /// For each frame the index behind its job's last request.
-    ends: Vec<u32>,
+    /// For each frame the index of its job's first request.
+    firsts: Vec<u32>,
     copy: CopyBatch,
     raw: Vec<TxSlot>,
     stats: Arc<Stats>,
@@ -128,6 +134,10 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         let ring = JournaledRing::create(ring, layout, journal, shape(&layout), identity, TxFormat)?;
         let this = Self::new(ring, stats);
         this.set_handed(this.ring.ring().req_cons());
+        for slot in 0..layout.size {
+            // No index of this slot.
+            this.ring.journal().mem().store_u32(mark_at(this.handed_at, slot, layout.size), slot + 1);
+        }
         Ok(this)
     }
 
@@ -145,19 +155,24 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         let (ring, unanswered) =
             JournaledRing::reattach(ring, layout, journal, shape(&layout), TxFormat, own_fault)?;
         let mut this = Self::new(ring, stats);
-        let handed = this.ring.journal().mem().load_u32(this.handed_at);
+        let handed = this.handed();
         if before(this.ring.ring().req_cons(), handed) {
             this.ring.fail();
             return Err(QueueError::Record("handed over more than was taken"));
         }
         for slot in unanswered {
-            if before(this.ring.req_index(slot), handed) {
+            let index = this.ring.req_index(slot);
+            let kind = this.ring.extra(slot).first().copied().and_then(Kind::from_u8);
+            if before(index, handed) {
                 // Sent, or about to be: never again. Whoever needs it sends it again.
-                let kind = this.ring.extra(slot).first().copied().and_then(Kind::from_u8);
                 let status = if kind == Some(Kind::Extra) { NETIF_RSP_NULL } else { NETIF_RSP_OKAY };
                 this.ring.respond(slot, status, 0);
                 this.stats.tx_recovered.add(1);
             } else {
+                let mark = mark_at(this.handed_at, index, layout.size);
+                if kind == Some(Kind::First) && this.ring.journal().mem().load_u32(mark) == index {
+                    this.marked.push(index);
+                }
                 this.scanner.next(&slot_of(this.ring.request(slot)));
                 if this.ring.attempts(slot) > 0 {
                     this.careful = usize::MAX;
@@ -175,15 +190,20 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
             ring,
             pending: VecDeque::new(),
             scanner: KindScanner::default(),
+            marked: Vec::new(),
             careful: 0,
             jobs: Vec::new(),
             frames: Vec::new(),
             fates: Vec::new(),
-            ends: Vec::new(),
+            firsts: Vec::new(),
             copy: CopyBatch::default(),
             raw: Vec::new(),
             stats,
         }
+    }
+
+    fn handed(&self) -> u32 {
+        self.ring.journal().mem().load_u32(self.handed_at)
     }
 
     fn set_handed(&self, index: u32) {
@@ -203,7 +223,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
     pub fn run(&mut self, world: &mut impl World, budget: usize) -> Result<Progress, QueueError> {
         let mut taken = Vec::new();
         let mut scanner = self.scanner;
-        self.ring.take_with(usize::MAX, &mut taken, |request| vec![scanner.next(&slot_of(request)) as u8])?;
+        self.ring.take_with(usize::MAX, &mut taken, |request| [scanner.next(&slot_of(request)) as u8])?;
         self.scanner = scanner;
         self.pending.extend(taken);
         let mut progress = Progress { worked: !self.pending.is_empty() && budget > 0, ..Progress::default() };
@@ -259,7 +279,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                 arena: arena + HEADROOM,
                 copies: self.copy.entries.len()..0,
             };
-            if self.ring.attempts(first) >= MAX_ATTEMPTS {
+            if self.marked.contains(&self.ring.req_index(first)) {
+                job.task = Task::Done;
+            } else if self.ring.attempts(first) >= MAX_ATTEMPTS {
                 tracing::error!(domid, "a packet that crashed netback {MAX_ATTEMPTS} times is dropped");
                 self.stats.poisoned.add(1);
             } else {
@@ -296,12 +318,13 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
     /// Hands a round's packets over; what was refused becomes [`Task::Refuse`]. Gives the bytes of all.
     fn hand_over(&mut self, jobs: &mut [Job], world: &mut impl World) -> usize {
         self.frames.clear();
-        self.ends.clear();
-        let (mut end, mut bytes) = (0, 0);
+        self.firsts.clear();
+        let (mut next, mut bytes) = (0, 0);
         for job in jobs.iter_mut() {
-            end += job.slots;
+            let first = next;
+            next += job.slots;
             match &job.task {
-                Task::Refuse => {}
+                Task::Refuse | Task::Done => {}
                 Task::Multicast { add, address } => {
                     if !world.multicast(*add, *address) {
                         job.task = Task::Refuse;
@@ -315,8 +338,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                         crate::fault::look(packet.len);
                         bytes += packet.len;
                         self.frames.push(Frame { at: job.arena, len: packet.len, meta });
-                        let last = self.pending.get(end - 1);
-                        self.ends.push(last.map_or(0, |&slot| self.ring.req_index(slot).wrapping_add(1)));
+                        self.firsts.push(self.ring.req_index(self.pending[first]));
                     } else {
                         job.task = Task::Refuse;
                     }
@@ -325,9 +347,12 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         }
         self.fates.clear();
         self.fates.resize(self.frames.len(), Fate::default());
-        let (journal, at, ends) = (self.ring.journal().mem(), self.handed_at, &self.ends);
+        let (journal, at, firsts) = (self.ring.journal().mem(), self.handed_at, &self.firsts);
+        let size = self.ring.ring().layout().size;
         if !self.frames.is_empty() {
-            world.forward(&self.frames, &mut self.fates, &mut |i| journal.store_u32(at, ends[i]));
+            world.forward(&self.frames, &mut self.fates, &mut |i| {
+                journal.store_u32(mark_at(at, firsts[i], size), firsts[i]);
+            });
         }
         bytes
     }
@@ -340,10 +365,15 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         if let Some(&last) = slots.checked_sub(1).and_then(|last| self.pending.get(last)) {
             self.set_handed(self.ring.req_index(last).wrapping_add(1));
         }
-        let mut frames = 0;
+        let (handed, mut frames) = (self.handed(), 0);
+        self.marked.retain(|&index| !before(index, handed));
         for job in jobs {
             let status = match &job.task {
                 Task::Multicast { .. } => NETIF_RSP_OKAY,
+                Task::Done => {
+                    self.stats.tx_recovered.add(1);
+                    NETIF_RSP_OKAY
+                }
                 Task::Refuse => {
                     self.stats.tx_errors.add(1);
                     NETIF_RSP_ERROR
@@ -385,6 +415,11 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
     pub fn final_check(&self) -> Result<bool, JournalError> {
         self.ring.final_check()
     }
+}
+
+/// Where the mark of a request's slot is, in a ring of `size` slots; `handed_at` is where [`U_HANDED`] is.
+fn mark_at(handed_at: usize, index: u32, size: u32) -> usize {
+    handed_at - U_HANDED + U_MARKS + 4 * (index % size) as usize
 }
 
 /// Puts the virtio_net_hdr before a copied packet and its pseudo-header's sum into it. Gives what is true of it, which can be

@@ -1,6 +1,6 @@
 //! From a decision to the receiver: into a vif's queue, whole or in segments, to the uplink, or to all.
 
-use std::sync::PoisonError;
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use domain_kit::ring::RingMem;
 
@@ -9,7 +9,7 @@ use super::settings::Denied;
 use super::{Lane, Origin, Switch, Table, Verdict};
 use crate::headers::{ETH_LEN, Headers};
 use crate::offload::{self, Family, MAX_HEADERS, VNET_HDR_LEN, VnetHdr};
-use crate::queue::rx::{RxFrame, Source};
+use crate::queue::rx::{RxFrame, Share, Source, deliver_round};
 use crate::queue::{Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
 use crate::segment;
 use crate::slots::{MAX_DATA_SLOTS, RxShape};
@@ -17,49 +17,82 @@ use crate::spool::HEADROOM;
 use domain_kit::ring::Span;
 use xen_abi::PAGE_SIZE;
 
+/// Packets of a batch for one queue of a vif.
+pub(super) struct Run<'t> {
+    port: &'t Port,
+    queue: usize,
+    frames: Vec<RxFrame>,
+    /// Which of the batch they are.
+    numbers: Vec<usize>,
+    /// How many are delivered.
+    placed: usize,
+}
+
+impl<'t> Run<'t> {
+    /// Of one packet, number `i` of its batch.
+    pub(super) fn new(port: &'t Port, queue: usize, i: usize, frame: RxFrame) -> Run<'t> {
+        Run { port, queue, frames: vec![frame], numbers: vec![i], placed: 0 }
+    }
+
+    /// One more.
+    pub(super) fn push(&mut self, i: usize, frame: RxFrame) {
+        self.frames.push(frame);
+        self.numbers.push(i);
+    }
+
+    /// The vif's slot, and the queue.
+    pub(super) fn to(&self) -> (u16, usize) {
+        (self.port.slot, self.queue)
+    }
+}
+
+/// A queue that nobody else delivers to at the moment.
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 impl Switch {
-    /// Delivers packets of the lane's arena to one queue; says how many were not dropped.
-    pub(super) fn give(
+    /// Delivers packets of the lane's arena to the queues they are for, and empties `runs`.
+    pub(super) fn deliver(
         &self,
-        port: &Port,
-        queue: usize,
+        runs: &mut Vec<Run<'_>>,
         lane: &mut Lane,
-        run: &[RxFrame],
+        fates: &mut [Fate],
         commit: &mut dyn FnMut(usize),
-    ) -> usize {
-        let Some(handle) = port.queues.get(queue) else { return 0 };
-        if !port.settings().link {
-            port.stats.rx_dropped.add(run.len() as u64);
-            return 0;
-        }
-        // Before anybody can answer it.
-        self.captures.add(port.id, true, &lane.arena, run.iter().map(|rx| &rx.frame));
-        if let Some(vhost) = &handle.vhost {
-            return vhost.deliver(&lane.arena, run, &port.stats, commit).unwrap_or_else(|error| {
+    ) {
+        runs.retain(|run| {
+            let port = run.port;
+            let Some(handle) = port.queues.get(run.queue) else { return false };
+            if !port.settings().link {
+                port.stats.rx_dropped.add(run.frames.len() as u64);
+                return false;
+            }
+            // Before anybody can answer it.
+            self.captures.add(port.id, true, &lane.arena, run.frames.iter().map(|rx| &rx.frame));
+            let Some(vhost) = &handle.vhost else { return true };
+            let sent = vhost.deliver(&lane.arena, &run.frames, &port.stats, &mut |k| commit(run.numbers[k]));
+            let sent = sent.unwrap_or_else(|error| {
                 port.fail(error.to_string());
                 0
             });
+            run.numbers.iter().take(sent).for_each(|&i| fates[i] = Fate::Sent);
+            false
+        });
+        while !runs.is_empty() {
+            deliver_rings(runs, lane, fates, commit);
         }
-        let mut guard = lock(&handle.queue);
-        let Some(rx) = guard.as_mut() else { return 0 };
-        let arena = lane.arena.clone();
-        let source = Source { arena: &arena, buffer: lane.buffer, base: arena.absolute(0) as u64 };
-        match rx.deliver(lane, &source, run, commit) {
-            Ok(delivery) => {
-                drop(guard);
-                handle.notify(delivery.notify, &port.stats);
-                run.len() - delivery.dropped
-            }
-            Err(error) => {
-                // hv-core's trouble is not the frontend's fault, but nothing can be delivered with it.
-                if !matches!(error, QueueError::Copy(_)) {
-                    guard.take();
-                }
-                drop(guard);
-                port.fail(error.to_string());
-                0
-            }
-        }
+    }
+
+    /// Delivers packets of the lane's arena to one queue; says how many were not dropped.
+    fn give(&self, port: &Port, queue: usize, lane: &mut Lane, frames: Vec<RxFrame>) -> usize {
+        let mut fates = vec![Fate::default(); frames.len()];
+        let run = Run { port, queue, numbers: (0..frames.len()).collect(), frames, placed: 0 };
+        self.deliver(&mut vec![run], lane, &mut fates, &mut |_| {});
+        fates.iter().filter(|&&fate| fate == Fate::Sent).count()
     }
 
     /// Cuts a large packet for a frontend that cannot take it whole.
@@ -86,7 +119,7 @@ impl Switch {
             at = (at + HEADROOM + bytes.len()).next_multiple_of(64);
         }
         commit();
-        match self.give(port, queue, lane, &run, &mut |_| {}) {
+        match self.give(port, queue, lane, run) {
             0 => Fate::Dropped,
             _ => Fate::Sent,
         }
@@ -153,7 +186,7 @@ impl Switch {
             }
             match to_port(table, slot, &lane.arena, frame, bytes) {
                 Verdict::Port { queue, hash, frame, segment: false, .. } => {
-                    self.give(port, queue, lane, &[RxFrame { frame, hash }], &mut |_| {});
+                    self.give(port, queue, lane, vec![RxFrame { frame, hash }]);
                 }
                 Verdict::Port { queue, frame, .. } => {
                     self.give_segments(port, queue, lane, &frame, &mut || {});
@@ -170,13 +203,89 @@ impl Switch {
         let frame = put(&lane.arena, SCRATCH, bytes);
         match origin {
             Origin::Vif(port) => {
-                self.give(port, 0, lane, &[RxFrame { frame, hash: None }], &mut |_| {});
+                self.give(port, 0, lane, vec![RxFrame { frame, hash: None }]);
             }
             Origin::Uplink => {
                 self.to_uplink(lane, &frame);
             }
         }
     }
+}
+
+/// One round of grant copies for as many queues as are free; those that others deliver to at the moment come next time.
+/// Whoever holds a queue waits for no other, so nobody waits for ever.
+fn deliver_rings(
+    runs: &mut Vec<Run<'_>>,
+    lane: &mut Lane,
+    fates: &mut [Fate],
+    commit: &mut dyn FnMut(usize),
+) {
+    let mut locked: Vec<(usize, MutexGuard<'_, _>)> = Vec::with_capacity(runs.len());
+    for (number, run) in runs.iter().enumerate() {
+        let queue = &run.port.queues[run.queue].queue;
+        let guard = if locked.is_empty() { Some(lock(queue)) } else { try_lock(queue) };
+        locked.extend(guard.map(|guard| (number, guard)));
+    }
+    let arena = lane.arena.clone();
+    let source = Source { arena: &arena, buffer: lane.buffer, base: arena.absolute(0) as u64 };
+    let mut copies = std::mem::take(&mut lane.copies);
+    // Given up, or over in this round; then whether the frontend is to be notified, or why the queue fails.
+    let mut over: Vec<(usize, Result<bool, String>)> = Vec::new();
+    let (mut shares, mut numbers) = (Vec::with_capacity(locked.len()), Vec::with_capacity(locked.len()));
+    for (number, guard) in &mut locked {
+        let run = &runs[*number];
+        match guard.as_mut() {
+            Some(queue) => {
+                shares.push(Share { queue, frames: &run.frames, placed: run.placed, over: None });
+                numbers.push(*number);
+            }
+            None => over.push((*number, Ok(false))),
+        }
+    }
+    deliver_round(lane, &mut copies, &source, &mut shares, &mut |share, i| {
+        commit(runs[numbers[share]].numbers[i]);
+    });
+    let mut broken = Vec::new();
+    let outcomes: Vec<_> = shares.into_iter().map(|share| (share.placed, share.over)).collect();
+    for (&number, (placed, result)) in numbers.iter().zip(outcomes) {
+        let run = &mut runs[number];
+        run.placed = placed;
+        match result {
+            None => {}
+            Some(Ok(delivery)) => {
+                let sent = run.frames.len() - delivery.dropped;
+                run.numbers.iter().take(sent).for_each(|&i| fates[i] = Fate::Sent);
+                over.push((number, Ok(delivery.notify)));
+            }
+            Some(Err(error)) => {
+                run.numbers.iter().take(placed).for_each(|&i| fates[i] = Fate::Sent);
+                // hv-core's trouble is not the frontend's fault, but nothing can be delivered with it.
+                if !matches!(error, QueueError::Copy(_) | QueueError::CopyOfAll) {
+                    broken.push(number);
+                }
+                over.push((number, Err(error.to_string())));
+            }
+        }
+    }
+    for (number, guard) in &mut locked {
+        if broken.contains(number) {
+            guard.take();
+        }
+    }
+    lane.copies = copies;
+    drop(locked);
+    for (number, result) in &over {
+        let port = runs[*number].port;
+        match result {
+            Ok(notify) => port.queues[runs[*number].queue].notify(*notify, &port.stats),
+            Err(why) => port.fail(why.clone()),
+        }
+    }
+    let mut number = 0;
+    runs.retain(|_| {
+        number += 1;
+        !over.iter().any(|(done, _)| *done == number - 1)
+    });
 }
 
 /// Writes a finished packet to the scratch.

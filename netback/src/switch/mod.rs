@@ -43,16 +43,13 @@ pub mod port;
 pub mod rules;
 pub mod settings;
 
-use deliver::to_port;
+use deliver::{Run, to_port};
 use fdb::Fdb;
 use port::{Port, lock};
 use settings::{Denied, Settings};
 
 /// The uplink's number among the ports.
 pub const UPLINK: u16 = 0;
-/// Packets of one destination that are delivered at once.
-const MAX_RUN: usize = 128;
-
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum Origin<'a> {
@@ -71,6 +68,17 @@ pub struct Lane {
     pub buffer: u32,
     /// A hypercall channel.
     pub hv: Hypercall,
+    /// Packets are to be handed on as they came, whomever they are for: whoever marks them knows no other order.
+    pub in_order: bool,
+    /// Copies of a round, here to keep its memory.
+    copies: CopyBatch,
+}
+
+impl Lane {
+    /// One with these.
+    pub fn new(arena: Span, buffer: u32, hv: Hypercall) -> Lane {
+        Lane { arena, buffer, hv, in_order: false, copies: CopyBatch::default() }
+    }
 }
 
 impl Copier for Lane {
@@ -359,7 +367,7 @@ impl Switch {
         self.change(|_| {});
     }
 
-    /// Hands packets of the lane's arena on, in order. See [`crate::queue::World::forward`].
+    /// Hands packets of the lane's arena on. What goes to a vif's queue goes together, see [`crate::queue::World::forward`].
     pub fn forward(
         &self,
         origin: Origin<'_>,
@@ -373,58 +381,49 @@ impl Switch {
         if let Origin::Vif(port) = origin {
             self.captures.add(port.id, false, &lane.arena, frames.iter());
         }
-        let mut next = None;
-        let mut run = Vec::new();
-        let mut i = 0;
-        while i < frames.len() {
-            let frame = &frames[i];
-            let verdict = next.take().unwrap_or_else(|| self.decide(&table, origin, &lane.arena, frame, now));
-            let first = i;
-            i += 1;
+        let mut runs: Vec<Run<'_>> = Vec::new();
+        for (i, frame) in frames.iter().enumerate() {
+            let verdict = self.decide(&table, origin, &lane.arena, frame, now);
+            let to = match &verdict {
+                Verdict::Port { slot, queue, segment: false, .. } => Some((*slot, *queue)),
+                _ => None,
+            };
+            // What is the same packet's, or meant for all, comes behind what was before it.
+            let behind = matches!(verdict, Verdict::Port { segment: true, .. } | Verdict::Flood);
+            if behind || (lane.in_order && runs.iter().any(|run| to != Some(run.to()))) {
+                self.deliver(&mut runs, lane, fates, commit);
+            }
             match verdict {
                 Verdict::Port { slot, queue, hash, frame, segment: false } => {
-                    run.clear();
-                    run.push(RxFrame { frame, hash });
-                    while i < frames.len() && run.len() < MAX_RUN {
-                        match self.decide(&table, origin, &lane.arena, &frames[i], now) {
-                            Verdict::Port { slot: s, queue: q, hash, frame, segment: false }
-                                if (s, q) == (slot, queue) =>
-                            {
-                                run.push(RxFrame { frame, hash });
-                                i += 1;
-                            }
-                            other => {
-                                next = Some(other);
-                                break;
-                            }
-                        }
+                    let frame = RxFrame { frame, hash };
+                    match runs.iter_mut().find(|run| run.to() == (slot, queue)) {
+                        Some(run) => run.push(i, frame),
+                        None => runs.extend(table.ports.get(&slot).map(|p| Run::new(p, queue, i, frame))),
                     }
-                    let Some(port) = table.ports.get(&slot) else { continue };
-                    let sent = self.give(port, queue, lane, &run, &mut |k| commit(first + k));
-                    fates[first..first + sent].fill(Fate::Sent);
                 }
                 Verdict::Port { slot, queue, frame, segment: true, .. } => {
                     if let Some(port) = table.ports.get(&slot) {
-                        fates[first] = self.give_segments(port, queue, lane, &frame, &mut || commit(first));
+                        fates[i] = self.give_segments(port, queue, lane, &frame, &mut || commit(i));
                     }
                 }
                 Verdict::Uplink => {
-                    commit(first);
-                    fates[first] = self.to_uplink(lane, frame);
+                    commit(i);
+                    fates[i] = self.to_uplink(lane, frame);
                 }
                 Verdict::Flood => {
-                    commit(first);
+                    commit(i);
                     self.flood(&table, origin, lane, frame);
-                    fates[first] = Fate::Sent;
+                    fates[i] = Fate::Sent;
                 }
                 Verdict::Answer(bytes) => {
-                    fates[first] = Fate::Sent;
+                    fates[i] = Fate::Sent;
                     self.answer(origin, lane, &bytes);
                 }
                 Verdict::Drop(why) => self.count(origin, why),
                 Verdict::Unfit => {}
             }
         }
+        self.deliver(&mut runs, lane, fates, commit);
     }
 
     fn count(&self, origin: Origin<'_>, why: Denied) {

@@ -33,9 +33,7 @@ pub fn end(system: &System, n: usize, more: &str, options: Options) -> End {
     create(system, &file);
     let brain = Brain::of(system, &name);
     let front = connect(system, &brain, options);
-    let mut end = End { brain, front, mac };
-    end.served();
-    end
+    End { brain, front, mac }
 }
 
 pub fn connect(system: &System, brain: &Brain, options: Options) -> NetFront {
@@ -44,19 +42,6 @@ pub fn connect(system: &System, brain: &Brain, options: Options) -> NetFront {
 }
 
 impl End {
-    /// Waits until netback has the vif in its switch. The state node says Connected a moment before, and what comes for the vif in between is lost,
-    /// as on any network; what it sends waits.
-    pub fn served(&mut self) {
-        let to_itself = frame(self.mac, self.mac, 0, 60);
-        self.send(&to_itself);
-        let deadline = Instant::now() + SOON;
-        while self.front.queue().reap().unwrap() == 0 {
-            assert!(Instant::now() < deadline, "netback takes nothing from the vif");
-            std::thread::sleep(Duration::from_millis(1));
-            self.front.clear();
-        }
-    }
-
     pub fn send_on(&mut self, queue: usize, frame: &[u8], meta: PacketMeta) {
         let deadline = Instant::now() + SOON;
         let queue = &mut self.front.queues()[queue];

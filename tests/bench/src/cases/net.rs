@@ -9,7 +9,7 @@ use bulkhead_tests::outside::ADDRESS;
 use serde_json::json;
 
 use super::world::World;
-use super::{Settings, or_missing};
+use super::{Settings, or_missing, packets};
 use crate::endpoint::Direction;
 use crate::peers::{bridge, sink, veth};
 use crate::report::{Goal, Line};
@@ -26,14 +26,17 @@ pub const LOST: Duration = Duration::from_secs(1);
 
 /// iperf3 measures whole seconds.
 const BULK_TURN: Duration = Duration::from_secs(1);
-const BULK: &[(&str, &str, &str)] =
+/// Names, units and goals of lines.
+type Names = &'static [(&'static str, &'static str, &'static str)];
+
+const BULK: Names =
     &[("net TCP out of the guest, large segments", "MiB/s", ">= 1.00 x veth + bridge, kernel TCP")];
 /// Kills, and what the pause may be, ms.
 const KILLS: usize = 100;
 const PAUSE_LIMIT: f64 = 20.0;
-const PAUSE: &[(&str, &str, &str)] = &[("pause after kill -9 of netback, 100 kills", "ms", "p99 < 20 ms")];
+const PAUSE: Names = &[("pause after kill -9 of netback, 100 kills", "ms", "p99 < 20 ms")];
 
-const NAMES: &[(&str, &str, &str)] = &[
+const NAMES: Names = &[
     ("net TCP out of the guest", "MiB/s", ""),
     ("net TCP into the guest", "MiB/s", ""),
     ("net ping", "us", ""),
@@ -41,13 +44,18 @@ const NAMES: &[(&str, &str, &str)] = &[
 
 /// All lines of the case.
 pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
-    let mut all = or_missing(NAMES, super::borrowed(world).and_then(|world| lines(settings, world)));
-    let packets = super::borrowed(world).and_then(|world| super::packets::lines(settings, world));
-    all.extend(or_missing(super::packets::NAMES, packets));
-    let bulk = super::borrowed(world).and_then(|world| bulk(settings, world));
-    all.extend(or_missing(BULK, bulk));
-    let pause = super::borrowed(world).and_then(pause);
-    all.extend(or_missing(PAUSE, pause));
+    let wanted = |name: &str| settings.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+    let mut all = Vec::new();
+    let mut group = |name, lines: Names, measure: fn(&Settings, &mut World) -> Result<Vec<Line>>| {
+        if wanted(name) {
+            all.extend(or_missing(lines, super::borrowed(world).and_then(|world| measure(settings, world))));
+        }
+    };
+    group("outside", NAMES, lines);
+    group("segments", packets::LARGE_NAMES, packets::large);
+    group("small", packets::SMALL_NAMES, packets::small);
+    group("bulk", BULK, bulk);
+    group("pause", PAUSE, pause);
     all
 }
 
@@ -87,7 +95,7 @@ fn bulk(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
 }
 
 /// The longest time without an echo after a kill.
-fn pause(world: &mut World) -> Result<Vec<Line>> {
+fn pause(_: &Settings, world: &mut World) -> Result<Vec<Line>> {
     let pauses = super::restart::guest_pauses(world, "netback", "net", KILLS)?;
     let p99 = pauses.percentile(0.99);
     let line = Line {

@@ -25,8 +25,10 @@ const SMALL: usize = 64;
 const SMALL_GOAL: f64 = 1000.0;
 
 /// Names, units and goals of the lines.
-pub const NAMES: &[(&str, &str, &str)] = &[
-    ("net 64 KiB segments, guest to guest", "MiB/s", ">= 0.50 x memcpy, two copies"),
+pub const LARGE_NAMES: &[(&str, &str, &str)] =
+    &[("net 64 KiB segments, guest to guest", "MiB/s", ">= 0.50 x memcpy, two copies")];
+/// The same of the small packets'.
+pub const SMALL_NAMES: &[(&str, &str, &str)] = &[
     ("net 64-byte packets, guest to guest", "k/s", ""),
     ("net 64-byte packets, per core of netback and hv-core", "k/s", ">= 1000 k/s"),
     ("the same with 4 queues", "k/s", ">= 0.80 x one queue"),
@@ -101,36 +103,52 @@ fn two_copies() -> Result<f64> {
     Ok(done as f64 / start.elapsed().as_secs_f64())
 }
 
-/// All lines.
+/// The guests at both ends, connected.
+fn pair<'a>(settings: &Settings, world: &'a mut World) -> Result<(&'a System, Pair<'a>)> {
+    let World { system, guest, other, .. } = world;
+    let to = match other {
+        Some(to) => to,
+        None => other.insert(World::second_guest(system, settings)?),
+    };
+    let mac = to.call(&json!({"cmd": "packets_mac", "vif": 0}))?["mac"].clone();
+    guest.call(&json!({"cmd": "packets_mac", "vif": 1}))?;
+    Ok((system, Pair { from: guest, to, mac }))
+}
+
+/// Large segments.
 ///
 /// # Errors
 /// What could not be set up or measured.
-pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
-    let mut other = world.second_guest(settings)?;
-    let mac = other.call(&json!({"cmd": "packets_mac", "vif": 0}))?["mac"].clone();
-    world.guest.call(&json!({"cmd": "packets_mac", "vif": 1}))?;
-    let World { system, guest, .. } = world;
-    let pair = std::cell::RefCell::new(Pair { from: guest, to: &mut other, mac });
+pub fn large(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
+    let (_, mut pair) = pair(settings, world)?;
     const MIB: f64 = (1 << 20) as f64;
     let series = take_turns(
         settings.rounds,
         &mut [
-            Contestant::new("netback", || Ok(pair.borrow_mut().pump(LARGE, 1)?.1 / MIB)),
+            Contestant::new("netback", || Ok(pair.pump(LARGE, 1)?.1 / MIB)),
             Contestant::new("memcpy, two copies", || Ok(two_copies()? / MIB)),
         ],
     )?;
     let [ours, limit]: [Series; 2] = series.try_into().ok().context("as many series as contestants")?;
     let goal = Goal::RatioAtLeast(0.5);
-    let large = Line::beside(NAMES[0].0, "MiB/s", &ours, ("memcpy, two copies", &limit), goal)
-        .note("no TCP in the guests; beside netback's two copies the guests copy once each");
-    let small = |queues: usize| -> Result<(Series, Series)> {
+    let line = Line::beside(LARGE_NAMES[0].0, "MiB/s", &ours, ("memcpy, two copies", &limit), goal);
+    Ok(vec![line.note("no TCP in the guests; beside netback's two copies the guests copy once each")])
+}
+
+/// Small packets, with one queue and with several.
+///
+/// # Errors
+/// What could not be set up or measured.
+pub fn small(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
+    let (system, mut pair) = pair(settings, world)?;
+    let mut small = |queues: usize| -> Result<(Series, Series)> {
         let (mut rate, mut per_core) = (Series::default(), Series::default());
         for round in 0..=settings.rounds {
             // Connected anew, if the number of queues is another.
-            pair.borrow_mut().prepare(queues)?;
+            pair.prepare(queues)?;
             let before = busy(system)?;
             let start = Instant::now();
-            let packets = pair.borrow_mut().pump(SMALL, queues)?.0;
+            let packets = pair.pump(SMALL, queues)?.0;
             // Of the whole turn, whose edges are not counted.
             let cores = (busy(system)? - before) / start.elapsed().as_secs_f64();
             if round > 0 {
@@ -148,29 +166,25 @@ pub fn lines(settings: &Settings, world: &mut World) -> Result<Vec<Line>> {
         samples: series.len(),
         ..Line::default()
     };
-    let one =
-        line(NAMES[1].0, &rate).note("sender, netback, hv-core and receiver share this machine's processors");
+    let one = line(SMALL_NAMES[0].0, &rate)
+        .note("sender, netback, hv-core and receiver share this machine's processors");
     let reached = per_core.median() >= SMALL_GOAL;
     let core = Line {
         limit: Some(SMALL_GOAL),
-        goal: NAMES[2].2.into(),
+        goal: SMALL_NAMES[1].2.into(),
         met: Some(reached),
-        ..line(NAMES[2].0, &per_core)
+        ..line(SMALL_NAMES[1].0, &per_core)
     };
-    let mut lines = vec![large, one, core];
+    let mut lines = vec![one, core];
     for (number, queues) in QUEUES.into_iter().enumerate() {
-        let name = NAMES[3 + number].0;
+        let (name, unit, goal) = SMALL_NAMES[2 + number];
         let many = small(queues).map(|(rate, many)| {
-            let goal = Goal::RatioAtLeast(QUEUES_GOAL);
-            Line::beside(name, "k/s", &many, ("one queue", &per_core), goal)
+            Line::beside(name, unit, &many, ("one queue", &per_core), Goal::RatioAtLeast(QUEUES_GOAL))
                 .note(format!("{queues} queues at each end, a thread each; {:.0} k/s in all", rate.median()))
         });
-        let many = many.unwrap_or_else(|e| {
-            Line::missing(name, "k/s", NAMES[3 + number].2, &format!("not measured: {e:#}"))
-        });
-        lines.push(many);
+        lines.push(many.unwrap_or_else(|e| Line::missing(name, unit, goal, &format!("not measured: {e:#}"))));
     }
     // As the others want it.
-    pair.borrow_mut().prepare(1)?;
+    pair.prepare(1)?;
     Ok(lines)
 }

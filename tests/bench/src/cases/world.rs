@@ -25,6 +25,8 @@ pub struct World {
     pub system: System,
     /// The guest's bench commands.
     pub guest: Remote,
+    /// Another guest with a NIC alone, once somebody needed it.
+    pub other: Option<Remote>,
     /// Image of the guest's disk.
     pub disk: PathBuf,
     // Ours, so that it is there before the system and goes after it.
@@ -73,7 +75,7 @@ backend = "{NETBACK}"
             .and_then(|()| domid(&system, GUEST))
             .and_then(|domid| Remote::connect(&super::pair::control_socket(system.dir(), domid), UP))
             .inspect_err(|_| crate::cases::show_log(&system))?;
-        Ok(World { system, guest, disk, _dir: dir })
+        Ok(World { system, guest, other: None, disk, _dir: dir })
     }
 }
 
@@ -82,18 +84,18 @@ impl World {
     ///
     /// # Errors
     /// In words, with the last lines of the logs.
-    pub fn second_guest(&self, settings: &Settings) -> Result<Remote> {
+    pub fn second_guest(system: &System, settings: &Settings) -> Result<Remote> {
         const NAME: &str = "bench2";
         let program = settings.bin_dir.join("bench-guest");
         let file = format!(
             "name = \"{NAME}\"\ntype = \"process\"\nprogram = \"{}\"\n[[vif]]\nbackend = \"{NETBACK}\"\n",
             program.display()
         );
-        self.system
+        system
             .create(&file)
-            .and_then(|()| domid(&self.system, NAME))
-            .and_then(|domid| Remote::connect(&super::pair::control_socket(self.system.dir(), domid), UP))
-            .inspect_err(|_| crate::cases::show_log(&self.system))
+            .and_then(|()| domid(system, NAME))
+            .and_then(|domid| Remote::connect(&super::pair::control_socket(system.dir(), domid), UP))
+            .inspect_err(|_| crate::cases::show_log(system))
     }
 
     /// Host process id of the guest.

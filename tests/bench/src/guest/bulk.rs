@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use frontends::netfront::{NetFront, PacketMeta};
 
-use super::packets::sleep;
+use super::packets::WAIT;
 
 /// The guest's address on this NIC.
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 3);
@@ -95,7 +95,6 @@ impl Bulk<'_> {
     fn send_small(&mut self, flags: u8, seq: u32, options: &[u8], len: usize) -> Result<()> {
         let end = Instant::now() + CONNECT;
         loop {
-            self.front.clear();
             self.front.queue().reap()?;
             let sent = self.send(flags, seq, options, len);
             self.front.flush();
@@ -103,7 +102,7 @@ impl Bulk<'_> {
                 return Ok(());
             }
             ensure!(Instant::now() < end, "no room in the ring for {} s", CONNECT.as_secs());
-            sleep(self.front)?;
+            self.front.wait(WAIT)?;
         }
     }
 
@@ -122,6 +121,8 @@ impl Bulk<'_> {
 
     /// The next word of the peer's about this connection; answers questions for our address meanwhile.
     fn hear(&mut self) -> Result<Option<Segment>> {
+        // Room for what is to be sent again, also behind a ring full of the connection before.
+        self.front.queue().reap()?;
         while let Some(packet) = self.front.receive_any()? {
             let f = &packet.bytes;
             if f.len() >= 42 && f[12..14] == [8, 6] && f[38..42] == OWN.octets() {
@@ -161,7 +162,6 @@ impl Bulk<'_> {
     ) -> Result<T> {
         let end = Instant::now() + CONNECT;
         loop {
-            self.front.clear();
             let heard = self.hear()?;
             self.front.flush();
             let waits = heard.is_none();
@@ -170,7 +170,7 @@ impl Bulk<'_> {
             }
             ensure!(Instant::now() < end, "{what}: not within {} s", CONNECT.as_secs());
             if waits {
-                sleep(self.front)?;
+                self.front.wait(WAIT)?;
             }
         }
     }
@@ -228,7 +228,6 @@ pub fn send(front: &mut NetFront, peer: SocketAddrV4, port: u16, time: Duration)
     this.packet[HEADERS..].fill(crate::endpoint::Direction::Out as u8);
     let (start, mut moved, mut repeated) = (Instant::now(), Instant::now(), 0);
     while start.elapsed() < time {
-        this.front.clear();
         this.front.queue().reap()?;
         let mut worked = false;
         while let Some(s) = this.hear()? {
@@ -256,7 +255,7 @@ pub fn send(front: &mut NetFront, peer: SocketAddrV4, port: u16, time: Duration)
         }
         this.front.flush();
         if !worked {
-            sleep(this.front)?;
+            this.front.wait(WAIT)?;
         }
     }
     let rate = una as f64 / start.elapsed().as_secs_f64();
