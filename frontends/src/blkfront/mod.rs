@@ -15,9 +15,8 @@ use std::time::{Duration, Instant};
 use domain_kit::Hypercall;
 use domain_kit::evtchn::Port;
 use domain_kit::grants::Region;
-use domain_kit::mem::SharedMem;
 use domain_kit::poll::Window;
-use domain_kit::ring::{Pages, RingMem};
+use domain_kit::ring::{Pages, Span};
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
@@ -34,38 +33,6 @@ pub mod queue;
 pub use disk::BlkDisk;
 use queue::BlkQueue;
 pub use queue::{Completion, MAX_BYTES, Op, Outcome, QueueError, QueueShape, SECTOR, SubmitError};
-
-/// The data part of the region: all but the ring's pages.
-#[derive(Debug)]
-pub struct DataPages {
-    region: std::sync::Arc<SharedMem>,
-    /// Where it starts.
-    base: usize,
-}
-
-impl RingMem for DataPages {
-    fn size(&self) -> usize {
-        self.region.len() - self.base
-    }
-    fn load_u32(&self, offset: usize) -> u32 {
-        RingMem::load_u32(&*self.region, self.base + offset)
-    }
-    fn store_u32(&self, offset: usize, value: u32) {
-        RingMem::store_u32(&*self.region, self.base + offset, value);
-    }
-    fn load_u64(&self, offset: usize) -> u64 {
-        RingMem::load_u64(&*self.region, self.base + offset)
-    }
-    fn store_u64(&self, offset: usize, value: u64) {
-        RingMem::store_u64(&*self.region, self.base + offset, value);
-    }
-    fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        self.region.copy_out(self.base + offset, into);
-    }
-    fn copy_in(&self, offset: usize, from: &[u8]) {
-        self.region.copy_in(self.base + offset, from);
-    }
-}
 
 /// What the backend says of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +79,7 @@ impl Default for Options {
 /// A queue of a connected block device, for one thread.
 #[derive(Debug)]
 pub struct BlkFront {
-    queue: BlkQueue<Pages, DataPages>,
+    queue: BlkQueue<Pages, Span>,
     port: Port,
     info: DiskInfo,
     progress: Progress,
@@ -260,12 +227,13 @@ impl BlkFront {
         shape: &QueueShape,
         prefix: &str,
         nodes: &mut Vec<(String, String)>,
-    ) -> Result<(BlkQueue<Pages, DataPages>, Port), ConnectError> {
+    ) -> Result<(BlkQueue<Pages, Span>, Port), ConnectError> {
         let tag = u64::from_le_bytes(*b"blkfront").wrapping_add(u64::from(id) | u64::from(number) << 56);
         let pages = shape.ring_pages;
         let region = Region::create(hv, backend, (pages + shape.data_pages()) as u32, tag)?;
         let ring = Pages::new(region.mem.clone(), (0..pages).map(|p| p * PAGE_SIZE).collect());
-        let data = DataPages { region: region.mem.clone(), base: pages * PAGE_SIZE };
+        let base = pages * PAGE_SIZE;
+        let data = Span::new(region.mem.clone(), base, region.mem.len() - base);
         let queue = BlkQueue::new(ring, data, region.gref(pages as u32), *shape);
         let port = hv.port_alloc_unbound(backend)?;
         match pages {
@@ -324,7 +292,7 @@ impl BlkFront {
         sector: u64,
         len: usize,
         mark: u64,
-        fill: impl FnOnce(&DataPages, usize),
+        fill: impl FnOnce(&Span, usize),
     ) -> Result<(), SubmitError> {
         if self.queue.in_flight() == 0 {
             self.progress.last = Instant::now();
@@ -343,12 +311,12 @@ impl BlkFront {
     ///
     /// # Errors
     /// The backend broke the protocol; the device is then not used any more, and [`BlkFront::abandon`] gives up the rest.
-    pub fn take(&mut self, each: impl FnMut(Completion<'_, DataPages>)) -> Result<usize, QueueError> {
+    pub fn take(&mut self, each: impl FnMut(Completion<'_, Span>)) -> Result<usize, QueueError> {
         self.port.clear();
         self.arrived(each)
     }
 
-    fn arrived(&mut self, each: impl FnMut(Completion<'_, DataPages>)) -> Result<usize, QueueError> {
+    fn arrived(&mut self, each: impl FnMut(Completion<'_, Span>)) -> Result<usize, QueueError> {
         let taken = self.queue.take(each)?;
         self.progress.note(taken);
         Ok(taken)
@@ -366,7 +334,7 @@ impl BlkFront {
     pub fn wait(
         &mut self,
         timeout: Duration,
-        mut each: impl FnMut(Completion<'_, DataPages>),
+        mut each: impl FnMut(Completion<'_, Span>),
     ) -> Result<usize, QueueError> {
         let start = Instant::now();
         let deadline = start + timeout;

@@ -10,14 +10,13 @@
 //! may map.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use domain_kit::Hypercall;
 use domain_kit::evtchn::Port;
 use domain_kit::grants::Region;
-use domain_kit::mem::{Page, SharedMem};
-use domain_kit::ring::RingMem;
+use domain_kit::mem::Page;
+use domain_kit::ring::Span;
 use domain_kit::xenbus::{Frontend, XenbusState};
 use domain_kit::xs::{XsClient, XsError, XsOps};
 use hv_abi::PAGE_SIZE;
@@ -67,42 +66,11 @@ impl Default for Options {
     }
 }
 
-/// One queue's buffers in the region.
-#[derive(Debug)]
-pub struct Buffers {
-    region: Arc<SharedMem>,
-    base: usize,
-}
-
-impl RingMem for Buffers {
-    fn size(&self) -> usize {
-        BUFFER_PAGES * PAGE_SIZE
-    }
-    fn load_u32(&self, offset: usize) -> u32 {
-        RingMem::load_u32(&*self.region, self.base + offset)
-    }
-    fn store_u32(&self, offset: usize, value: u32) {
-        RingMem::store_u32(&*self.region, self.base + offset, value);
-    }
-    fn load_u64(&self, offset: usize) -> u64 {
-        RingMem::load_u64(&*self.region, self.base + offset)
-    }
-    fn store_u64(&self, offset: usize, value: u64) {
-        RingMem::store_u64(&*self.region, self.base + offset, value);
-    }
-    fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        self.region.copy_out(self.base + offset, into);
-    }
-    fn copy_in(&self, offset: usize, from: &[u8]) {
-        self.region.copy_in(self.base + offset, from);
-    }
-}
-
 /// One queue with its event channels; can go to a thread of its own.
 #[derive(Debug)]
 pub struct Queue {
     /// The rings.
-    pub rings: NetQueue<Page, Buffers>,
+    pub rings: NetQueue<Page, Span>,
     /// tx, rx.
     ports: [Port; 2],
 }
@@ -215,7 +183,7 @@ impl NetFront {
         let mut queues = Vec::new();
         for i in 0..count {
             let first = ring_pages + i * BUFFER_PAGES;
-            let buffers = Buffers { region: region.mem.clone(), base: first * PAGE_SIZE };
+            let buffers = Span::new(region.mem.clone(), first * PAGE_SIZE, BUFFER_PAGES * PAGE_SIZE);
             let rings =
                 NetQueue::new(page(RINGS * i), page(RINGS * i + 1), buffers, region.gref(first as u32));
             let mut rings = rings.with_headroom(options.headroom);
@@ -280,7 +248,7 @@ impl NetFront {
     }
 
     /// The first queue's rings.
-    pub fn queue(&mut self) -> &mut NetQueue<Page, Buffers> {
+    pub fn queue(&mut self) -> &mut NetQueue<Page, Span> {
         // There is always one.
         &mut self.queues[0].rings
     }
