@@ -396,6 +396,31 @@ mod tests {
         assert_eq!(fine.kind, Kind::Discard { secure: true });
     }
 
+    /// All 65,536 segments, in direct and indirect requests of both layouts: taken is what lies in its page, in whole sectors.
+    #[test]
+    fn every_pair_of_sectors() {
+        use zerocopy::IntoBytes;
+        let mut prepared = Prepared::default();
+        for logical in [512u32, 4096] {
+            let disk = Geometry { logical, physical: logical, ..DISK };
+            for (first, last) in (0..=u8::MAX).flat_map(|f| (0..=u8::MAX).map(move |l| (f, l))) {
+                let whole = logical == 512 || (first == 0 && last == 7);
+                let fine = first <= last && last < 8 && whole;
+                let segment = BlkifRequestSegment::new(7, first, last);
+                let len = fine.then(|| (u64::from(last) + 1 - u64::from(first)) * SECTOR);
+                for abi in [Abi::X86_64, Abi::X86_32] {
+                    let direct = abi.encode(&Request::Direct(request(BLKIF_OP_READ, 8, &[(first, last)])));
+                    let checked = prepared.check(abi, &direct[..abi.entry_size()], &[], &disk);
+                    assert_eq!(checked.ok().map(|()| prepared.len), len, "{first} {last}");
+                    let indirect = abi.encode(&Request::Indirect(indirect(BLKIF_OP_WRITE, 1, 8)));
+                    let checked =
+                        prepared.check(abi, &indirect[..abi.entry_size()], segment.as_bytes(), &disk);
+                    assert_eq!(checked.ok().map(|()| prepared.len), len, "{first} {last}");
+                }
+            }
+        }
+    }
+
     /// Every combination of the values at the edges of every field, in both layouts and with both sizes of sectors: what passes lies on
     /// the disk and in its pages, to the byte.
     #[test]

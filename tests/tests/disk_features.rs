@@ -124,6 +124,9 @@ fn sectors_of_4096_bytes_and_secure_discards() {
     let system = start();
     let image = image(&system, "disk", SIZE);
     let brain = guest_with(&system, &format!("path = \"{}\", sector_size = 4096", image.display()));
+    // Deprecated, and said by some frontends: it must change nothing.
+    let node = format!("/local/domain/{}/device/vbd/{XVDA}/feature-large-sector-size", brain.domain.domid());
+    brain.xs.write(&node, "1").unwrap();
     let mut front = connect(&system, &brain);
     let info = front.info();
     assert_eq!((info.sector_size, info.sectors), (4096, SIZE / 512));
@@ -194,11 +197,22 @@ fn nodes_that_toolstacks_and_people_look_at() {
     let front = connect(&system, &brain);
     assert!(!bh(&system, &["block-list", "g"]).contains("the guest says"));
     assert!(front.info().flush);
+    assert!(front.info().discard);
+    let reconnects = |front: BlkFront| {
+        drop(front);
+        blkfront::disconnect(&brain.xs, domid, XVDA, SOON).unwrap();
+        // Before that, a backend leaves a closed device alone.
+        until(&system, "the backend offers again", || backend_node(&brain, "state") == "2");
+    };
+    // A toolstack that wants no discards.
+    let back = brain.xs.read_string(&format!("/local/domain/{domid}/device/vbd/{XVDA}/backend")).unwrap();
+    bh(&system, &["store", "write", &format!("{back}/discard-enable"), "0"]);
+    reconnects(front);
+    assert_eq!(backend_node(&brain, "feature-discard"), "0");
+    let front = connect(&system, &brain);
+    assert!(!front.info().discard);
     // The backend's: a frontend that says what is no ring.
-    drop(front);
-    blkfront::disconnect(&brain.xs, domid, XVDA, SOON).unwrap();
-    // Before that, a backend leaves a closed device alone.
-    until(&system, "the backend offers again", || backend_node(&brain, "state") == "2");
+    reconnects(front);
     let path = format!("/local/domain/{domid}/device/vbd/{XVDA}");
     brain.xs.write(&format!("{path}/multi-queue-num-queues"), "99").unwrap();
     brain.xs.write(&format!("{path}/state"), "3").unwrap();

@@ -135,7 +135,7 @@ fn facts(disk: &str, line: Json) -> Json {
         .fold(line, |line, name| line.text(name.rsplit('/').next().unwrap_or(name), &read(name)))
 }
 
-/// [`run`], and what came of it; then waits until the disk has another size, and tells that too.
+/// [`run`], and what came of it; then tells of each other size that the disk gets, until it is unplugged.
 pub fn tell(disk: &str, reporter: &'static dyn Report) {
     let line = Json::new("fs").text("disk", disk);
     let line = match run(disk, PATIENCE, reporter) {
@@ -144,12 +144,15 @@ pub fn tell(disk: &str, reporter: &'static dyn Report) {
     };
     reporter.line(&facts(disk, line));
     let path = format!("/sys/block/{disk}/size");
-    let Ok(was) = fs::read_to_string(&path) else { return };
+    let Ok(mut was) = fs::read_to_string(&path) else { return };
     loop {
         thread::sleep(Duration::from_millis(200));
         match fs::read_to_string(&path) {
             Ok(now) if now == was => {}
-            Ok(_) => return reporter.line(&facts(disk, Json::new("size").text("disk", disk))),
+            Ok(now) => {
+                reporter.line(&facts(disk, Json::new("size").text("disk", disk)));
+                was = now;
+            }
             Err(_) => return reporter.line(&Json::new("unplugged").text("disk", disk)),
         }
     }

@@ -198,7 +198,11 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
                 }
                 back.put(format!("{}/bootable", device.back), "1");
                 front.put(format!("{}/virtual-device", device.front), device.id.to_string());
-                front.put(format!("{}/device-type", device.front), disk.devtype.word());
+                // Linux leaves drives called "cdrom" alone in every guest that is not paravirtualized: it takes them for the emulated
+                // one that a device model has. A PVH guest has none, so its drive is a disk with a medium that can be taken out.
+                let pvh = guest.config.guest_type == GuestType::Pvh;
+                let devtype = if pvh { DevType::Disk } else { disk.devtype };
+                front.put(format!("{}/device-type", device.front), devtype.word());
             }
             _ => {
                 let Some(index) = guest.vif_index(device.id) else { continue };
