@@ -9,7 +9,7 @@ use proto::hvcore::resource::Kind;
 use proto::hvcore::{Bind, CreateDomainRequest, Limits, Resource, Role};
 use uuid::Uuid;
 
-use crate::config::{Accel, DomainFile, HostFile};
+use crate::config::{Accel, DomainFile, Firmware, HostFile};
 use crate::state::{Guest, guest_uuid_text};
 
 /// Tasks of QEMU: processors, I/O, its thread pool.
@@ -17,6 +17,9 @@ const QEMU_PIDS: u32 = 256;
 /// Where a kernel and its initial RAM disk are in QEMU's file system.
 const KERNEL: &str = "/boot/kernel";
 const INITRD: &str = "/boot/initrd";
+/// And UEFI's code and variables.
+const UEFI_CODE: &str = "/uefi/code";
+const UEFI_VARS: &str = "/uefi/vars";
 
 /// The uuid of QEMU's domain.
 pub fn emulator_uuid(guest: &Uuid) -> Uuid {
@@ -38,6 +41,11 @@ pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainReques
     binds.extend(qemu.firmware.iter().map(same));
     binds.extend(config.kernel.as_deref().map(|path| read_only(path, KERNEL)));
     binds.extend(config.ramdisk.as_deref().map(|path| read_only(path, INITRD)));
+    if let Some(vars) = uefi_vars(config) {
+        binds.push(read_only(&qemu.uefi, UEFI_CODE));
+        // The one file of the host that a QEMU can write.
+        binds.push(Bind { read_only: false, ..read_only(vars, UEFI_VARS) });
+    }
     let kvm = match config.accel {
         Some(accel) => accel == Accel::Kvm,
         None => kvm,
@@ -70,6 +78,11 @@ pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainReques
     }
 }
 
+/// The variables of a guest that starts with UEFI.
+fn uefi_vars(config: &DomainFile) -> Option<&Path> {
+    config.nvram.as_deref().filter(|_| config.firmware == Some(Firmware::Uefi))
+}
+
 /// QEMU's command line: nothing that is not named here. Disks and NICs are plugged in by qemu-bridge before the guest starts.
 fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Vec<String> {
     let memory = config.memory.unwrap_or(0);
@@ -96,6 +109,12 @@ fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Ve
     add("device", "pvpanic".into());
     // Another at each start of a machine.
     add("device", "vmgenid,guid=auto".into());
+    if uefi_vars(config).is_some() {
+        let flash =
+            |unit: u32, file: &str, more: &str| format!("if=pflash,format=raw,unit={unit},file={file}{more}");
+        add("drive", flash(0, UEFI_CODE, ",readonly=on"));
+        add("drive", flash(1, UEFI_VARS, ""));
+    }
     add("display", "none".into());
     if config.display {
         add("device", "VGA".into());
@@ -159,6 +178,25 @@ mod tests {
         let kvm = |more, can| emulator(&host, &guest(more), can).binds.iter().any(|b| b.target == "/dev/kvm");
         assert!(kvm("", true) && !kvm("", false));
         assert!(kvm("accel = \"kvm\"", false) && !kvm("accel = \"tcg\"", true));
+    }
+
+    #[test]
+    fn uefi_has_its_variables_to_itself() {
+        let host = HostFile::parse("", "h").unwrap();
+        let request = emulator(&host, &guest("firmware = \"uefi\"\nnvram = \"/v\""), false);
+        let bind = |target: &str| request.binds.iter().find(|b| b.target == target).cloned();
+        assert!(
+            bind(UEFI_CODE).is_some_and(|b| b.read_only && b.source == "/usr/share/OVMF/OVMF_CODE_4M.fd")
+        );
+        assert!(bind(UEFI_VARS).is_some_and(|b| !b.read_only && b.source == "/v"));
+        assert_eq!(request.binds.iter().filter(|b| !b.read_only).count(), 1);
+        assert!(request.args.iter().any(|a| a.contains("unit=0") && a.contains("readonly=on")));
+        let refused = |more: &str| {
+            let text = format!("name = \"g\"\ntype = \"qemu\"\nmemory = 64\nkernel = \"/k\"\n{more}");
+            DomainFile::parse(&text, "t").unwrap_err().to_string()
+        };
+        assert!(refused("firmware = \"uefi\"").contains("needs nvram"));
+        assert!(refused("nvram = \"/v\"").contains("is for firmware"));
     }
 
     #[test]

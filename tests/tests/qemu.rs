@@ -2,25 +2,24 @@
 //! virtualization is needed. `cargo xtask guest-image` makes the guest's image; `cargo xtask test` runs every `qemu_…` here.
 
 mod common;
+#[path = "common/linux.rs"]
+mod linux;
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
+use bulkhead_tests::outcome::totals;
 use bulkhead_tests::progress::Seen;
-use bulkhead_tests::system::{Config, System};
+use bulkhead_tests::system::{Config, NETBACK, System, bridge_name};
 use common::*;
-
-/// The guest's kernel and initial RAM disk.
-fn image() -> (PathBuf, PathBuf) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/guest/debian13");
-    let found = (dir.join("vmlinuz"), dir.join("initrd.img"));
-    assert!(found.0.exists() && found.1.exists(), "{} is not made: cargo xtask guest-image", dir.display());
-    found
-}
+use linux::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn under_kills(kills: usize, seed: u64) {
-    let (kernel, initrd) = image();
+    let (kernel, initrd) = linux("debian13");
     let guest = Guest::Qemu { name: "debian13".into(), kernel, initrd, vcpus: 1 };
     let plan = Run { guest, kills, duration: Duration::ZERO, seed };
     let outcome = run(&plan, Config::of_this_build().unwrap(), &Quiet).unwrap_or_else(|e| panic!("{e:#}"));
@@ -43,12 +42,13 @@ fn soak_qemu() {
     under_kills(500, 6);
 }
 
-fn domain_file(system: &System, words: &str) -> String {
-    let (kernel, initrd) = image();
-    let disk = image_file(system);
+/// The guest, with words for its kernel's command line and more for its domain file.
+fn file(system: &System, words: &str, more: &str) -> String {
+    let (kernel, initrd) = linux("debian13");
+    let disk = image(system, "qemu.img", 64 << 20);
     format!(
         "name = \"linux\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nkernel = \"{}\"\nramdisk = \"{}\"\n\
-         memory = 256\ncmdline = \"console=ttyS0 quiet panic=1 mitigations=off bh.disk=vda {words}\"\n\
+         memory = 256\ncmdline = \"console=ttyS0 quiet panic=1 mitigations=off bh.disk=vda {words}\"\n{more}\n\
          [[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n",
         kernel.display(),
         initrd.display(),
@@ -56,48 +56,156 @@ fn domain_file(system: &System, words: &str) -> String {
     )
 }
 
-fn image_file(system: &System) -> PathBuf {
-    common::image(system, "qemu.img", 64 << 20)
-}
-
-fn state(system: &System) -> String {
-    guest(system, "linux").map_or("gone".into(), |g| g["state"].as_str().unwrap_or_default().to_owned())
-}
-
 fn verified(seen: &Seen) -> u64 {
-    seen.last["disk"]["verified"].as_u64().unwrap_or(0)
+    totals(&seen.last).verified
 }
 
-/// Pause and unpause; then QEMU itself is killed: the guest is gone, and nothing else.
+/// Waits until `bh list` says so.
+fn until_state(system: &System, wanted: &str) {
+    until(system, wanted, || state(system) == wanted);
+}
+
+/// All that `bh` does to a QEMU guest, and a QEMU that is stopped, goes on, and is killed: always that one guest's affair.
 #[test]
 #[ignore = "needs the guest image: cargo xtask guest-image"]
-fn qemu_guest_pauses_and_its_end_is_its_own() {
+fn qemu_guest_is_handled_and_its_end_is_its_own() {
     let system = start();
-    create(&system, &domain_file(&system, "bh.work=disk"));
-    let (progress, _console) = system.console("linux");
-    assert!(progress.wait(Duration::from_secs(60), |seen| verified(seen) > 0), "not under load");
+    let (progress, _console) = boot(&system, &file(&system, "bh.work=disk", ""));
+    wait(&system, &progress, "load", |seen| verified(seen) > 0);
+    let bh = |args: &[&str]| system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
+    assert!(bh(&["list"]).contains("whole memory"), "the guest is marked");
 
-    system.bh_ok(&["pause", "linux"]).unwrap();
+    bh(&["pause", "linux"]);
     assert_eq!(state(&system), "paused");
     let lines = progress.lock().lines.len();
-    std::thread::sleep(Duration::from_secs(2));
+    std::thread::sleep(Duration::from_secs(1));
     assert!(progress.lock().lines.len() <= lines + 1, "a paused guest says nothing");
-    system.bh_ok(&["unpause", "linux"]).unwrap();
+    bh(&["unpause", "linux"]);
     let before = verified(&progress.lock());
-    assert!(progress.wait(Duration::from_secs(20), |seen| verified(seen) > before), "it goes on");
+    wait(&system, &progress, "going on", |seen| verified(seen) > before);
 
     let emulators = emulators(&system);
     assert_eq!(emulators.len(), 1, "{emulators:?}");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(emulators[0]), nix::sys::signal::Signal::SIGKILL)
-        .unwrap();
-    let end = std::time::Instant::now() + Duration::from_secs(20);
-    while state(&system) != "gone" {
-        assert!(std::time::Instant::now() < end, "still {}", state(&system));
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let emulator = Pid::from_raw(emulators[0]);
+    kill(emulator, Signal::SIGSTOP).unwrap();
+    until_state(&system, "silent");
+    let refused = system.bh(&["pause", "linux"]).unwrap();
+    assert!(!refused.status.success());
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(why.contains("linux") && why.contains("does not answer") && why.lines().count() == 1, "{why}");
+    kill(emulator, Signal::SIGCONT).unwrap();
+    until(&system, "answering again", || state(&system) != "silent");
+    // What was refused may have been carried out late.
+    bh(&["unpause", "linux"]);
+    let before = verified(&progress.lock());
+    wait(&system, &progress, "going on", |seen| verified(seen) > before);
+
+    kill(emulator, Signal::SIGKILL).unwrap();
+    until_state(&system, "gone");
     let services = system.services().unwrap();
     assert!(services.values().all(|s| s.state == "running"), "{services:?}");
     assert!(self::emulators(&system).is_empty(), "nothing of it is left");
+}
+
+/// A disk and a NIC, plugged into the running guest and taken out again, twice; the bridge is killed in between. The guest tells what it
+/// sees. A plug that fails leaves nothing.
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image"]
+fn qemu_guest_hot_plug() {
+    let system = start();
+    let disk = image(&system, "plug.img", 24 << 20);
+    let until_word = |test: &str| format!("until {test}; do sleep 0.1; done");
+    let scripts = [
+        format!("{}; cat /sys/block/vdb/size", until_word("[ -e /sys/block/vdb ]")),
+        until_word("[ ! -e /sys/block/vdb ]"),
+        format!("{}; cat /sys/class/net/eth0/address", until_word("[ -e /sys/class/net/eth0 ]")),
+        until_word("[ ! -e /sys/class/net/eth0 ]"),
+    ];
+    let words: Vec<String> = scripts.iter().chain(&scripts[..2]).map(|text| script(text)).collect();
+    let (progress, _console) = boot(&system, &file(&system, &words.join(" "), ""));
+    let bh = |args: &[&str]| system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
+    let patience = Duration::from_secs(20);
+    let target = format!("target={}", disk.display());
+    let mac = "00:16:3e:77:00:09";
+
+    let missing = system.bh(&["block-attach", "linux", "vdev=xvdb", "target=/nonexistent/image"]).unwrap();
+    assert!(!missing.status.success());
+    assert!(!bh(&["block-list", "linux"]).contains("xvdb"), "what failed left nothing");
+
+    let began = Instant::now();
+    bh(&["block-attach", "linux", "vdev=xvdb", &target]);
+    assert_eq!(said(&system, &progress, 0, patience), ["49152"], "24 MiB in sectors");
+    println!("a disk was seen {} ms after the wish", began.elapsed().as_millis());
+    bh(&["block-detach", "linux", "xvdb"]);
+    said(&system, &progress, 1, patience);
+    assert!(!system.services().unwrap().contains_key("blkback-linux-xvdb"));
+
+    bh(&["network-attach", "linux", "1", "--backend", NETBACK, "--mac", mac]);
+    assert_eq!(said(&system, &progress, 2, patience), [mac]);
+    system.kill(&[bridge_name("linux")]).unwrap();
+    bh(&["network-detach", "linux", "1"]);
+    said(&system, &progress, 3, patience);
+
+    bh(&["block-attach", "linux", "vdev=xvdb", &target]);
+    said(&system, &progress, 4, patience);
+    bh(&["block-detach", "linux", "xvdb"]);
+    said(&system, &progress, 5, patience);
+    bh(&["destroy", "linux"]);
+    until(&system, "gone", || guest(&system, "linux").is_none());
+}
+
+fn run_tool(program: &str, args: &[&str]) {
+    let out = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// A qcow2 disk with nothing but an EFI system partition's file system, in which a unified kernel lies where UEFI looks for one.
+fn efi_disk(system: &System, cmdline: &str) -> PathBuf {
+    let (kernel, initrd) = linux("debian13");
+    let at = |name: &str| system.dir().join(name).to_str().unwrap().to_owned();
+    let (words, unified, flat, disk) = (at("cmdline"), at("unified.efi"), at("esp.img"), at("esp.qcow2"));
+    std::fs::write(&words, cmdline).unwrap();
+    let section = |name: &str, file: &str| format!("{name}={file}");
+    let (kernel, initrd) = (kernel.to_str().unwrap(), initrd.to_str().unwrap());
+    let sections = [
+        (".cmdline", words.as_str(), "0x30000"),
+        (".linux", kernel, "0x2000000"),
+        (".initrd", initrd, "0x4000000"),
+    ];
+    let mut args: Vec<String> = Vec::new();
+    for (name, file, address) in sections {
+        args.extend(["--add-section".into(), section(name, file)]);
+        args.extend(["--change-section-vma".into(), section(name, address)]);
+    }
+    args.extend(["/usr/lib/systemd/boot/efi/linuxx64.efi.stub".into(), unified.clone()]);
+    run_tool("objcopy", &args.iter().map(String::as_str).collect::<Vec<_>>());
+    image(system, "esp.img", 40 << 20);
+    run_tool("mformat", &["-i", &flat, "-F", "::"]);
+    run_tool("mmd", &["-i", &flat, "::/EFI", "::/EFI/BOOT"]);
+    run_tool("mcopy", &["-i", &flat, &unified, "::/EFI/BOOT/BOOTX64.EFI"]);
+    run_tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &flat, &disk]);
+    disk.into()
+}
+
+/// UEFI boots a unified kernel from a qcow2 disk that blkback serves; the variables are the guest's own.
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image"]
+fn qemu_guest_boots_by_uefi() {
+    let system = start();
+    let look = script("cat /sys/firmware/efi/fw_platform_size");
+    let disk = efi_disk(&system, &format!("console=ttyS0 quiet panic=1 mitigations=off {look}"));
+    let vars = system.dir().join("vars.fd");
+    std::fs::copy("/usr/share/OVMF/OVMF_VARS_4M.fd", &vars).unwrap();
+    let before = std::fs::read(&vars).unwrap();
+    let file = format!(
+        "name = \"linux\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nmemory = 256\n\
+         firmware = \"uefi\"\nnvram = \"{}\"\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\nformat = \"qcow2\"\n",
+        vars.display(),
+        disk.display()
+    );
+    let (progress, _console) = boot(&system, &file);
+    assert_eq!(said(&system, &progress, 0, Duration::from_secs(20)), ["64"], "booted by UEFI");
+    assert!(std::fs::read(&vars).unwrap() != before, "the firmware keeps its variables there");
 }
 
 /// Processes of QEMU that belong to this system: their command line names its guest, and their parent chain ends at its hv-core.

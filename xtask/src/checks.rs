@@ -92,6 +92,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
 /// Every ignored test named `qemu_…`: they need a guest's image, and QEMU.
 fn qemu_guests() -> Result<()> {
     setup::packages(setup::QEMU)?;
+    setup::packages(setup::QEMU_TESTS)?;
     guest::image(guest::Guest::Debian13)?;
     for test in libtest::ignored("qemu_")? {
         // One after the other: each emulated processor takes one of the machine's.

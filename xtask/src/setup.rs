@@ -16,6 +16,15 @@ pub const LAB: &[(&str, &str)] =
 pub const QEMU: &[(&str, &str)] =
     &[("qemu-system-x86", "/usr/bin/qemu-system-x86_64"), ("seabios", "/usr/share/seabios/bios-256k.bin")];
 
+/// Debian packages that the tests of QEMU guests need besides: UEFI, and what makes a disk that it boots from.
+pub const QEMU_TESTS: &[(&str, &str)] = &[
+    ("ovmf", "/usr/share/OVMF/OVMF_CODE_4M.fd"),
+    ("mtools", "/usr/bin/mcopy"),
+    ("systemd-boot-efi", "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"),
+    ("binutils", "/usr/bin/objcopy"),
+    ("qemu-utils", "/usr/bin/qemu-img"),
+];
+
 /// Debian packages that native tests use: C headers for the layout checks, Debian's xenstore
 /// clients against our xenstored, `ip` for test networks, `mkfs` for disks, QEMU's and cryptsetup's judgement of images.
 pub const TESTS: &[(&str, &str)] = &[

@@ -41,6 +41,12 @@ pub struct DomainFile {
     /// QEMU: the processors' model, as QEMU names it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<String>,
+    /// QEMU: what the machine starts with; BIOS if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
+    /// QEMU: UEFI's variables: this guest's own copy of the firmware's template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nvram: Option<PathBuf>,
     /// QEMU: a display.
     #[serde(default, skip_serializing_if = "is_no")]
     pub display: bool,
@@ -103,6 +109,16 @@ pub enum Accel {
     Kvm,
     /// Software.
     Tcg,
+}
+
+/// What a QEMU guest's machine starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// SeaBIOS.
+    Bios,
+    /// OVMF.
+    Uefi,
 }
 
 /// What is done after a guest's end.
@@ -349,6 +365,18 @@ impl DomainFile {
                 "cpu must be a model as QEMU names it, with +FEATURE and -FEATURE behind commas".into()
             );
         }
+        match (self.firmware, &self.nvram) {
+            (Some(Firmware::Uefi), Some(path)) if path.is_absolute() => {}
+            (Some(Firmware::Uefi), _) => {
+                return Err(
+                    "firmware \"uefi\" needs nvram: an absolute path to this guest's own copy of the \
+                     firmware's variables, as /usr/share/OVMF/OVMF_VARS_4M.fd"
+                        .into(),
+                );
+            }
+            (_, Some(_)) => return Err("nvram is for firmware \"uefi\"".into()),
+            (_, None) => {}
+        }
         let many = self.disk.len() + self.vif.len();
         if many > QEMU_DEVICES {
             return Err(format!("{many} disks and vifs; a QEMU guest has room for {QEMU_DEVICES}"));
@@ -358,8 +386,9 @@ impl DomainFile {
 
     fn check_qemu_alone(&self) -> Result<(), String> {
         let any = self.accel.is_some() || self.cpu.is_some() || self.display || self.whole_memory;
+        let any = any || self.firmware.is_some() || self.nvram.is_some();
         if any && self.guest_type != GuestType::Qemu {
-            return Err("accel, cpu, display and whole_memory are for type \"qemu\"".into());
+            return Err("accel, cpu, display, firmware, nvram and whole_memory are for type \"qemu\"".into());
         }
         Ok(())
     }

@@ -53,6 +53,8 @@ pub struct QemuEntry {
     pub libraries: PathBuf,
     /// Where its firmware is.
     pub firmware: Vec<PathBuf>,
+    /// UEFI's code, for guests with `firmware = "uefi"`.
+    pub uefi: PathBuf,
 }
 
 impl Default for QemuEntry {
@@ -62,6 +64,7 @@ impl Default for QemuEntry {
             loader: "/lib64/ld-linux-x86-64.so.2".into(),
             libraries: "/usr/lib/x86_64-linux-gnu".into(),
             firmware: vec!["/usr/share/qemu".into(), "/usr/share/seabios".into()],
+            uefi: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
         }
     }
 }

@@ -12,7 +12,7 @@ mod values;
 
 pub use check::{check_disk, check_disk_files, check_file, check_guest_files};
 pub use disk::{Backing, DiskEntry, DiskFile, DiskSource, Format, Nbd, Place};
-pub use domain::{Accel, DomainFile, GuestType, Lifecycle, OnEvent, VifEntry};
+pub use domain::{Accel, DomainFile, Firmware, GuestType, Lifecycle, OnEvent, VifEntry};
 pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,
