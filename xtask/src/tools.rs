@@ -21,6 +21,8 @@ const IMAGES: &[(&str, &[&str])] = &[
 
 /// Where Debian keeps libraries; Ceph's has a folder of its own, which fio's name.
 const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+/// What no program is linked with: glibc loads it by itself when a thread is to be cancelled, as iperf3 does at its end.
+const LOADED_LATER: &str = "usr/lib/x86_64-linux-gnu/libgcc_s.so.1";
 const LINKER: &str = "lib64/ld-linux-x86-64.so.2";
 
 /// Makes the images beside Debian 13's `initrd.img`, those that are not made of this one. Inside the lab, where nothing can be
@@ -38,7 +40,7 @@ pub fn images(image: &Image) -> Result<()> {
         let path = image.initrd.with_file_name(name);
         let stamp_file = path.with_extension("stamp");
         let mut hash = DefaultHasher::new();
-        (&initrd, IMAGES).hash(&mut hash);
+        (&initrd, IMAGES, LOADED_LATER).hash(&mut hash);
         let stamp = format!("{:016x}", hash.finish());
         if path.exists() && fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {
             continue;
@@ -55,6 +57,7 @@ fn archive(programs: &[&str]) -> Result<Vec<u8>> {
     let mut files = BTreeMap::from([
         (LINKER.to_owned(), tree.join("usr").join(LINKER)),
         ("etc/mke2fs.conf".to_owned(), tree.join("etc/mke2fs.conf")),
+        (LOADED_LATER.to_owned(), tree.join(LOADED_LATER)),
     ]);
     for &program in programs {
         files.insert(program.to_owned(), tree.join(program));

@@ -106,8 +106,9 @@ pub fn said(system: &System, progress: &Progress, number: u64, patience: Duratio
     let end = lines().find(|l| of(l, "run_end"));
     assert!(
         ended && end.is_some_and(|end| end["status"] == 0),
-        "script {number}: {end:?}\n{}\n{}",
+        "script {number}: {end:?}\n{}\n{}\n{}",
         said.join("\n"),
+        seen.text.iter().map(String::as_str).collect::<Vec<_>>().join("\n"),
         system.log_tail(25)
     );
     said
