@@ -1,15 +1,13 @@
 //! `cargo xtask bench`: builds everything with optimization and runs `bench`, which measures (see docs/benchmarks.md).
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::cpio::Cpio;
 use crate::guest::{self, Guest};
-use crate::{debian, paths, run, setup};
+use crate::{debian, paths, run, setup, tools};
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
@@ -82,23 +80,13 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()));
     if (has("boot") || (has("block") && lab)) && !args.no_lab {
         let image = guest::image(Guest::Debian13)?;
-        bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(with_load(&image.initrd)?);
+        tools::images(&image)?;
+        bench.arg("--fio").arg(image.initrd.with_file_name("initrd-fio.img"));
+        bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(image.initrd);
         bench.arg("--xtask").arg(std::env::current_exe().context("where is xtask")?);
     }
     let status = bench.status().with_context(|| format!("cannot start {}", run::show(&bench)))?;
     Ok(status.code().unwrap_or(1))
-}
-
-/// The guest's RAM disk with `bench-disk` in it.
-fn with_load(initrd: &Path) -> Result<PathBuf> {
-    let load = paths::target().join(paths::TARGET).join("release/bench-disk");
-    let mut cpio = Cpio::new();
-    cpio.file("bench-disk", 0o755, &guest::stripped(&load)?);
-    let mut bytes = fs::read(initrd).with_context(|| initrd.display().to_string())?;
-    bytes.extend(cpio.finish());
-    let path = paths::lab().join("bench-initrd.img");
-    fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
 }
 
 /// Debian's two xenstored daemons, unpacked, and the library that stands in for a Xen below them.

@@ -44,6 +44,9 @@ struct Cli {
     /// Initial RAM disk of that guest.
     #[arg(long, hide = true)]
     initrd: Option<PathBuf>,
+    /// The same with fio in it.
+    #[arg(long, hide = true)]
+    fio: Option<PathBuf>,
     /// The program that starts the lab; none: no lab.
     #[arg(long, hide = true)]
     xtask: Option<PathBuf>,
@@ -141,6 +144,7 @@ fn run(cli: &Cli) -> Result<bool> {
         image: cli.kernel.clone().zip(cli.initrd.clone()).map(|(kernel, initrd)| Image {
             kernel,
             initrd,
+            fio: cli.fio.clone(),
             xtask: cli.xtask.clone(),
         }),
     };

@@ -99,6 +99,9 @@ pub fn script(text: &str) -> String {
 pub fn said(system: &System, progress: &Progress, number: u64, patience: Duration) -> Vec<String> {
     let of = |line: &Value, event: &str| line["ev"] == event && line["script"] == number;
     let ended = progress.wait(patience, |seen| seen.lines.iter().any(|l| of(&l.1, "run_end")));
+    if !ended {
+        look_at_guest(system);
+    }
     let seen = progress.lock();
     let lines = || seen.lines.iter().map(|l| &l.1);
     let said: Vec<String> =
@@ -106,9 +109,10 @@ pub fn said(system: &System, progress: &Progress, number: u64, patience: Duratio
     let end = lines().find(|l| of(l, "run_end"));
     assert!(
         ended && end.is_some_and(|end| end["status"] == 0),
-        "script {number}: {end:?}\n{}\n{}\n{}",
+        "script {number}: {end:?}\n{}\n{}\n{:?}\n{}",
         said.join("\n"),
         seen.text.iter().map(String::as_str).collect::<Vec<_>>().join("\n"),
+        seen.lines.last(),
         system.log_tail(25)
     );
     said

@@ -85,6 +85,19 @@ impl Workload {
         }
     }
 
+    /// It as a job of fio's, behind those before.
+    pub fn fio(&self) -> String {
+        let kind = match (self.bytes > 4096, self.writes) {
+            (true, 0) => "read",
+            (true, _) => "write",
+            (false, 0) => "randread",
+            (false, 100) => "randwrite",
+            (false, _) => "randrw",
+        };
+        let (bytes, depth, reads) = (self.bytes, self.depth, 100 - self.writes);
+        format!("--name=job --stonewall --rw={kind} --rwmixread={reads} --bs={bytes} --iodepth={depth}")
+    }
+
     /// Unit of its throughput, and how much of it a request is.
     pub fn unit(&self) -> (&'static str, f64) {
         if self.bytes > 4096 { ("MiB/s", self.bytes as f64 / f64::from(1 << 20)) } else { ("IOPS", 1.0) }

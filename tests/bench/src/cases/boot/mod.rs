@@ -33,6 +33,8 @@ pub struct Image {
     pub kernel: std::path::PathBuf,
     /// The initial RAM disk with the guest agent.
     pub initrd: std::path::PathBuf,
+    /// The same with fio.
+    pub fio: Option<std::path::PathBuf>,
     /// The program that starts the lab.
     pub xtask: Option<std::path::PathBuf>,
 }
