@@ -143,10 +143,11 @@ fn fio_through_kills(kills: u64) {
     system.bh_ok(&["destroy", "linux"]).unwrap();
 }
 
-/// `BH_KILLS=50` in the lab's environment for the whole run (docs/soak.md).
+/// `BH_KILLS=50` in the lab's environment for the whole run. Not among CI's: the guest's kernel died in one of its runs there, by an interrupt
+/// that came twice (docs/soak.md, "Open").
 #[test]
-#[ignore = "in the lab"]
-fn lab_depth_32_through_kills() {
+#[ignore = "in the lab, by hand: docs/soak.md"]
+fn soak_lab_depth_32_through_kills() {
     fio_through_kills(std::env::var("BH_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(10));
 }
 

@@ -98,8 +98,10 @@ pub fn script(text: &str) -> String {
 /// What the script number `number` said, once it ended; it must end well.
 pub fn said(system: &System, progress: &Progress, number: u64, patience: Duration) -> Vec<String> {
     let of = |line: &Value, event: &str| line["ev"] == event && line["script"] == number;
-    let ended = progress.wait(patience, |seen| seen.lines.iter().any(|l| of(&l.1, "run_end")));
-    if !ended {
+    let died = |seen: &Seen| seen.text.iter().any(|line| line.contains("Kernel panic"));
+    progress.wait(patience, |seen| died(seen) || seen.lines.iter().any(|l| of(&l.1, "run_end")));
+    let ended = progress.lock().lines.iter().any(|l| of(&l.1, "run_end"));
+    if !ended && !died(&progress.lock()) {
         look_at_guest(system);
     }
     let seen = progress.lock();
