@@ -161,17 +161,15 @@ fn raise_file_limit() -> anyhow::Result<()> {
 
 /// Makes the run directory; the lock says that it is ours until we end.
 fn prepare_run_dir(dir: &Path) -> anyhow::Result<Flock<OwnedFd>> {
-    for sub in ["", "ctl", "log", "vhost"] {
+    for sub in ["", "ctl", "log"] {
         let dir = dir.join(sub);
         std::fs::create_dir_all(&dir).with_context(|| format!("run directory {}", dir.display()))?;
     }
     let lock = std::fs::File::create(dir.join("lock")).context("run directory")?;
     let lock = Flock::lock(OwnedFd::from(lock), FlockArg::LockExclusiveNonblock);
     let lock = lock.map_err(|_| anyhow::anyhow!("another hv-core runs in {}", dir.display()))?;
-    for sub in ["ctl", "vhost"] {
-        for entry in std::fs::read_dir(dir.join(sub))? {
-            std::fs::remove_file(entry?.path()).context("a socket of an earlier hv-core")?;
-        }
+    for entry in std::fs::read_dir(dir.join("ctl"))? {
+        std::fs::remove_file(entry?.path()).context("a socket of an earlier hv-core")?;
     }
     Ok(lock)
 }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use common::{Guest, Outgoing, Pages};
+use common::{Guest, Outgoing, Pages, deliver};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::ring::{FrontRing, HeapMem, RingMem};
@@ -63,7 +63,7 @@ impl Outside {
         let frame = RxFrame { frame: Frame { at, len, meta: Meta::default() }, hash: None };
         let mut marks = 0;
         let source = Source { arena: &arena, buffer: 1, base: 0 };
-        let delivery = queue.deliver(self, &source, &vec![frame; count], &mut |i| {
+        let delivery = deliver(queue, self, &source, &vec![frame; count], &mut |i| {
             assert_eq!(i, marks, "each packet is marked once, in order");
             marks += 1;
         })?;
@@ -349,7 +349,7 @@ proptest! {
                 let hash = hashed.then_some(PacketHash { hash_type: 1, value: i as u32 });
                 let frame = RxFrame { frame: Frame { at, len: bytes.len(), meta }, hash };
                 let source = Source { arena: &arena, buffer: 1, base: 0 };
-                dropped += rxq.deliver(&mut outside, &source, &[frame], &mut |_| {}).unwrap().dropped;
+                dropped += deliver(&mut rxq, &mut outside, &source, &[frame], &mut |_| {}).unwrap().dropped;
                 given.push((bytes, meta.gso.map(|g| g.size), hash.map(|h| h.value)));
                 idle = 0;
             }

@@ -17,7 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use common::{Guest, Outgoing, Pages};
+use common::{Guest, Outgoing, Pages, deliver};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::ring::{HeapMem, RingLayout, RingMem};
@@ -158,7 +158,7 @@ impl Outside {
                     .filter(|(_, frame)| to(first(frame)) == destination)
                     .map(|&(i, frame)| (i, RxFrame { frame, hash: None }))
                     .unzip();
-                rx.deliver(self, &source, &run, &mut |i| spool::mark_one(notes, base, numbers[i]))
+                deliver(rx, self, &source, &run, &mut |i| spool::mark_one(notes, base, numbers[i]))
                     .expect("rx");
             }
             spool.hand(notes, batch[batch.len() - 1].0);

@@ -62,8 +62,7 @@ fn lab_ext4_on_a_raw_disk_and_on_a_plugged_in_image() {
     };
     bh(&["block-attach", "linux", &table]);
     let names = [blkback_of("linux"), "blkback-linux-xvdb".to_owned()];
-    let kills = std::env::var("BH_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
-    for _ in 0..kills {
+    for _ in 0..3 {
         std::thread::sleep(Duration::from_secs(2));
         let before = system.kill(&names).unwrap();
         system.wait_restarted(&before, SOON).unwrap();
@@ -143,12 +142,12 @@ fn fio_through_kills(kills: u64) {
     system.bh_ok(&["destroy", "linux"]).unwrap();
 }
 
-/// `BH_KILLS=50` in the lab's environment for the whole run. Not among CI's: the guest's kernel died in one of its runs there, by an interrupt
-/// that came twice (docs/soak.md, "Open").
+/// `cargo xtask soak lab_depth_32`. Not among CI's: the guest's kernel died in one of its runs there, by an interrupt that came twice
+/// (docs/soak.md, "Open").
 #[test]
-#[ignore = "in the lab, by hand: docs/soak.md"]
+#[ignore = "cargo xtask soak, in the lab"]
 fn soak_lab_depth_32_through_kills() {
-    fio_through_kills(std::env::var("BH_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(10));
+    fio_through_kills(if std::env::var_os("BH_SOAK").is_some() { 50 } else { 10 });
 }
 
 /// Linux sees an empty drive, a medium that is put in, another one in its place, and that it is taken out.

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::guest::{self, Guest};
+use crate::guest::Guest;
 use crate::{debian, paths, run, setup, tools};
 
 /// Options of `cargo xtask bench`.
@@ -79,8 +79,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }
     let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()));
     if (has("boot") || (has("block") && lab)) && !args.no_lab {
-        let image = guest::image(Guest::Debian13)?;
-        tools::images(&image)?;
+        let image = tools::image(Guest::Debian13)?;
         bench.arg("--fio").arg(image.initrd.with_file_name("initrd-fio.img"));
         bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(image.initrd);
         bench.arg("--xtask").arg(std::env::current_exe().context("where is xtask")?);

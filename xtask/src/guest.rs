@@ -77,14 +77,11 @@ pub struct GuestArgs {
 /// Makes the images and prints where they are.
 ///
 /// # Errors
-/// As [`image`].
+/// As [`tools::image`].
 pub fn run(args: &GuestArgs) -> Result<i32> {
     let guests = if args.guests.is_empty() { Guest::ALL } else { &args.guests };
     for guest in guests {
-        let image = image(*guest)?;
-        if *guest == Guest::Debian13 {
-            tools::images(&image)?;
-        }
+        let image = tools::image(*guest)?;
         println!(
             "{} (Linux {}): {} {}",
             guest.name(),
@@ -153,7 +150,7 @@ fn agent() -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// It cannot be read.
-pub fn stripped(path: &Path) -> Result<Vec<u8>> {
+fn stripped(path: &Path) -> Result<Vec<u8>> {
     let name = path.file_name().unwrap_or_default().display();
     let stripped = paths::lab().join(format!("{name}.{}", std::process::id()));
     fs::create_dir_all(paths::lab())?;

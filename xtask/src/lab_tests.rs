@@ -1,8 +1,9 @@
 //! What `cargo xtask test` runs in the lab, besides every ignored test named `lab_…`.
 
-use crate::guest::{self, Guest, Image};
+use crate::guest::{Guest, Image};
 use crate::lab::{self, LabArgs, RunDir};
-use crate::{libtest, run, setup, tools};
+use crate::libtest::{self, Ignored};
+use crate::{run, setup, tools};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs::{self, File};
@@ -57,10 +58,7 @@ fn statuses() -> Result<()> {
 /// in order. What then fails under hv-core is not the image's fault.
 fn guest_image(guest: Guest) -> Result<()> {
     setup::packages(setup::LAB)?;
-    let image = guest::image(guest)?;
-    if guest == Guest::Debian13 {
-        tools::images(&image)?;
-    }
+    let image = tools::image(guest)?;
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
     let port = listener.local_addr()?.port();
     let stop = Arc::new(AtomicBool::new(false));
@@ -132,9 +130,17 @@ fn ignored_tests() -> Result<()> {
         println!("no test is named lab_…");
         return Ok(());
     }
+    in_one_l1(&tests, &[])
+}
+
+/// Runs tests in one L1, one at a time, with this environment; their guests' images are there.
+///
+/// # Errors
+/// One failed, or L1.
+pub fn in_one_l1(tests: &[Ignored], env: &[&str]) -> Result<()> {
     // Each by itself, so that the one that fails is named and the others still run.
     let mut script = String::from("failed=\n");
-    for test in &tests {
+    for test in tests {
         script.push_str(&format!(
             "cd '{}' && '{}' --ignored --exact --test-threads=1 '{}' || failed=\"$failed {}\"\n",
             test.dir.display(),
@@ -147,5 +153,6 @@ fn ignored_tests() -> Result<()> {
     let mut args = LabArgs::new(["sh", "-c", &script]);
     args.timeout = 900;
     args.env.push(format!("BH_BIN_DIR={}", lab::programs()?.display()));
+    args.env.extend(env.iter().map(|&word| word.to_owned()));
     expect(&args, 0)
 }

@@ -1,5 +1,5 @@
 //! The workspace's test binaries and their ignored tests. A test marked `#[ignore]` runs where its
-//! name says: `lab_…` inside L1, `soak_…` in `cargo xtask soak`.
+//! name says: `lab_…` inside L1, `soak_…` in `cargo xtask soak`, `soak_lab_…` by it inside L1.
 
 use crate::{paths, run};
 use anyhow::{Context, Result};

@@ -1,8 +1,8 @@
 //! `cargo xtask soak`: the kill runs with their full counts. Each is an ignored test named
-//! `soak_…`; with `BH_SOAK=1` it takes the full count instead of CI's subset.
+//! `soak_…`; with `BH_SOAK=1` it takes the full count instead of CI's subset. Those named `soak_lab_…` run in the lab.
 
 use crate::libtest::{self, Ignored};
-use crate::{guest, setup};
+use crate::{guest, lab_tests, setup, tools};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
@@ -47,23 +47,27 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
         setup::packages(setup::QEMU)?;
         guest::image(guest::Guest::Debian13)?;
     }
+    if wanted.iter().any(|t| is_lab(t)) {
+        setup::packages(setup::LAB)?;
+        tools::image(guest::Guest::Debian13)?;
+    }
     let mut results = Vec::new();
     let mut failed = 0;
     for test in wanted {
         println!("soak: {}", test.name);
         let start = Instant::now();
-        let status = Command::new(&test.exe)
-            .args(["--ignored", "--exact", "--nocapture", &test.name])
-            .env("BH_SOAK", "1")
-            .current_dir(&test.dir)
-            .status()
-            .with_context(|| format!("cannot start {}", test.exe.display()))?;
+        let passed = match one(test) {
+            Ok(()) => true,
+            Err(error) => {
+                println!("soak: {}: {error:#}", test.name);
+                false
+            }
+        };
         let seconds = start.elapsed().as_secs_f64();
-        failed += i32::from(!status.success());
-        println!("soak: {}: {status} after {seconds:.0} s", test.name);
-        results.push(json!({
-            "name": test.name, "passed": status.success(), "seconds": seconds,
-        }));
+        failed += i32::from(!passed);
+        let word = if passed { "passed" } else { "FAILED" };
+        println!("soak: {}: {word} after {seconds:.0} s", test.name);
+        results.push(json!({ "name": test.name, "passed": passed, "seconds": seconds }));
     }
     if let Some(path) = &args.report {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -71,4 +75,24 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
         fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(i32::from(failed != 0))
+}
+
+fn one(test: &Ignored) -> Result<()> {
+    if is_lab(test) {
+        return lab_tests::in_one_l1(std::slice::from_ref(test), &["BH_SOAK=1"]);
+    }
+    let status = Command::new(&test.exe)
+        .args(["--ignored", "--exact", "--nocapture", &test.name])
+        .env("BH_SOAK", "1")
+        .current_dir(&test.dir)
+        .status()
+        .with_context(|| format!("cannot start {}", test.exe.display()))?;
+    if !status.success() {
+        bail!("{status}");
+    }
+    Ok(())
+}
+
+fn is_lab(test: &Ignored) -> bool {
+    test.name.starts_with("soak_lab_")
 }

@@ -4,7 +4,7 @@
 //! Debian's is linked with the clients of every storage network: 60 MB of libraries, which an emulated guest unpacks at each boot.
 
 use crate::cpio::Cpio;
-use crate::guest::{Image, replace};
+use crate::guest::{self, Guest, Image, replace};
 use crate::{debian, lab, run, setup};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
@@ -25,12 +25,21 @@ const LIBRARIES: &[&str] = &["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-g
 const LOADED_LATER: &str = "usr/lib/x86_64-linux-gnu/libgcc_s.so.1";
 const LINKER: &str = "lib64/ld-linux-x86-64.so.2";
 
-/// Makes the images beside Debian 13's `initrd.img`, those that are not made of this one. Inside the lab, where nothing can be
-/// fetched, what was made outside is taken.
+/// The image of a guest; beside Debian 13's, those with tools.
 ///
 /// # Errors
-/// When packages cannot be fetched, or a library of a program is in none of them.
-pub fn images(image: &Image) -> Result<()> {
+/// As [`guest::image`]; when packages cannot be fetched, or a library of a program is in none of them.
+pub fn image(guest: Guest) -> Result<Image> {
+    let image = guest::image(guest)?;
+    if guest == Guest::Debian13 {
+        images(&image)?;
+    }
+    Ok(image)
+}
+
+/// Makes the images beside Debian 13's `initrd.img`, those that are not made of this one. Inside the lab, where nothing can be
+/// fetched, what was made outside is taken.
+fn images(image: &Image) -> Result<()> {
     if lab::inside() {
         return Ok(());
     }

@@ -339,29 +339,6 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         Ok(())
     }
 
-    /// Gives packets to the frontend, in order; `commit(i)` is called just before packet `i` can be seen or is kept.
-    ///
-    /// # Errors
-    /// [`QueueError`]; the queue must not be used any more.
-    pub fn deliver(
-        &mut self,
-        copier: &mut impl Copier,
-        from: &Source<'_, impl RingMem>,
-        frames: &[RxFrame],
-        commit: &mut dyn FnMut(usize),
-    ) -> Result<Delivery, QueueError> {
-        let mut batch = std::mem::take(&mut self.copy);
-        let mut shares = [Share { queue: self, frames, placed: 0, over: None }];
-        let result = loop {
-            deliver_round(copier, &mut batch, from, &mut shares, &mut |_, i| commit(i));
-            if let Some(result) = shares[0].over.take() {
-                break result;
-            }
-        };
-        self.copy = batch;
-        result
-    }
-
     /// Publishes what was answered and keeps, or drops, the packets that found no slots.
     fn settle(
         &mut self,

@@ -5,12 +5,33 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
+use domain_kit::grants::CopyBatch;
 use domain_kit::ring::{FrontRing, HeapMem, RingLayout, RingMem};
 use hv_abi::{COPY_TO_GRANT, CopyEntry};
+use netback::queue::rx::{Delivery, RxFrame, RxQueue, Share, Source, deliver_round};
+use netback::queue::{Copier, QueueError};
 use xen_abi::io::netif::*;
 
 /// What a byte of an rx page is before the backend writes it.
 const UNTOUCHED: u8 = 0x5a;
+
+/// Gives packets to one queue alone; `commit(i)` is called just before packet `i` can be seen or is kept.
+pub fn deliver<R: RingMem, J: RingMem, A: RingMem>(
+    queue: &mut RxQueue<R, J, A>,
+    copier: &mut impl Copier,
+    from: &Source<'_, impl RingMem>,
+    frames: &[RxFrame],
+    commit: &mut dyn FnMut(usize),
+) -> Result<Delivery, QueueError> {
+    let mut batch = CopyBatch::default();
+    let mut shares = [Share { queue, frames, placed: 0, over: None }];
+    loop {
+        deliver_round(copier, &mut batch, from, &mut shares, &mut |_, i| commit(i));
+        if let Some(result) = shares[0].over.take() {
+            return result;
+        }
+    }
+}
 
 struct Granted {
     bytes: Vec<u8>,
