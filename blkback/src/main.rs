@@ -213,7 +213,8 @@ fn main() -> anyhow::Result<()> {
         |handle| {
             let fault = args.fault.map(|_| fault::hook as fn() -> _);
             let (no_space, claiming) = (args.no_space, claiming.clone());
-            let shared = Shared { domain: domain.clone(), handle, fault, no_space, claiming };
+            let workers = Arc::default();
+            let shared = Shared { domain: domain.clone(), handle, fault, no_space, claiming, workers };
             Vbd::new(shared, disk.clone(), registry.clone(), args.mode == Mode::R)
         },
         domain.domid(),

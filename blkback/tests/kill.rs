@@ -88,6 +88,54 @@ fn soak_block_kills() {
     (7..11).for_each(|seed| kills_lose_nothing_in(kills, seed));
 }
 
+/// One ring has nothing but barriers, eight of them waiting at any time; the others are served all the same, in each life.
+#[test]
+fn a_stream_of_barriers_lets_the_others_take_turns_through_kills() {
+    const KILLS: u32 = 40;
+    let shape = QueueShape { ring_pages: 2, depth: DEPTH, ..QueueShape::default() };
+    let rings: Vec<Ring> = (0..3).map(|_| Ring::new(shape)).collect();
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(rings.len() as u64 * PART * 512).unwrap();
+    let mut barriers = rings[0].front();
+    let mut fronts = Front::of_all(&rings, PART, 5).split_off(1);
+    let (mut asked, mut answered) = (0u64, 0u64);
+    let mut slowest = Duration::ZERO;
+    let mut child = Life::of(disk.path()).start(&rings);
+    for life in 0..=KILLS {
+        let began = Instant::now();
+        let before: Vec<u64> = std::iter::once(answered).chain(fronts.iter().map(|f| f.answered)).collect();
+        loop {
+            while asked < answered + 8 {
+                let barrier = Op::Barrier { sector: asked % PART, data: &[asked as u8; 512] };
+                barriers.submit(barrier, asked).unwrap();
+                asked += 1;
+            }
+            if barriers.push() {
+                rings[0].to_back.write(1).unwrap();
+            }
+            fronts.iter_mut().zip(&rings[1..]).for_each(|(front, ring)| front.issue(ring, 4));
+            take_all(&rings[1..], &mut fronts);
+            let _ = rings[0].to_front.read();
+            answered += barriers.take(|c| assert_eq!(c.outcome, Outcome::Done)).unwrap() as u64;
+            let now: Vec<u64> = std::iter::once(answered).chain(fronts.iter().map(|f| f.answered)).collect();
+            if now.iter().zip(&before).all(|(now, before)| *now >= before + 8) {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(10), "life {life}: {before:?} became {now:?}");
+        }
+        slowest = slowest.max(began.elapsed());
+        if life < KILLS {
+            end(child);
+            child = Life::of(disk.path()).start(&rings);
+        }
+    }
+    end(child);
+    println!(
+        "{answered} barriers, {} others; a life's first 8 of each took {slowest:?} at most",
+        common::rig::answered(&fronts)
+    );
+}
+
 /// A request that makes the service crash is run three times, then answered with an error; all others are served.
 #[test]
 fn a_poison_request_is_given_up_after_three_crashes() {

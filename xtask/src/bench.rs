@@ -25,7 +25,7 @@ pub struct BenchArgs {
     #[arg(long)]
     pub ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …).
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
     /// Leaves out what needs the lab.
@@ -77,7 +77,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     if let Some(only) = &args.only {
         bench.arg("--only").arg(only);
     }
-    let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()));
+    let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()) || only.starts_with("lab-"));
     if (has("boot") || (has("block") && lab)) && !args.no_lab {
         let image = tools::image(Guest::Debian13)?;
         bench.arg("--fio").arg(image.initrd.with_file_name("initrd-fio.img"));

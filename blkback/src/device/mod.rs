@@ -1,7 +1,8 @@
-//! One connected device: its rings, each with a journal and a thread.
+//! One connected device: its rings, each with a journal; and the threads that serve them.
 
 pub mod connection;
 mod ring;
+mod worker;
 
 use std::io;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use crate::stats::Stats;
 use connection::{Connection, Kept, find, journal_name};
 pub use ring::RingControl;
 use ring::{Common, Ring, StartingRing};
+pub use worker::Workers;
 
 /// Why a device cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +89,8 @@ pub struct Shared {
     /// Rings whose predecessor's maps are not all claimed yet: until then hv-core must not be told of service, which drops
     /// the unclaimed.
     pub claiming: Arc<AtomicUsize>,
+    /// Serve the rings.
+    pub workers: Arc<Workers>,
 }
 
 /// Which domain has the domid now, as [`Connection::instance`] tells; `None` if none has, or it goes.
@@ -306,7 +310,7 @@ impl Starting {
         }
     }
 
-    /// Starts its threads.
+    /// Has its rings served.
     ///
     /// # Errors
     /// No thread could be made.

@@ -1,23 +1,22 @@
-//! One ring of a device: made, then served by a thread of its own.
+//! One ring of a device: made, then served by a thread ([`super::worker`]).
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use domain_kit::evtchn::Port;
 use domain_kit::grants::{CopyBuffer, MappedGrants};
 use domain_kit::hypercall::Hypercall;
-use domain_kit::journal::{JournalError, JournaledRing, Slot};
+use domain_kit::journal::{JournaledRing, Slot};
 use domain_kit::mem::SharedMem;
-use domain_kit::poll::Window;
 use domain_kit::ring::{Pages, RingMem};
 use domain_kit::xenbus::{BackendHandle, DeviceKey};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::{Connection, USER_RECORDS, journal_name, store_limits};
-use super::{AttachError, Shared, all_claimed};
+use super::worker::{Task, Workers};
+use super::{AttachError, Shared};
 use crate::disk::attachment::{Disk, DiskQueue};
 use crate::engine::gate::{Gate, Seat, Wake};
 use crate::engine::{BUFFERS_BYTES, Engine};
@@ -25,14 +24,6 @@ use crate::limit::{Limiter, Limits};
 use crate::pages::{GrantPages, Tags};
 use crate::request::BlkifFormat;
 use crate::stats::Stats;
-
-/// Time without requests after which memory is given back.
-const IDLE: Duration = Duration::from_secs(2);
-/// Longest look for the frontend's next request while nothing is under way: its turn-round.
-const LOOK_FOR_REQUESTS: Duration = Duration::from_micros(100);
-/// Longest look while the disk works on one request: a fast disk's time. While it works on several there is none: sleeping gathers
-/// completions, and the requests that follow them, for one call.
-const LOOK_FOR_DISK: Duration = Duration::from_micros(200);
 
 /// What a ring's thread and the control thread share.
 #[derive(Debug)]
@@ -133,14 +124,16 @@ impl Common {
     }
 }
 
-type RingEngine = Engine<Pages, Arc<SharedMem>, GrantPages<Arc<SharedMem>>, Box<dyn DiskQueue + Send>>;
+/// The engine of a real ring.
+pub type RingEngine = Engine<Pages, Arc<SharedMem>, GrantPages<Arc<SharedMem>>, Box<dyn DiskQueue + Send>>;
 
 /// A ring that is served.
 #[derive(Debug)]
 pub struct Ring {
     stats: Arc<Stats>,
     control: Arc<RingControl>,
-    thread: JoinHandle<()>,
+    /// Ends with its service.
+    done: Mutex<Receiver<()>>,
     mapped: MappedGrants,
     port: u32,
     journal: Arc<SharedMem>,
@@ -173,12 +166,11 @@ impl Ring {
         self.control.stop();
     }
 
-    /// Waits for its thread and lets ring and port go.
+    /// Waits until it is no longer served and lets ring and port go.
     pub fn close(self, hv: &Hypercall) {
         self.stop();
-        if self.thread.join().is_err() {
-            tracing::error!(port = self.port, "the ring's thread panicked");
-        }
+        // Nothing is ever sent: its end is the message.
+        let _ended = self.done.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let results = [self.mapped.unmap(hv), hv.port_close(self.port)];
         for error in results.into_iter().filter_map(Result::err) {
             tracing::warn!(port = self.port, %error, "closing");
@@ -198,6 +190,7 @@ pub struct StartingRing {
     user: usize,
     handle: BackendHandle,
     claiming: Arc<AtomicUsize>,
+    workers: Arc<Workers>,
 }
 
 impl StartingRing {
@@ -258,6 +251,7 @@ impl StartingRing {
                     user,
                     handle: shared.handle.clone(),
                     claiming: shared.claiming.clone(),
+                    workers: shared.workers.clone(),
                 })
             }
             Err(e) => {
@@ -279,28 +273,32 @@ impl StartingRing {
         }
     }
 
-    /// Starts its thread.
+    /// Has it served.
     ///
     /// # Errors
     /// No thread could be made.
     pub fn start(self, key: DeviceKey) -> Result<Ring, AttachError> {
-        let StartingRing { number, wake, stats, engine, mapped, port, journal, user, handle, claiming } =
-            self;
+        let StartingRing { number, wake, stats, engine, mapped, port, journal, user, .. } = self;
+        let (handle, claiming) = (self.handle, self.claiming);
         let control = Arc::new(RingControl::new(wake));
         let port_number = port.port;
-        let theirs = control.clone();
         // Counted down by its thread.
         claiming.fetch_add(1, Relaxed);
-        let thread = std::thread::Builder::new()
-            .name(journal_name(key, number))
-            .stack_size(256 << 10)
-            .spawn(move || {
-                if let Err(error) = serve(engine, &port, &theirs, &claiming, key) {
-                    handle.failed(key, error.to_string());
-                }
-            })
-            .map_err(|e| AttachError::Os("thread", e))?;
-        Ok(Ring { stats, control, thread, mapped, port: port_number, journal, user })
+        let (sender, done) = channel();
+        let task = Task {
+            engine,
+            port,
+            control: control.clone(),
+            claiming: claiming.clone(),
+            key,
+            handle,
+            done: sender,
+        };
+        if let Err(error) = self.workers.serve(task, &journal_name(key, number)) {
+            claiming.fetch_sub(1, Relaxed);
+            return Err(error);
+        }
+        Ok(Ring { stats, control, done: Mutex::new(done), mapped, port: port_number, journal, user })
     }
 }
 
@@ -353,95 +351,4 @@ fn engine(
         engine.set_fault_hook(fault());
     }
     Ok((engine, user))
-}
-
-/// A ring's thread.
-fn serve(
-    mut engine: RingEngine,
-    port: &Port,
-    control: &RingControl,
-    claiming: &AtomicUsize,
-    key: DeviceKey,
-) -> Result<(), JournalError> {
-    let mut served = false;
-    let mut claimed = false;
-    // At re-attach and at the start: poll the ring whatever latched, then notify once.
-    let mut notify_once = true;
-    // Of an idle disk, of one that works on one request, and on several.
-    let mut windows = [LOOK_FOR_REQUESTS, LOOK_FOR_DISK, Duration::ZERO].map(Window::new);
-    let mut gave_back = false;
-    let result = loop {
-        if control.stop.load(Relaxed) {
-            break Ok(());
-        }
-        engine.set_paused(control.paused.load(Relaxed));
-        let polled = match engine.round() {
-            Ok(polled) => polled,
-            Err(e) => break Err(e),
-        };
-        if polled.notify || std::mem::take(&mut notify_once) {
-            port.notify();
-        }
-        control.in_flight.store(engine.in_flight(), Relaxed);
-        if !claimed {
-            // One in each round, so that requests do not wait for all.
-            claimed = !engine.guest().claim_one();
-            if claimed {
-                claiming.fetch_sub(1, Relaxed);
-            }
-        }
-        if !served && engine.answered() > 0 && all_claimed(claiming) {
-            served = true;
-            if let Err(error) = engine.guest().served() {
-                tracing::warn!(%error, "telling hv-core of service");
-            }
-        }
-        let window = &mut windows[engine.running().min(2) as usize];
-        if polled.more || !claimed {
-            engine.disk().kick();
-            gave_back &= !polled.more;
-            continue;
-        }
-        let since = Instant::now();
-        if window.is_open() {
-            engine.disk().kick();
-        }
-        let found = match window.look(since, || engine.has_work()) {
-            Ok(true) => true,
-            Ok(false) => match engine.may_sleep() {
-                Ok(may) => !may,
-                Err(e) => break Err(e),
-            },
-            Err(e) => break Err(e),
-        };
-        if !found {
-            let quiet = (!gave_back && engine.in_flight() == 0).then_some(IDLE);
-            let timeout = engine.due().or(quiet);
-            let events = [port.rx(), control.wake.as_fd()];
-            if let Err(error) = engine.disk().wait(&events, timeout) {
-                tracing::error!(device = %key, %error, "waiting");
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        }
-        let idle = since.elapsed();
-        window.learn(idle);
-        if quiet_for(idle) && !gave_back && engine.in_flight() == 0 {
-            gave_back = true;
-            engine.idle();
-        }
-    };
-    control.in_flight.store(0, Relaxed);
-    if !claimed {
-        claiming.fetch_sub(1, Relaxed);
-    }
-    // What the kernel still does must end before buffers and lock may go.
-    let (mut guest, mut disk) = engine.into_parts();
-    disk.finish();
-    guest.unmap_all();
-    tracing::info!(device = %key, "no longer served");
-    result
-}
-
-fn quiet_for(idle: Duration) -> bool {
-    idle >= IDLE
 }

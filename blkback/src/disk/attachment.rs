@@ -6,7 +6,7 @@
 //!                     ◄── Geometry ──  Disk
 //! ```
 //!
-//! A [`Disk`] is open and fenced. Each ring gets a [`DiskQueue`] of its own, used by that ring's thread alone, and a set of
+//! A [`Disk`] is open and fenced. Each ring gets a [`DiskQueue`] of its own, used by the one thread that serves the ring, and a set of
 //! [`Buffers`] that only that queue and the ring use. The engine names each operation by a [`Tag`]; a tag has at most one
 //! operation under way. Operations complete in any order, each exactly once.
 
@@ -172,6 +172,17 @@ pub trait Disk: Send + Sync {
 pub trait DiskQueue {
     /// What the disk is now.
     fn geometry(&self) -> Geometry;
+    /// To be called on the thread that will use it, first.
+    ///
+    /// # Errors
+    /// No memory or descriptors for it.
+    fn begin(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    /// Whether a thread can use several of its kind: [`DiskQueue::wait`] and [`DiskQueue::kick`] of one are then for all of them.
+    fn shares(&self) -> bool {
+        false
+    }
     /// Queues an operation; `tag` must have none under way. An operation that cannot be carried out completes with an error.
     fn submit(&mut self, tag: Tag, request: &DiskRequest);
     /// Hands over what was queued.
@@ -180,13 +191,21 @@ pub trait DiskQueue {
     fn completed(&mut self, into: &mut Completions);
     /// Whether [`DiskQueue::completed`] would give something: cheap enough to be asked in a loop, and may miss.
     fn ready(&mut self) -> bool;
+    /// Whether a completion or an event came since [`DiskQueue::completed`] last gave all there was. Of queues that share.
+    fn woken(&mut self) -> bool {
+        true
+    }
+    /// Has `events` end any sleep of the queues that share, and this queue be [`DiskQueue::woken`] then. They are the same at every
+    /// call.
+    fn arm(&mut self, _events: &[BorrowedFd<'_>]) {}
     /// Hands over what was queued, then sleeps until something has completed, one of `events` is readable, or `timeout` is over.
-    /// `events` are the same at every call. Returning early is fine.
+    /// `events` are the same at every call, after those of [`DiskQueue::arm`]. Returning early is fine.
     ///
     /// # Errors
     /// The kernel is out of memory.
     fn wait(&mut self, events: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()>;
-    /// Waits until nothing of this queue's is under way any more. What completes meanwhile is lost.
+    /// Waits until nothing of this queue's is under way any more. What completes meanwhile is lost. It ends that way, or by being
+    /// dropped on its thread.
     fn finish(&mut self);
     /// Nothing was asked for a while: gives memory back that can be had again.
     fn idle(&mut self) {}
@@ -195,6 +214,18 @@ pub trait DiskQueue {
 impl<Q: DiskQueue + ?Sized> DiskQueue for Box<Q> {
     fn geometry(&self) -> Geometry {
         (**self).geometry()
+    }
+    fn begin(&mut self) -> io::Result<()> {
+        (**self).begin()
+    }
+    fn shares(&self) -> bool {
+        (**self).shares()
+    }
+    fn woken(&mut self) -> bool {
+        (**self).woken()
+    }
+    fn arm(&mut self, events: &[BorrowedFd<'_>]) {
+        (**self).arm(events);
     }
     fn submit(&mut self, tag: Tag, request: &DiskRequest) {
         (**self).submit(tag, request);

@@ -258,7 +258,7 @@ impl Disk for Source {
         buffers: Arc<dyn Buffers>,
         depth: u32,
     ) -> io::Result<Box<dyn DiskQueue + Send>> {
-        Ok(Box::new(UringQueue::new(self, buffers, depth)?))
+        Ok(Box::new(UringQueue::new(self, buffers, depth)))
     }
 }
 

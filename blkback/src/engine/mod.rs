@@ -262,6 +262,11 @@ impl<R: RingMem, J: RingMem, G: GuestPages, D: DiskQueue> Engine<R, J, G, D> {
         self.running
     }
 
+    /// When the last round began.
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
     /// Requests answered by this incarnation.
     pub fn answered(&self) -> u64 {
         self.answered

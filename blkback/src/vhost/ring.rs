@@ -105,6 +105,10 @@ impl RingServer {
 
     /// Serves until told to stop, or the driver breaks the protocol. Gives the index of the request that is next.
     pub fn run(mut self, ring: &Doorbell, control: &RingControl) -> u16 {
+        if let Err(error) = self.disk.begin() {
+            tracing::error!(queue = ring.index, %error, "the disk's queue cannot be used");
+            return self.queue.next_avail();
+        }
         // What a predecessor answered may not have been told.
         ring.call.fire();
         let mut window = Window::new(LOOK);

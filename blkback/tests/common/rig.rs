@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "fork: the child calls only into the engine and never returns")]
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use blkback::disk::attachment::{Disk, DiskQueue};
 use blkback::disk::source::{self, Cache};
+use blkback::engine::gate::{Gate, Seat, Wake};
 use blkback::engine::{BUFFERS_BYTES, Engine};
 use blkback::request::{BlkifFormat, MAX_INDIRECT_BYTES};
 use blkback::stats::Stats;
@@ -70,7 +72,7 @@ impl Ring {
     }
 
     /// Serves it for ever.
-    fn serve(&self, disk: Arc<dyn Disk>, life: &Life<'_>) -> ! {
+    fn serve(&self, disk: Arc<dyn Disk>, seat: Seat, life: &Life<'_>) -> ! {
         let (ring, unanswered) = JournaledRing::reattach(
             self.ring.clone(),
             self.shape.layout(),
@@ -87,6 +89,7 @@ impl Ring {
         let guest = PlainPages::all(self.guest.clone(), buffers);
         let stats = Arc::new(Stats::default());
         let mut engine = Engine::new(ring, self.shape.abi, unanswered, guest, queue, stats);
+        engine.set_seat(seat);
         if let Some(poison) = life.poison {
             engine.set_fault_hook(Box::new(move |request| {
                 if request.offset == poison * 512 {
@@ -125,17 +128,22 @@ impl<'a> Life<'a> {
         Life { disk, own_fault: false, poison: None, wrap: &|queue, _| queue }
     }
 
-    /// Never returns. All rings are behind one fence, which comes first.
+    /// Never returns. All rings are of one device, behind one fence, which comes first.
     fn live(&self, rings: &[Ring]) -> ! {
         let file = File::options().read(true).write(true).open(self.disk).expect("open");
         let disk = source::open(file.into(), false, Cache::None, Duration::from_secs(10)).expect("fence");
         let disk: Arc<dyn Disk> = Arc::new(disk);
+        let wake = |ring: &Ring| -> Wake {
+            let event = File::from(ring.to_back.as_fd().try_clone_to_owned().expect("dup"));
+            Box::new(move || drop((&event).write(&1u64.to_ne_bytes())))
+        };
+        let gate = Gate::new(rings.iter().map(wake).collect());
         std::thread::scope(|scope| {
-            for ring in &rings[1..] {
-                let disk = disk.clone();
-                scope.spawn(move || ring.serve(disk, self));
+            for (number, ring) in (0..).zip(rings).skip(1) {
+                let (disk, seat) = (disk.clone(), Seat::new(gate.clone(), number));
+                scope.spawn(move || ring.serve(disk, seat, self));
             }
-            rings[0].serve(disk.clone(), self)
+            rings[0].serve(disk.clone(), Seat::new(gate.clone(), 0), self)
         })
     }
 

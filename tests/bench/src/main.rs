@@ -29,7 +29,7 @@ struct Cli {
     #[arg(long)]
     ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …).
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Tree with Debian's xenstored daemons.

@@ -4,11 +4,14 @@
 //! and so would the fence's lock. Without, exactly what is in flight pins the open file description.
 //!
 //! Buffers are registered a chunk at a time, once a chunk is used often; an idle queue has none registered and no memory in
-//! them. The events of [`DiskQueue::wait`] are polled by the same ring, so that handing over and sleeping is one system call.
+//! them. The events of [`DiskQueue::wait`] are polled by the same ring, so that handing over and sleeping is one system call; and that
+//! ring is its thread's ([`thread`]), so that queues served by one thread share these calls.
 #![expect(
     unsafe_code,
     reason = "io_uring takes addresses; all of them lie in the buffers that the ring keeps alive"
 )]
+
+mod thread;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -16,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use domain_kit::mem::SharedMem;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{opcode, squeue, types};
 use nix::libc;
 
 use super::attachment::Disk;
@@ -25,6 +28,7 @@ use super::attachment::{
     Operation, Tag,
 };
 use super::source::Source;
+use thread::{Place, ThreadRing, buffer_index};
 
 /// Operations in a chunk after which it is registered: before, pinning it all costs more than it saves.
 const REGISTER_AFTER: u32 = 64;
@@ -34,8 +38,6 @@ const REGISTER_AFTER: u32 = 64;
 const HAND_OVER: usize = 4;
 /// Bytes that a secure discard overwrites at once.
 const ERASE_STEP: usize = 1 << 20;
-/// User data of polls of events: this and the event's number.
-const EVENTS: u64 = 1 << 32;
 
 /// What a tag's operation still has to do.
 #[derive(Clone, Copy, Debug)]
@@ -56,88 +58,57 @@ enum Chunk {
 
 /// See the module.
 pub struct UringQueue {
-    /// Before what it points into: closed first.
-    ring: IoUring,
     buffers: Arc<dyn Buffers>,
     source: Arc<Source>,
     ops: Vec<Option<Op>>,
     chunks: Vec<Chunk>,
-    /// Events whose poll is armed.
-    armed: Vec<bool>,
-    enabled: bool,
+    /// From its first use on: of the thread that uses it.
+    place: Option<Place>,
     under_way: u32,
     /// What a secure discard writes; made at the first.
     zeroes: Option<SharedMem>,
 }
 
-fn build(depth: u32) -> io::Result<IoUring> {
-    let entries = (depth + 8).next_power_of_two();
-    let modern = IoUring::builder()
-        .setup_cqsize(entries * 2)
-        .setup_r_disabled()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(entries);
-    match modern {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            // Linux before 6.1.
-            IoUring::builder().setup_cqsize(entries * 2).setup_r_disabled().build(entries)
-        }
-        other => other,
-    }
-}
-
 impl UringQueue {
-    /// A ring of its own for tags below `depth`.
-    ///
-    /// # Errors
-    /// Those of io_uring_setup(2).
-    pub fn new(source: Arc<Source>, buffers: Arc<dyn Buffers>, depth: u32) -> io::Result<Self> {
-        let ring = build(depth)?;
+    /// For tags below `depth`, which is 65,536 at most.
+    pub fn new(source: Arc<Source>, buffers: Arc<dyn Buffers>, depth: u32) -> Self {
         let chunks = buffers.mem().len() / BUFFER_CHUNK;
-        let state = match ring.submitter().register_buffers_sparse(chunks as u32) {
-            Ok(()) => Chunk::Plain(0),
-            Err(error) => {
-                tracing::warn!(%error, "no registered buffers: I/O is slower");
-                Chunk::Never
-            }
-        };
-        Ok(UringQueue {
-            ring,
+        UringQueue {
             buffers,
             source,
-            ops: vec![None; depth as usize],
-            chunks: vec![state; chunks],
-            armed: Vec::new(),
-            enabled: false,
+            ops: vec![None; depth.min(1 << 16) as usize],
+            chunks: vec![Chunk::Never; chunks],
+            place: None,
             under_way: 0,
             zeroes: None,
-        })
+        }
     }
 
-    /// The first thread that works with it is the one that does for good.
-    fn enable(&mut self) {
-        if !self.enabled {
-            self.enabled = true;
-            if let Err(error) = self.ring.submitter().register_enable_rings() {
-                tracing::error!(%error, "io_uring cannot be enabled");
+    /// Its place among its thread's queues.
+    fn place(&mut self) -> Place {
+        match self.place {
+            Some(place) => place,
+            None => {
+                // Whoever can do without asks for it by `begin`, and is told.
+                self.begin().unwrap_or_else(|e| panic!("io_uring_setup: {e}"));
+                self.place.unwrap_or_else(|| unreachable!("it has begun"))
             }
         }
     }
 
-    fn set_chunk(&self, chunk: usize, registered: bool) -> io::Result<()> {
-        let iovec = if registered {
-            libc::iovec {
-                iov_base: self.buffers.mem().as_ptr().wrapping_add(chunk * BUFFER_CHUNK).cast(),
-                iov_len: BUFFER_CHUNK,
-            }
-        } else {
-            libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }
-        };
-        // SAFETY: the chunk is mapped as long as self.buffers lives, which outlives self.ring; it is only ever touched as
-        // shared memory. An empty entry names nothing.
-        unsafe { self.ring.submitter().register_buffers_update(chunk as u32, &[iovec], None) }.map(drop)
+    /// Does something with its thread's io_uring.
+    fn with<T>(&mut self, f: impl FnOnce(&mut ThreadRing, Place) -> T) -> T {
+        let place = self.place();
+        ThreadRing::with(place, |ring| f(ring, place))
+            .unwrap_or_else(|| panic!("a disk's queue is used on two threads"))
+    }
+
+    fn set_chunk(&mut self, chunk: usize, registered: bool) -> io::Result<()> {
+        let address = self.buffers.mem().as_ptr().wrapping_add(chunk * BUFFER_CHUNK);
+        let buffer = registered.then_some((address, BUFFER_CHUNK));
+        // SAFETY: the chunk is mapped as long as self.buffers lives; `finish` takes it out before, or nothing is ever unmapped. It is
+        // only ever touched as shared memory.
+        self.with(|ring, place| unsafe { ring.register(place, chunk, buffer) })
     }
 
     /// Whether the chunk of an operation is registered; registers it when it is worth while.
@@ -161,9 +132,23 @@ impl UringQueue {
         }
     }
 
+    /// No chunk is registered afterwards.
+    fn unregister(&mut self) {
+        for chunk in 0..self.chunks.len() {
+            if self.chunks[chunk] == Chunk::Registered {
+                if let Err(error) = self.set_chunk(chunk, false) {
+                    tracing::warn!(%error, "buffers stay registered");
+                    continue;
+                }
+                self.chunks[chunk] = Chunk::Plain(0);
+            }
+        }
+    }
+
     fn push_op(&mut self, tag: Tag, op: Op) {
         let fd = types::Fd(self.source.fd().as_fd().as_raw_fd());
         let DiskRequest { operation, offset, len, buffer } = op.request;
+        let place = self.place();
         let entry: squeue::Entry = match operation {
             Operation::Read | Operation::Write { .. } => {
                 let chunk = buffer as usize / BUFFER_CHUNK;
@@ -172,7 +157,7 @@ impl UringQueue {
                 // In bounds: checked when it was submitted.
                 let address = self.buffers.mem().as_ptr().wrapping_add(at);
                 let (len, offset) = ((len - op.done) as u32, offset + op.done);
-                let index = chunk as u16;
+                let index = buffer_index(place, chunk);
                 if let Operation::Write { fua } = operation {
                     let flags = if fua || self.source.write_through() { libc::RWF_DSYNC } else { 0 };
                     if fixed {
@@ -200,7 +185,10 @@ impl UringQueue {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
         };
-        self.push(entry.user_data(u64::from(tag.0)));
+        // SAFETY: an address in it lies in its tag's buffer, which lives as long as self, and nothing else uses it until the
+        // operation completes, and the kernel pins pages beyond that; or in the zeroes, which are only read and stay while
+        // anything is under way. Self ends after its operations, or leaves both behind.
+        self.with(|ring, place| unsafe { ring.queue(place, tag.0, entry) });
     }
 
     /// The next step of a secure discard: zeroes over what is there, a piece at a time, and then all of it onto the medium.
@@ -213,39 +201,6 @@ impl UringQueue {
                 opcode::Write::new(fd, zeroes.as_ptr(), piece).offset(offset + op.done).build()
             }
             _ => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-        }
-    }
-
-    fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an address in it lies in its tag's buffer, which lives as long as self, and nothing else uses it until the
-        // operation completes, and the kernel pins pages beyond that; or in the zeroes, which are only read and stay while
-        // anything is under way.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // Full only if more than one operation a tag were queued; made room all the same.
-            self.enter(0, None);
-        }
-    }
-
-    /// One io_uring_enter: hands over, and waits for `want` completions (0 or 1).
-    fn enter(&mut self, want: usize, timeout: Option<Duration>) {
-        self.enable();
-        let result = match timeout {
-            Some(timeout) if want > 0 => {
-                let time = types::Timespec::from(timeout);
-                let args = types::SubmitArgs::new().timespec(&time);
-                self.ring.submitter().submit_with_args(want, &args)
-            }
-            _ => self.ring.submit_and_wait(want),
-        };
-        match result {
-            Ok(_) => {}
-            Err(e) => match e.raw_os_error() {
-                // Time is over; a signal; the kernel is short of memory or the completion queue is full: what is queued stays
-                // queued.
-                Some(libc::ETIME | libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
-                // Nothing sensible is left to do; the next incarnation replays.
-                _ => panic!("io_uring_enter: {e}"),
-            },
         }
     }
 
@@ -303,6 +258,20 @@ impl DiskQueue for UringQueue {
         self.source.geometry()
     }
 
+    fn begin(&mut self) -> io::Result<()> {
+        if self.place.is_none() {
+            let (place, registers) = ThreadRing::join()?;
+            self.place = Some(place);
+            let most = if registers { thread::MAX_CHUNKS } else { 0 };
+            self.chunks.iter_mut().take(most).for_each(|chunk| *chunk = Chunk::Plain(0));
+        }
+        Ok(())
+    }
+
+    fn shares(&self) -> bool {
+        true
+    }
+
     fn submit(&mut self, tag: Tag, request: &DiskRequest) {
         let i = tag.0 as usize;
         debug_assert!(self.ops[i].is_none(), "{tag:?} is busy");
@@ -312,46 +281,31 @@ impl DiskQueue for UringQueue {
         match self.check(request) {
             Ok(()) => {
                 self.push_op(tag, op);
-                if self.ring.submission().len() >= HAND_OVER {
-                    self.enter(0, None);
-                }
+                self.with(|ring, _| {
+                    if ring.queued() >= HAND_OVER {
+                        ring.kick();
+                    }
+                });
             }
             // Completes like any other, by way of the ring.
             Err(DiskError(errno)) => {
                 tracing::error!(?request, errno, "an operation that cannot be");
-                let nop = opcode::Nop::new()
-                    .build()
-                    .user_data(u64::from(tag.0) | u64::from(errno.unsigned_abs()) << 40);
-                self.push(nop);
+                self.with(|ring, place| ring.queue_refusal(place, tag.0, errno));
             }
         }
     }
 
     fn kick(&mut self) {
-        let queue = self.ring.submission();
-        let pending = !queue.is_empty() || queue.taskrun();
-        drop(queue);
-        if pending {
-            self.enter(0, None);
-        }
+        self.with(|ring, _| ring.kick());
     }
 
     fn completed(&mut self, into: &mut Completions) {
-        loop {
-            let Some(cqe) = self.ring.completion().next() else { break };
-            let data = cqe.user_data();
-            if data & EVENTS != 0 {
-                if !cqueue::more(cqe.flags()) {
-                    self.armed[(data & 0xff) as usize] = false;
-                }
-                continue;
-            }
-            let (tag, refused) = (Tag(data as u32), (data >> 40) as i32);
+        while let Some((tag, result)) = self.with(|ring, place| ring.take(place)) {
+            let tag = Tag(tag);
             let Some(mut op) = self.ops.get(tag.0 as usize).copied().flatten() else {
                 tracing::error!(tag = tag.0, "a completion for nothing");
                 continue;
             };
-            let result = if refused != 0 { -refused } else { cqe.result() };
             match Self::judge(&mut op, result) {
                 Some(outcome) => {
                     self.ops[tag.0 as usize] = None;
@@ -367,55 +321,56 @@ impl DiskQueue for UringQueue {
     }
 
     fn ready(&mut self) -> bool {
-        if !self.ring.completion().is_empty() {
-            return true;
-        }
-        // The kernel has completions that it puts into the queue when it is entered.
-        if self.ring.submission().taskrun() {
-            self.enter(0, None);
-            return !self.ring.completion().is_empty();
-        }
-        false
+        self.with(|ring, place| ring.ready(place))
+    }
+
+    fn woken(&mut self) -> bool {
+        self.with(|ring, place| ring.woken(place))
+    }
+
+    fn arm(&mut self, events: &[BorrowedFd<'_>]) {
+        self.with(|ring, place| ring.arm(place, events));
     }
 
     fn wait(&mut self, events: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
-        self.armed.resize(events.len(), false);
-        for (i, event) in events.iter().enumerate() {
-            if !std::mem::replace(&mut self.armed[i], true) {
-                // Multishot, so each further signal is told; eventfds are never read, so none can be missed.
-                let poll =
-                    opcode::PollAdd::new(types::Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true);
-                self.push(poll.build().user_data(EVENTS | i as u64));
-            }
-        }
-        if self.ring.completion().is_empty() {
-            self.enter(1, timeout);
-        }
+        self.with(|ring, place| {
+            ring.arm(place, events);
+            ring.wait(timeout);
+        });
         Ok(())
     }
 
     fn finish(&mut self) {
+        let Some(place) = self.place else { return };
         let mut done = Completions::new();
+        self.completed(&mut done);
         while self.under_way > 0 {
-            self.enter(1, None);
+            self.with(|ring, place| ring.wait_for(place));
             self.completed(&mut done);
         }
+        self.unregister();
+        self.with(|ring, place| ring.leave(place));
+        self.place = None;
+        tracing::trace!(?place, "left");
     }
 
     fn idle(&mut self) {
-        if self.under_way > 0 {
+        if self.under_way == 0 && self.place.is_some() {
+            self.zeroes = None;
+            self.unregister();
+        }
+    }
+}
+
+impl Drop for UringQueue {
+    fn drop(&mut self) {
+        let Some(place) = self.place else { return };
+        if ThreadRing::with(place, |_| ()).is_some() {
+            self.finish();
             return;
         }
-        self.zeroes = None;
-        self.enable();
-        for chunk in 0..self.chunks.len() {
-            if self.chunks[chunk] == Chunk::Registered {
-                if let Err(error) = self.set_chunk(chunk, false) {
-                    tracing::warn!(%error, "buffers stay registered");
-                    continue;
-                }
-                self.chunks[chunk] = Chunk::Plain(0);
-            }
-        }
+        // Its thread has gone, or is another: what the kernel may still use stays.
+        tracing::error!("a disk's queue ends on another thread than it was used by; its buffers stay");
+        std::mem::forget((self.buffers.clone(), self.zeroes.take()));
     }
 }

@@ -5,13 +5,13 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::system::{Config, System};
 use serde_json::Value;
 
-use super::speed::IN_LAB;
+use super::speed::{IN_LAB, Workload};
 use crate::cases::boot::start::{BOOT, USERSPACE, console};
 use crate::cases::boot::terminal::Terminal;
 use crate::cases::boot::{Image, hardware, in_lab};
@@ -21,16 +21,16 @@ use crate::report::{Goal, Line};
 use crate::rounds::{Contestant, take_turns};
 use crate::stats::Series;
 
-/// Rounds counted.
-const ROUNDS: usize = 2;
+/// Most rounds counted: each takes a minute or so.
+const MOST_ROUNDS: usize = 5;
 /// Bytes of each disk.
 const DISK: u64 = 64 << 20;
 /// RAM of the guests, MiB: fio's image is large.
 const MEMORY: u32 = 384;
 /// Length of each of fio's jobs, milliseconds of the guest's clock.
-const JOB_MS: u64 = 2000;
-/// Longest turn, which is all jobs.
-const TURN: Duration = Duration::from_secs(120);
+const JOB_MS: u64 = 1000;
+/// Longest turn.
+const TURN: Duration = Duration::from_secs(60);
 /// Version of Xen that QEMU plays: 4.17.
 const XEN_VERSION: &str = "0x40011";
 
@@ -44,7 +44,10 @@ pub fn lines(settings: &Settings) -> Result<Vec<Line>> {
     if hardware(&settings.bin_dir) {
         return Ok(here(settings, image));
     }
-    in_lab(settings, image, &["block", "--only", "lab"], &["--root", "debian13", "--memory", "3072"])
+    let rounds = settings.rounds.to_string();
+    let only = settings.only.as_deref().filter(|only| only.starts_with("lab-")).unwrap_or("lab");
+    let words = ["block", "--only", only, "--rounds", &rounds];
+    in_lab(settings, image, &words, &["--root", "debian13", "--memory", "3072"])
 }
 
 /// Measures on this machine.
@@ -74,43 +77,58 @@ fn measured(settings: &Settings, image: &Image) -> Result<Vec<Line>> {
     eprintln!("bench: virtio: {}", said(&virtio));
     let xen = xen(image, &disk("xen")?);
     eprintln!("bench: QEMU's Xen: {}", said(&xen));
-    contest(&ours, &[("virtio-blk", &virtio), ("QEMU's xen-disk", &xen)])
+    contest(settings, &ours, &[("virtio-blk", &virtio), ("QEMU's xen-disk", &xen)])
 }
 
 fn said(guest: &Result<Guest>) -> String {
     guest.as_ref().map_or_else(|e| format!("{e:#}"), |_| "up".into())
 }
 
-fn contest(ours: &Guest, peers: &[(&'static str, &Result<Guest>)]) -> Result<Vec<Line>> {
+/// Each job by itself, the guests in turns: what disturbs the machine for longer than a turn is in all three.
+fn contest(settings: &Settings, ours: &Guest, peers: &[(&'static str, &Result<Guest>)]) -> Result<Vec<Line>> {
     let guests: Vec<(&'static str, std::result::Result<&Guest, String>)> =
         std::iter::once(("ours", Ok(ours)))
             .chain(peers.iter().map(|(n, g)| (*n, g.as_ref().map_err(|e| format!("{e:#}")))))
             .collect();
-    // Of each guest each turn, of that each job.
-    let turns: Vec<RefCell<Vec<Vec<Sample>>>> = guests.iter().map(|_| RefCell::default()).collect();
-    let mut contestants: Vec<Contestant<'_>> = guests
-        .iter()
-        .zip(&turns)
-        .map(|((name, guest), turns)| {
-            Contestant::new(name, move || {
-                let Ok(guest) = guest else { return Ok(f64::NAN) };
-                let samples = guest.turn().with_context(|| format!("fio on {name}"))?;
-                eprintln!("bench: lab, {name}: {:.0?}", samples.iter().map(|s| s.iops).collect::<Vec<_>>());
-                let first = samples.first().map_or(f64::NAN, |s| s.iops);
-                turns.borrow_mut().push(samples);
-                Ok(first)
-            })
-        })
-        .collect();
-    take_turns(ROUNDS, &mut contestants)?;
-    drop(contestants);
     let mut lines = Vec::new();
-    for (job, workload) in IN_LAB.iter().enumerate() {
+    // The same work in L1 before each turn, milliseconds.
+    let paces = RefCell::new(Series::default());
+    let part = settings.only.as_deref().and_then(|only| only.strip_prefix("lab-"));
+    for workload in IN_LAB.iter().filter(|w| part.is_none_or(|part| w.group().contains(part))) {
+        let before = paces.borrow().len();
+        let turns: Vec<RefCell<Vec<Sample>>> = guests.iter().map(|_| RefCell::default()).collect();
+        let mut contestants: Vec<Contestant<'_>> = guests
+            .iter()
+            .zip(&turns)
+            .map(|((name, guest), turns)| {
+                let paces = &paces;
+                Contestant::new(name, move || {
+                    let Ok(guest) = guest else { return Ok(f64::NAN) };
+                    paces.borrow_mut().push(pace());
+                    let sample = guest.turn(workload).with_context(|| format!("fio on {name}"))?;
+                    turns.borrow_mut().push(sample);
+                    Ok(sample.iops)
+                })
+            })
+            .collect();
+        take_turns(settings.rounds.min(MOST_ROUNDS), &mut contestants)?;
+        drop(contestants);
+        let turns: Vec<Vec<Sample>> = turns.into_iter().map(RefCell::into_inner).collect();
+        let (unit, scale) = workload.unit();
+        for ((name, _), turns) in guests.iter().zip(&turns) {
+            let all: Vec<String> = turns.iter().map(|s| format!("{:.0}", s.iops * scale)).collect();
+            let p50: Vec<String> = turns.iter().map(|s| format!("{:.1}", s.p50 / 1000.0)).collect();
+            let p99: Vec<String> = turns.iter().map(|s| format!("{:.0}", s.p99 / 1000.0)).collect();
+            let (all, p50, p99) = (all.join(" "), p50.join(" "), p99.join(" "));
+            eprintln!("bench: lab, {}: {name}: {all} {unit}; p50 {p50} ms, p99 {p99} ms", workload.name);
+        }
+        let pace: Vec<String> =
+            paces.borrow().values()[before..].iter().map(|ms| format!("{ms:.1}")).collect();
+        eprintln!("bench: lab, a fixed loop before each turn: {} ms", pace.join(" "));
         // The first turn was to warm up.
         let of = |i: usize, f: &dyn Fn(&Sample) -> f64| -> Series {
-            Series::new(turns[i].borrow().iter().skip(1).filter_map(|turn| turn.get(job)).map(f).collect())
+            Series::new(turns[i].iter().skip(1).map(f).collect())
         };
-        let (unit, scale) = workload.unit();
         for (i, (peer, guest)) in guests.iter().enumerate().skip(1) {
             let name = format!("lab {}: throughput beside {peer}", workload.name);
             lines.push(match guest {
@@ -146,7 +164,23 @@ fn contest(ours: &Guest, peers: &[(&'static str, &Result<Guest>)]) -> Result<Vec
             lines.push(line);
         }
     }
+    let paces = paces.into_inner();
+    let (p10, p90) = (paces.percentile(0.1), paces.percentile(0.9));
+    let note = format!("a fixed loop took {:.1} ms between turns ({p10:.1} to {p90:.1})", paces.median());
+    eprintln!("bench: lab: {note}");
+    lines.iter_mut().filter(|line| line.note.is_empty()).for_each(|line| line.note.clone_from(&note));
     Ok(lines)
+}
+
+/// How long a fixed number of instructions takes, milliseconds: whether others are on the machine.
+fn pace() -> f64 {
+    let start = Instant::now();
+    let mut word = 1u64;
+    for _ in 0..1_000_000 {
+        word = std::hint::black_box(word.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(7));
+    }
+    std::hint::black_box(word);
+    start.elapsed().as_secs_f64() * 1000.0
 }
 
 fn pvh(system: &System, image: &Image, disk: &Path) -> Result<Guest> {
@@ -212,19 +246,18 @@ impl Guest {
         Ok(self)
     }
 
-    /// Has fio run all jobs, one after the other.
-    fn turn(&self) -> Result<Vec<Sample>> {
-        let mut command = format!(
+    /// Has fio run a job.
+    fn turn(&self, workload: &Workload) -> Result<Sample> {
+        let command = format!(
             "/usr/bin/fio --output-format=json --filename={} --direct=1 --ioengine=io_uring --time_based \
              --runtime={JOB_MS}ms --size={DISK} --unified_rw_reporting=mixed --percentile_list=50:99:99.9 --eta=never \
-             --randrepeat=0",
-            self.device
+             --randrepeat=0 {} 2>&1",
+            self.device,
+            workload.fio()
         );
-        for workload in &IN_LAB {
-            command += &format!(" {}", workload.fio());
-        }
-        let said = self.terminal.borrow_mut().run(&format!("{command} 2>&1"), TURN)?;
-        samples(&said).with_context(|| format!("fio said: {said}"))
+        let said = self.terminal.borrow_mut().run(&command, TURN)?;
+        let samples = samples(&said).with_context(|| format!("fio said: {said}"))?;
+        samples.first().copied().context("fio ran no job")
     }
 }
 

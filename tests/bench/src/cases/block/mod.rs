@@ -35,7 +35,12 @@ const GROUPS: [(&str, Group); 7] = [
 
 /// All lines of the case. `world` starts the system with its guest, if a group needs it.
 pub fn run<'a>(settings: &Settings, world: impl FnOnce() -> &'a mut Result<World>) -> Vec<Line> {
-    let wanted = |name: &str| settings.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+    // Of the lab's, a part can be named: lab-sequential.
+    let wanted = |name: &str| {
+        settings.only.as_ref().is_none_or(|only| {
+            name.contains(only.as_str()) || only.split_once('-').is_some_and(|(group, _)| group == name)
+        })
+    };
     let (mut start, mut world_is) = (Some(world), None);
     let mut lines = Vec::new();
     for (name, group) in GROUPS.iter().filter(|(name, _)| wanted(name)) {

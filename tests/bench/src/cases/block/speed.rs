@@ -98,6 +98,16 @@ impl Workload {
         format!("--name=job --stonewall --rw={kind} --rwmixread={reads} --bs={bytes} --iodepth={depth}")
     }
 
+    /// The group that it belongs to.
+    pub fn group(&self) -> &'static str {
+        match (self.bytes > 4096, self.writes, self.depth) {
+            (true, ..) => "sequential",
+            (_, 1..100, _) => "mixed",
+            (_, _, 1) => "depth-1",
+            _ => "depth-32",
+        }
+    }
+
     /// Unit of its throughput, and how much of it a request is.
     pub fn unit(&self) -> (&'static str, f64) {
         if self.bytes > 4096 { ("MiB/s", self.bytes as f64 / f64::from(1 << 20)) } else { ("IOPS", 1.0) }

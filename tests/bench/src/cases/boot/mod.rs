@@ -71,6 +71,14 @@ pub(crate) fn hardware(bin_dir: &Path) -> bool {
         && Command::new(bin_dir.join("hv-vcpu")).arg("--probe").output().is_ok_and(|o| o.status.success())
 }
 
+/// Ticks of all processors that this machine's own host took away, and all ticks (/proc/stat).
+fn stolen() -> Option<(u64, u64)> {
+    let text = std::fs::read_to_string("/proc/stat").ok()?;
+    let ticks: Vec<u64> =
+        text.lines().next()?.split_whitespace().skip(1).take(8).filter_map(|n| n.parse().ok()).collect();
+    Some((*ticks.get(7)?, ticks.iter().sum()))
+}
+
 /// What `bench` with these words measures inside the lab, which is started with these options.
 pub(crate) fn in_lab(
     settings: &Settings,
@@ -84,6 +92,7 @@ pub(crate) fn in_lab(
     println!("No hardware virtualization here: it is measured inside the lab (an emulated machine).");
     // Only the working tree and cargo's target directory are writable from inside.
     let report = settings.bin_dir.join(format!("bench-lab.{}.json", std::process::id()));
+    let before = stolen();
     let status = Command::new(xtask)
         .args(["lab", "--timeout", "1500"])
         .args(options)
@@ -99,6 +108,13 @@ pub(crate) fn in_lab(
         .arg(&report)
         .status()
         .with_context(|| format!("starting {} lab", xtask.display()))?;
+    if let (Some((stolen_before, all_before)), Some((stolen, all))) = (before, stolen()) {
+        let share = (stolen - stolen_before) as f64 / (all - all_before).max(1) as f64;
+        eprintln!(
+            "bench: meanwhile this machine's own host took {:.1} % of its processors away",
+            share * 100.0
+        );
+    }
     let text = std::fs::read_to_string(&report);
     // Without a report there is nothing to remove.
     let _ = std::fs::remove_file(&report);
