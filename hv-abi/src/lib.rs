@@ -442,7 +442,7 @@ pub struct GrantMapInfo {
 pub struct CopyEntry {
     /// The granter.
     pub domid: u16,
-    /// [`COPY_TO_GRANT`] or 0 (from the grant into the buffer).
+    /// [`COPY_TO_GRANT`], [`COPY_TO_OTHER_GRANT`] or 0 (from the grant into the buffer).
     pub flags: u16,
     /// The granted page.
     pub gref: u32,
@@ -450,13 +450,31 @@ pub struct CopyEntry {
     pub offset: u16,
     /// Bytes; offset + len at most 4096; 0 is allowed and copies nothing.
     pub len: u16,
-    /// [`BufferRep::id`] of the caller's buffer.
+    /// [`BufferRep::id`] of the caller's buffer; or the other granted page.
     pub buffer: u32,
-    /// First byte inside the buffer.
+    /// First byte inside the buffer; or inside the other page, with its granter: see [`CopyEntry::to_other`].
     pub buffer_offset: u64,
+}
+
+impl CopyEntry {
+    /// The same bytes of a granted page, but into another granted page: from its byte `offset` on.
+    #[must_use]
+    pub fn to_other(self, domid: u16, gref: u32, offset: u16) -> CopyEntry {
+        let place = u64::from(domid) << 16 | u64::from(offset);
+        CopyEntry { flags: COPY_TO_OTHER_GRANT, buffer: gref, buffer_offset: place, ..self }
+    }
+
+    /// Granter, page and first byte of [`CopyEntry::to_other`]; `None` if there is more in the word.
+    pub fn other(&self) -> Option<(u16, u32, u16)> {
+        let place = u32::try_from(self.buffer_offset).ok()?;
+        Some(((place >> 16) as u16, self.buffer, place as u16))
+    }
 }
 /// [`CopyEntry::flags`]: copy from the caller's buffer into the granted page (which must not be read-only).
 pub const COPY_TO_GRANT: u16 = 1;
+/// [`CopyEntry::flags`]: copy from the granted page into another page that is granted to the caller (and not read-only), of the
+/// same or another domain.
+pub const COPY_TO_OTHER_GRANT: u16 = 2;
 
 /// Request of [`Op::BufferRegister`] and [`Op::BufferUnregister`].
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

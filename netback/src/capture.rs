@@ -43,7 +43,7 @@ pub struct Capture {
 
 impl Capture {
     fn add(&self, arena: &impl RingMem, frame: &Frame, to_guest: bool, unix_ns: u64) {
-        let len = frame.len.min(self.snap);
+        let len = frame.here().min(self.snap);
         let mut waiting = lock(&self.waiting);
         // Once some were missed, all are until the reader is told where.
         if waiting.dropped > 0 || waiting.bytes + len + PACKET > MAX_WAITING {
@@ -128,6 +128,11 @@ impl Captures {
         }
     }
 
+    /// Whether there are any.
+    pub fn any(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
+    }
+
     /// Copies packets, if somebody wants them.
     pub fn add<'a>(
         &self,
@@ -136,7 +141,7 @@ impl Captures {
         arena: &impl RingMem,
         frames: impl Iterator<Item = &'a Frame> + Clone,
     ) {
-        if self.count.load(Ordering::Relaxed) == 0 {
+        if !self.any() {
             return;
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos() as u64);
@@ -185,7 +190,7 @@ mod tests {
         let all = Arc::new(Captures::default());
         let arena = HeapMem::new(1 << 16);
         arena.copy_in(64, &[7; 1000]);
-        let frame = Frame { at: 64, len: 1000, meta: Meta::default() };
+        let frame = Frame { at: 64, len: 1000, meta: Meta::default(), away: crate::queue::Away::NOTHING };
         all.add(VIF, true, &arena, [frame].iter());
         let whole = all.begin(VIF, usize::MAX).unwrap();
         let short = all.begin(VIF, 100).unwrap();

@@ -31,7 +31,7 @@ use crate::switch::port::{Groups, Port, PortParts, RxHandle, lock};
 use crate::switch::settings::Settings;
 use crate::switch::{Lane, Switch};
 use crate::tap::Offloads;
-use crate::worker::{CtrlWork, Ports, Work};
+use crate::worker::{CtrlWork, Ports, Rest, Work};
 use domain_kit::ring::Span;
 
 /// Names a vif: the frontend's domid and the device's number.
@@ -436,6 +436,7 @@ fn assemble(
             switch: switch.clone(),
             kept: kept.clone(),
             kick: !matches!(how, How::Anew),
+            rest: Rest::default(),
         });
     }
     Ok((Connection { rings, ports: numbers, buffer, state, port, kept }, works))

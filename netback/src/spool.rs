@@ -11,7 +11,7 @@ use domain_kit::journal::MAX_ATTEMPTS;
 use domain_kit::ring::RingMem;
 
 use crate::offload::{self, Meta, VNET_HDR_LEN, VnetHdr};
-use crate::queue::Frame;
+use crate::queue::{Away, Frame};
 use crate::slots::{MAX_RX_PACKET, MIN_PACKET};
 
 /// Bytes before each packet; the virtio_net_hdr ends where the packet starts, and packets are aligned.
@@ -113,7 +113,7 @@ impl Spool {
                 return Err(DamagedSpool("a packet lies outside its memory"));
             }
             spool.free = spool.free.max((offset + len).next_multiple_of(64));
-            spool.frames.push(Frame { at: offset, len, meta: read_meta(arena, offset) });
+            spool.frames.push(Frame { at: offset, len, meta: read_meta(arena, offset), away: Away::NOTHING });
             if note & MARK != 0 && i >= handed {
                 spool.marked.push(i);
             }
@@ -151,7 +151,7 @@ impl Spool {
         let note = self.base + NOTES + self.frames.len() * NOTE;
         notes.store_u32(note, at as u32);
         notes.store_u32(note + 4, len as u32);
-        self.frames.push(Frame { at, len, meta: read_meta(arena, at) });
+        self.frames.push(Frame { at, len, meta: read_meta(arena, at), away: Away::NOTHING });
         notes.store_u32(self.base + COUNT, self.frames.len() as u32);
         self.free = (at + len).next_multiple_of(64);
     }

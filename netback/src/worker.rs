@@ -32,6 +32,31 @@ use domain_kit::ring::Span;
 /// Bytes that a queue sends before the other things have their turn.
 const ROUND: usize = 4 << 20;
 
+/// How long a queue rests at first whose packets nobody can take, and at most. The next one is then about as good as flow control:
+/// a receiver that takes its time has slots again, and a flood to one that takes nothing costs the others little.
+const FIRST_REST: Duration = Duration::from_millis(1);
+const LONGEST_REST: Duration = Duration::from_millis(8);
+
+/// The rest of a queue that works for nothing.
+#[derive(Debug, Default)]
+pub struct Rest {
+    length: Duration,
+    until: Option<Instant>,
+}
+
+impl Rest {
+    /// Twice as long as the last time if a run was for nothing again, else none.
+    fn after(&mut self, wasted: bool, now: Instant) {
+        self.length = if wasted { (self.length * 2).clamp(FIRST_REST, LONGEST_REST) } else { Duration::ZERO };
+        self.until = wasted.then(|| now + self.length);
+    }
+
+    /// What is left of it.
+    fn left(&self, now: Instant) -> Option<Duration> {
+        self.until.map(|until| until.saturating_duration_since(now)).filter(|left| !left.is_zero())
+    }
+}
+
 /// The event channels of a queue: one for both rings, or one each.
 #[derive(Debug)]
 pub enum Ports {
@@ -113,6 +138,8 @@ pub struct Work {
     pub kept: Arc<Kept>,
     /// The frontend must be notified once, because a dead incarnation may have forgotten to.
     pub kick: bool,
+    /// It works for nothing and rests.
+    pub rest: Rest,
 }
 
 /// A work's surroundings without its rings.
@@ -141,8 +168,19 @@ impl World for VifWorld<'_> {
     fn buffer_base(&self) -> u64 {
         self.lane.arena.absolute(0) as u64
     }
-    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize)) {
+    fn leaves_away(&mut self) -> bool {
+        !self.switch.captures() && self.lane.leaves_away()
+    }
+    fn forward(
+        &mut self,
+        frames: &[Frame],
+        away: &mut Vec<CopyEntry>,
+        fates: &mut [Fate],
+        commit: &mut dyn FnMut(usize),
+    ) {
+        std::mem::swap(&mut self.lane.away, away);
         self.switch.forward(Origin::Vif(self.port), self.lane, frames, fates, commit);
+        std::mem::swap(&mut self.lane.away, away);
     }
     fn multicast(&mut self, add: bool, address: [u8; 6]) -> bool {
         let mut groups = self.port.groups.write().unwrap_or_else(PoisonError::into_inner);
@@ -335,6 +373,9 @@ impl Work {
                 let tx = self.tx.run(&mut world, budget)?;
                 self.ports.notify_tx(tx.notify, &self.port.stats);
                 worked |= tx.worked;
+                if tx.worked {
+                    self.rest.after(tx.wasted, Instant::now());
+                }
                 if let Some(bucket) = lock(&self.port.bucket).as_mut() {
                     bucket.take(tx.bytes);
                 }
@@ -358,6 +399,9 @@ impl Work {
 
     /// Bytes that may be sent in this round; if none, how long until there are.
     fn budget(&self) -> (usize, Option<Duration>) {
+        if let Some(left) = self.rest.left(Instant::now()) {
+            return (0, Some(left));
+        }
         match lock(&self.port.bucket).as_mut() {
             None => (ROUND, None),
             Some(bucket) => match bucket.budget(Instant::now()) {
@@ -380,12 +424,14 @@ impl Work {
     }
 
     fn sleep(&self, control: &Control, wait: Option<Duration>) {
-        let mut fds = vec![self.ports.tx().rx(), self.ports.rx().rx()];
-        fds.extend(self.ctrl.iter().map(|ctrl| ctrl.port.rx()));
+        // While it may not send, its kicks wake nobody.
+        let tx = (wait.is_none() || matches!(*self.ports, Ports::Shared(_))).then(|| self.ports.tx());
+        let ctrl = self.ctrl.iter().map(|ctrl| &ctrl.port);
+        let ports: Vec<&EventPort> = tx.into_iter().chain([self.ports.rx()]).chain(ctrl).collect();
+        let fds: Vec<_> = ports.iter().map(|port| port.rx()).collect();
         let ready = control.sleep(&fds, wait);
         // Before the rings are looked at again, so that a kick that comes now wakes us again.
-        let ports = [self.ports.tx(), self.ports.rx()].into_iter().chain(self.ctrl.iter().map(|c| &c.port));
-        for (port, ready) in ports.zip(ready) {
+        for (port, ready) in ports.into_iter().zip(ready) {
             if ready {
                 port.clear();
             }

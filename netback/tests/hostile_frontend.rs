@@ -12,11 +12,11 @@ use common::{Guest, Outgoing, Pages, deliver};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::ring::{FrontRing, HeapMem, RingMem};
-use hv_abi::COPY_TO_GRANT;
+use hv_abi::{COPY_TO_GRANT, CopyEntry};
 use netback::offload::{self, Family, Gso, Meta, VNET_HDR_LEN, VnetHdr};
 use netback::queue::rx::{self, Delivery, RxFrame, RxQueue, RxTarget, Source};
 use netback::queue::tx::{self, TxQueue};
-use netback::queue::{ARENA_BYTES, Copier, Fate, Frame, QueueError, World};
+use netback::queue::{ARENA_BYTES, Away, Copier, Fate, Frame, QueueError, World};
 use netback::slots::{MAX_RX_PACKET, PacketHash};
 use netback::stats::Stats;
 use proptest::prelude::*;
@@ -60,9 +60,10 @@ impl Outside {
         let arena = self.arena.clone();
         let at = ARENA_BYTES / 2 + 64;
         arena.copy_in(at - VNET_HDR_LEN, &[0; VNET_HDR_LEN]);
-        let frame = RxFrame { frame: Frame { at, len, meta: Meta::default() }, hash: None };
+        let frame =
+            RxFrame { frame: Frame { at, len, meta: Meta::default(), away: Away::NOTHING }, hash: None };
         let mut marks = 0;
-        let source = Source { arena: &arena, buffer: 1, base: 0 };
+        let source = Source { arena: &arena, buffer: 1, base: 0, away: &[] };
         let delivery = deliver(queue, self, &source, &vec![frame; count], &mut |i| {
             assert_eq!(i, marks, "each packet is marked once, in order");
             marks += 1;
@@ -102,7 +103,13 @@ impl World for Outside {
     fn copy_ids(&self) -> (u16, u32) {
         (5, 1)
     }
-    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize)) {
+    fn forward(
+        &mut self,
+        frames: &[Frame],
+        _away: &mut Vec<CopyEntry>,
+        fates: &mut [Fate],
+        commit: &mut dyn FnMut(usize),
+    ) {
         for (i, frame) in frames.iter().enumerate() {
             assert!(
                 frame.at >= ARENA_BYTES / 2 && frame.at + frame.len <= ARENA_BYTES,
@@ -347,8 +354,8 @@ proptest! {
                 arena.copy_in(at - VNET_HDR_LEN, &hdr.to_bytes());
                 let meta = offload::from_tap(hdr);
                 let hash = hashed.then_some(PacketHash { hash_type: 1, value: i as u32 });
-                let frame = RxFrame { frame: Frame { at, len: bytes.len(), meta }, hash };
-                let source = Source { arena: &arena, buffer: 1, base: 0 };
+                let frame = RxFrame { frame: Frame { at, len: bytes.len(), meta, away: Away::NOTHING }, hash };
+                let source = Source { arena: &arena, buffer: 1, base: 0, away: &[] };
                 dropped += deliver(&mut rxq, &mut outside, &source, &[frame], &mut |_| {}).unwrap().dropped;
                 given.push((bytes, meta.gso.map(|g| g.size), hash.map(|h| h.value)));
                 idle = 0;

@@ -21,6 +21,7 @@ use common::{Guest, Outgoing, Pages, deliver};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::ring::{HeapMem, RingLayout, RingMem};
+use hv_abi::CopyEntry;
 use netback::offload::{self, Family, Gso, Meta, VNET_HDR_LEN, VnetHdr};
 use netback::queue::rx::{self, RxFrame, RxQueue, RxTarget, Source};
 use netback::queue::tx::{self, TxQueue};
@@ -144,7 +145,7 @@ impl Outside {
             spool.note(notes, &uplink, packet.len());
         }
         let frames = spool.unmarked();
-        let source = Source { arena: &uplink, buffer: 2, base: 0 };
+        let source = Source { arena: &uplink, buffer: 2, base: 0, away: &[] };
         for batch in frames.chunks(if careful { 1 } else { 64 }) {
             let base = spool.base();
             for destination in 0..2 {
@@ -196,7 +197,13 @@ impl World for Outside {
     fn copy_ids(&self) -> (u16, u32) {
         (5, 1)
     }
-    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize)) {
+    fn forward(
+        &mut self,
+        frames: &[Frame],
+        _away: &mut Vec<CopyEntry>,
+        fates: &mut [Fate],
+        commit: &mut dyn FnMut(usize),
+    ) {
         let packets = frames.iter().map(|frame| {
             let mut packet = vec![0; frame.len];
             self.arena.inner.copy_out(frame.at, &mut packet);

@@ -136,6 +136,39 @@ fn refused(system: &System, brain: &Brain, why: &str) {
     until(system, why, || system.bh_ok(&["store", "read", &path]).is_ok_and(|text| text.contains(why)));
 }
 
+/// Headroom in front of packets comes and goes while the device is connected, as when Linux loads an XDP program; netback is killed
+/// with it and without.
+#[test]
+fn xdp_headroom_changes_while_connected() {
+    let system = start();
+    let mut a = end(&system, 0, "", Options::default());
+    let End { brain, front, mac } = end(&system, 1, "", Options::default());
+    drop(front);
+    let (mut b, state) = ask(&brain, 7, &[]);
+    state.wait_backend(&[XenbusState::Connected], SOON).unwrap();
+    let mut exchange = |b: &mut Plain, headroom: usize| {
+        for (i, len) in [60, 1000, 1514].into_iter().enumerate() {
+            let packet = frame(mac, a.mac, i as u8, len);
+            a.send(&packet);
+            assert!(b.receive() == packet, "{len} bytes behind {headroom}");
+            b.send(&frame(a.mac, mac, i as u8, len));
+            a.receive(marked(i as u8));
+        }
+    };
+    exchange(&mut b, 0);
+    for headroom in [256, 0, 100, 256] {
+        state.publish(&[("xdp-headroom", headroom.to_string())], XenbusState::Reconfiguring).unwrap();
+        state.wait_backend(&[XenbusState::Reconfigured], SOON).unwrap();
+        b.rings = b.rings.with_headroom(headroom);
+        state.publish(&[], XenbusState::Connected).unwrap();
+        state.wait_backend(&[XenbusState::Connected], SOON).unwrap();
+        exchange(&mut b, headroom);
+        let killed = system.kill(&[netback().to_owned()]).unwrap();
+        system.wait_restarted(&killed, SOON).unwrap();
+        exchange(&mut b, headroom);
+    }
+}
+
 /// A frontend hears why it is not served, nobody else notices, and it may come again.
 #[test]
 fn what_is_refused_is_told() {

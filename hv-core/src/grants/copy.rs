@@ -1,74 +1,155 @@
-//! Grant copy: batches of pieces between granted pages and the caller's own buffers. Everything is resolved under the table's
-//! lock; bytes move outside of it, with the pages pinned.
+//! Grant copy: batches of pieces between granted pages and the caller's own buffers, or from granted page to granted page.
+//! Everything is resolved under the table's lock; bytes move outside of it, with the pages pinned.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use hv_abi::{COPY_TO_GRANT, CopyEntry, PAGE_SIZE};
+use hv_abi::{COPY_TO_GRANT, COPY_TO_OTHER_GRANT, CopyEntry, PAGE_SIZE};
 use xen_abi::grant_table::*;
 
 use super::pvh::Pvh;
 use super::region::RegionMem;
 use crate::sys::shm::Shm;
 
-/// Where a granted page is.
+/// Memory that a batch uses, and keeps from going meanwhile.
 #[derive(Clone, Debug)]
-pub enum Source {
-    /// A process domain's region, and the page in it.
-    Region(Arc<RegionMem>, u32),
-    /// A PVH domain; its table decides.
+pub enum Held {
+    /// A process domain's region.
+    Region(Arc<RegionMem>),
+    /// A PVH domain.
     Pvh(Arc<Pvh>),
+    /// A buffer of the caller's.
+    Buffer(Arc<Shm>),
 }
 
-/// A piece that is allowed as far as the tables know, or the status that it gets.
-pub type Resolved = Result<(Source, Arc<Shm>), i16>;
+impl Held {
+    fn is(&self, other: &Held) -> bool {
+        match (self, other) {
+            (Held::Region(a), Held::Region(b)) => Arc::ptr_eq(a, b),
+            (Held::Pvh(a), Held::Pvh(b)) => Arc::ptr_eq(a, b),
+            (Held::Buffer(a), Held::Buffer(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
 
-/// Checks what does not need any table: flags and the range in the page.
+/// Where one end of a piece is in its memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// At this byte.
+    Byte(u64),
+    /// A PVH domain's page: its table decides. Grant reference, and first byte in the page.
+    Granted(u32, u16),
+}
+
+/// One end of a piece.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    held: usize,
+    place: Place,
+}
+
+/// A piece that is allowed as far as the tables know.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Where its bytes are.
+    pub from: End,
+    /// Where they go.
+    pub to: End,
+    /// How many.
+    pub len: u16,
+}
+
+/// Checks what does not need any table: flags and the ranges in pages.
 ///
 /// # Errors
 /// A negative GNTST_*.
 pub fn check(entry: &CopyEntry) -> Result<(), i16> {
-    if entry.flags & !COPY_TO_GRANT != 0 {
+    if ![0, COPY_TO_GRANT, COPY_TO_OTHER_GRANT].contains(&entry.flags) {
         return Err(GNTST_GENERAL_ERROR);
     }
-    if usize::from(entry.offset) + usize::from(entry.len) > PAGE_SIZE {
+    let fits = |offset: u16| usize::from(offset) + usize::from(entry.len) <= PAGE_SIZE;
+    let other = entry.flags == COPY_TO_OTHER_GRANT;
+    if !fits(entry.offset) || (other && !entry.other().is_some_and(|(_, _, offset)| fits(offset))) {
         return Err(GNTST_BAD_COPY_ARG);
     }
     Ok(())
 }
 
-/// Carries out one piece; its status.
-pub fn one(entry: &CopyEntry, resolved: &Resolved, caller: u16) -> i16 {
-    let (source, buffer) = match resolved {
-        Ok(found) => found,
-        Err(status) => return *status,
-    };
-    let write = entry.flags & COPY_TO_GRANT != 0;
-    let (len, offset) = (usize::from(entry.len), u64::from(entry.offset));
-    let copy = |map: &Shm, page: u64| {
-        let done = if write {
-            map.copy_from(page + offset, buffer, entry.buffer_offset, len)
-        } else {
-            buffer.copy_from(entry.buffer_offset, map, page + offset, len)
+/// Pieces with the memory that they use.
+#[derive(Debug, Default)]
+pub struct Batch {
+    held: Vec<Held>,
+    pieces: Vec<Result<Piece, i16>>,
+}
+
+impl Batch {
+    /// One for so many pieces.
+    pub fn new(pieces: usize) -> Batch {
+        Batch { held: Vec::new(), pieces: Vec::with_capacity(pieces) }
+    }
+
+    /// An end of a piece. What is next to each other is mostly in the same memory.
+    pub fn end(&mut self, held: Held, place: Place) -> End {
+        let at = self.held.iter().rposition(|h| h.is(&held)).unwrap_or_else(|| {
+            self.held.push(held);
+            self.held.len() - 1
+        });
+        End { held: at, place }
+    }
+
+    /// The next piece, or the status that it gets.
+    pub fn push(&mut self, piece: Result<Piece, i16>) {
+        self.pieces.push(piece);
+    }
+
+    /// Carries all out in order; their statuses.
+    pub fn run(&self, caller: u16) -> Vec<i16> {
+        let done = |piece: &Result<Piece, i16>| match piece {
+            Ok(piece) => self.one(piece, caller).err().unwrap_or(GNTST_OKAY),
+            Err(status) => *status,
         };
-        if done.is_some() { GNTST_OKAY } else { GNTST_BAD_COPY_ARG }
-    };
-    match source {
-        Source::Region(mem, page) => match mem.map() {
-            Ok(map) => copy(map, u64::from(*page) * PAGE_SIZE as u64),
-            Err(_) => GNTST_GENERAL_ERROR,
-        },
-        Source::Pvh(pvh) => {
-            let page = match pvh.pin(entry.gref, caller, write) {
-                Ok(page) => page,
-                Err(status) => return status,
-            };
-            let status = match pvh.ram_map() {
-                Ok(map) => copy(map, page),
-                Err(_) => GNTST_GENERAL_ERROR,
-            };
-            pvh.unpin(entry.gref, write);
-            status
+        self.pieces.iter().map(done).collect()
+    }
+
+    fn one(&self, piece: &Piece, caller: u16) -> Result<(), i16> {
+        let from = self.open(piece.from, caller, false)?;
+        let to = self.open(piece.to, caller, true)?;
+        to.map.copy_from(to.at, from.map, from.at, usize::from(piece.len)).ok_or(GNTST_BAD_COPY_ARG)
+    }
+
+    /// Pins a PVH domain's page for as long as what is returned.
+    fn open(&self, end: End, caller: u16, write: bool) -> Result<Opened<'_>, i16> {
+        let at = match end.place {
+            Place::Byte(at) => at,
+            Place::Granted(..) => 0,
+        };
+        let mapped = |map| Ok(Opened { map, at, pin: None });
+        match (&self.held[end.held], end.place) {
+            (Held::Buffer(map), _) => mapped(map),
+            (Held::Region(mem), _) => mapped(mem.map().map_err(|_| GNTST_GENERAL_ERROR)?),
+            (Held::Pvh(pvh), Place::Granted(gref, offset)) => {
+                let map = pvh.ram_map().map_err(|_| GNTST_GENERAL_ERROR)?;
+                let page = pvh.pin(gref, caller, write)?;
+                Ok(Opened { map, at: page + u64::from(offset), pin: Some((pvh, gref, write)) })
+            }
+            // Its memory is reached by its table alone.
+            (Held::Pvh(_), Place::Byte(_)) => Err(GNTST_GENERAL_ERROR),
+        }
+    }
+}
+
+/// An end whose bytes can be moved.
+struct Opened<'a> {
+    map: &'a Shm,
+    at: u64,
+    pin: Option<(&'a Pvh, u32, bool)>,
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        if let Some((pvh, gref, write)) = self.pin {
+            pvh.unpin(gref, write);
         }
     }
 }

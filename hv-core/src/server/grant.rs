@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use hv_abi::*;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use xen_abi::grant_table::{GNTST_BAD_DOMAIN, GNTST_BAD_GNTREF, GNTST_GENERAL_ERROR};
+use xen_abi::grant_table::{GNTST_BAD_COPY_ARG, GNTST_BAD_DOMAIN, GNTST_BAD_GNTREF, GNTST_GENERAL_ERROR};
 use zerocopy::IntoBytes;
 
 use super::{Answer, Reply, after, counted, exact};
 use crate::fdstore::check_kind;
-use crate::grants::copy::{MAX_BUFFER_LEN, Resolved, Source, check, one};
+use crate::grants::copy::{Batch, End, Held, MAX_BUFFER_LEN, Piece, Place, check};
 use crate::grants::pvh::Pvh;
 use crate::grants::release::{HONOUR_DEADLINE, Pending};
 use crate::grants::{Map, PvhPins, udmabuf};
@@ -243,35 +243,52 @@ pub(super) fn claim(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
     Err(Errno::ESTALE)
 }
 
+/// A page that a domain granted to the caller, from a byte of it on.
+fn granted(batch: &mut Batch, granter: &Domain, caller: Peer, gref: u32, offset: u16) -> Result<End, i16> {
+    Ok(match &granter.pvh {
+        Some(pvh) => batch.end(Held::Pvh(pvh.clone()), Place::Granted(gref, offset)),
+        None => {
+            let (region, page) = granter.regions.resolve(gref, caller).ok_or(GNTST_BAD_GNTREF)?;
+            let at = u64::from(page) * PAGE_SIZE as u64 + u64::from(offset);
+            batch.end(Held::Region(region.mem.clone()), Place::Byte(at))
+        }
+    })
+}
+
 /// Finds everything that a batch names, under one lock.
-fn resolve(hv: &Hv, c: &Caller, entries: &[CopyEntry]) -> Result<Vec<Resolved>, Errno> {
+fn resolve(hv: &Hv, c: &Caller, entries: &[CopyEntry]) -> Result<Batch, Errno> {
     let mut table = hv.lock();
     backend(&mut table, c)?;
     let table = &*table;
     let caller: Peer = c.peer();
     let own = table.get(caller).ok_or(Errno::ESTALE)?;
-    Ok(entries
-        .iter()
-        .map(|e| {
-            check(e)?;
+    let named = |domid| table.named(domid).map_err(|_| GNTST_BAD_DOMAIN);
+    let mut batch = Batch::new(entries.len());
+    let piece = |batch: &mut Batch, e: &CopyEntry| {
+        check(e)?;
+        let (from, to);
+        if e.flags == COPY_TO_OTHER_GRANT {
+            let (domid, gref, offset) = e.other().ok_or(GNTST_BAD_COPY_ARG)?;
+            from = granted(batch, named(e.domid)?, caller, e.gref, e.offset)?;
+            to = granted(batch, named(domid)?, caller, gref, offset)?;
+        } else {
             let buffer = own.buffers.get(e.buffer).ok_or(GNTST_GENERAL_ERROR)?;
-            let granter = table.named(e.domid).map_err(|_| GNTST_BAD_DOMAIN)?;
-            let source = match &granter.pvh {
-                Some(pvh) => Source::Pvh(pvh.clone()),
-                None => {
-                    let (region, page) = granter.regions.resolve(e.gref, caller).ok_or(GNTST_BAD_GNTREF)?;
-                    Source::Region(region.mem.clone(), page)
-                }
-            };
-            Ok((source, buffer.clone()))
-        })
-        .collect())
+            let page = granted(batch, named(e.domid)?, caller, e.gref, e.offset)?;
+            let buffer = batch.end(Held::Buffer(buffer.clone()), Place::Byte(e.buffer_offset));
+            (from, to) = if e.flags == COPY_TO_GRANT { (buffer, page) } else { (page, buffer) };
+        }
+        Ok(Piece { from, to, len: e.len })
+    };
+    for entry in entries {
+        let piece = piece(&mut batch, entry);
+        batch.push(piece);
+    }
+    Ok(batch)
 }
 
 pub(super) fn copy(hv: &Hv, c: &Caller, body: &[u8]) -> Answer {
     let (_, entries) = counted::<CountReq, CopyEntry>(body, |r| r.count, MAX_COPY_ENTRIES)?;
-    let resolved = resolve(hv, c, &entries)?;
-    let statuses: Vec<i16> = entries.iter().zip(&resolved).map(|(e, r)| one(e, r, c.peer().domid)).collect();
+    let statuses = resolve(hv, c, &entries)?.run(c.peer().domid);
     Ok(Reply::list(statuses.into_iter()))
 }
 

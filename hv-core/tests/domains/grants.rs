@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use proto::hvcore::Role;
 use xen_abi::grant_table::*;
 
-use crate::system::System;
+use crate::system::{Dom, System};
 
 /// A registered buffer and its memory.
 fn buffer(hv: &domain_kit::Hypercall, pages: usize) -> (u32, SharedMem) {
@@ -191,7 +191,8 @@ pub fn xsa_318_every_status_is_written() {
         CopyEntry { domid: DOMID_INVALID, ..good(0) },
         CopyEntry { gref: info.first_gref + 1, ..good(0) },
         CopyEntry { gref: u32::MAX, ..good(0) },
-        CopyEntry { flags: 2, ..good(0) },
+        CopyEntry { flags: 4, ..good(0) },
+        CopyEntry { flags: COPY_TO_GRANT | COPY_TO_OTHER_GRANT, ..good(0) },
         CopyEntry { offset: 4095, len: 2, ..good(0) },
         CopyEntry { offset: u16::MAX, len: u16::MAX, ..good(0) },
         CopyEntry { buffer: id + 1, ..good(0) },
@@ -203,6 +204,7 @@ pub fn xsa_318_every_status_is_written() {
         GNTST_BAD_DOMAIN,
         GNTST_BAD_GNTREF,
         GNTST_BAD_GNTREF,
+        GNTST_GENERAL_ERROR,
         GNTST_GENERAL_ERROR,
         GNTST_BAD_COPY_ARG,
         GNTST_BAD_COPY_ARG,
@@ -218,10 +220,97 @@ pub fn xsa_318_every_status_is_written() {
     }
     let mut bytes = [0; 12];
     own.copy_out(0, &mut bytes);
-    assert_eq!(bytes, [0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0, 0]);
+    assert_eq!(bytes, [0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0]);
     let mut zero = [7];
     b.grant_copy(&[CopyEntry { len: 0, ..good(4095) }], &mut zero).unwrap();
     assert_eq!(zero, [GNTST_OKAY], "nothing is copied, and that is fine");
+}
+
+/// From one guest's page to another's: both must be granted to the caller, and every range lies inside its page.
+pub fn copies_from_grant_to_grant() {
+    let mut system = System::start();
+    let (one, two) = (system.guest("one"), system.guest("two"));
+    let (back, thief) = (system.backend("back"), system.backend("thief"));
+    let region = |dom: &Dom, peer: u16, fill: u8| {
+        let (info, memfd) = dom.hv().region_create(peer, 3, 0).unwrap();
+        let mem = SharedMem::map(&memfd, 3 * PAGE_SIZE).unwrap();
+        mem.copy_in(0, &vec![fill; mem.len()]);
+        (info.first_gref, mem)
+    };
+    let (from, from_mem) = region(&one, back.id, 0x11);
+    let (to, to_mem) = region(&two, back.id, 0x22);
+    let (foreign, foreign_mem) = region(&two, thief.id, 0x33);
+    let piece = |gref, offset, len| CopyEntry { domid: one.id, gref, offset, len, ..CopyEntry::default() };
+    let whole = piece(from + 1, 0, 4096).to_other(two.id, to + 1, 0);
+    let bad = [
+        (CopyEntry { domid: 99, ..whole }, GNTST_BAD_DOMAIN),
+        (whole.to_other(99, to, 0), GNTST_BAD_DOMAIN),
+        (whole.to_other(DOMID_INVALID, to, 0), GNTST_BAD_DOMAIN),
+        (piece(from + 3, 0, 8).to_other(two.id, to, 0), GNTST_BAD_GNTREF),
+        (whole.to_other(two.id, to + 9, 0), GNTST_BAD_GNTREF),
+        (whole.to_other(two.id, foreign, 0), GNTST_BAD_GNTREF),
+        (whole.to_other(one.id, to + 4, 0), GNTST_BAD_GNTREF),
+        (whole.to_other(two.id, to, 1), GNTST_BAD_COPY_ARG),
+        (piece(from, 1, 4096).to_other(two.id, to, 0), GNTST_BAD_COPY_ARG),
+        (piece(from, u16::MAX, 1).to_other(two.id, to, 0), GNTST_BAD_COPY_ARG),
+        (piece(from, 0, 1).to_other(two.id, to, u16::MAX), GNTST_BAD_COPY_ARG),
+        (CopyEntry { buffer_offset: 1 << 32, ..whole }, GNTST_BAD_COPY_ARG),
+    ];
+    let b = back.hv();
+    let batch: Vec<CopyEntry> = bad.iter().map(|(entry, _)| *entry).collect();
+    let mut statuses = vec![7; batch.len()];
+    b.grant_copy(&batch, &mut statuses).unwrap();
+    assert_eq!(statuses, bad.map(|(_, status)| status));
+    let untouched = |mem: &SharedMem, fill: u8| {
+        let mut bytes = vec![0; mem.len()];
+        mem.copy_out(0, &mut bytes);
+        bytes.iter().all(|&byte| byte == fill)
+    };
+    assert!(untouched(&to_mem, 0x22) && untouched(&from_mem, 0x11) && untouched(&foreign_mem, 0x33));
+    // To whom neither is granted.
+    let mut status = [7];
+    thief.hv().grant_copy(&[whole], &mut status).unwrap();
+    assert_eq!(status, [GNTST_BAD_GNTREF]);
+    // The whole page, some bytes at its end, and from a guest to itself.
+    from_mem.copy_in(10, b"ten bytes.");
+    let mut statuses = [7; 3];
+    let entries = [
+        whole,
+        piece(from, 10, 10).to_other(two.id, to + 2, 4086),
+        piece(from, 10, 10).to_other(one.id, from + 2, 0),
+    ];
+    b.grant_copy(&entries, &mut statuses).unwrap();
+    assert_eq!(statuses, [GNTST_OKAY; 3]);
+    let mut all = vec![0; to_mem.len()];
+    to_mem.copy_out(0, &mut all);
+    let mut want = [vec![0x22; 4096], vec![0x11; 4096], vec![0x22; 4096]].concat();
+    want[3 * 4096 - 10..].copy_from_slice(b"ten bytes.");
+    assert!(all == want, "just the bytes that were asked for");
+    let mut own = [0; 10];
+    from_mem.copy_out(2 * PAGE_SIZE, &mut own);
+    assert_eq!(&own, b"ten bytes.");
+    // The granters go in the middle of copies: each piece is done or refused, and the caller lives.
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let batch = vec![whole; 512];
+    let refused = std::thread::scope(|scope| {
+        let copier = scope.spawn(|| {
+            let mut refused = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) || refused == 0 {
+                let mut statuses = vec![7; batch.len()];
+                b.grant_copy(&batch, &mut statuses).unwrap();
+                let known = [GNTST_OKAY, GNTST_BAD_DOMAIN, GNTST_BAD_GNTREF];
+                assert!(statuses.iter().all(|status| known.contains(status)), "{statuses:?}");
+                refused += statuses.iter().filter(|&&status| status != GNTST_OKAY).count();
+            }
+            refused
+        });
+        system.destroy(&two);
+        system.destroy(&one);
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        copier.join().unwrap()
+    });
+    assert!(refused > 0);
+    b.hello().expect("the caller lives");
 }
 
 /// Canaries round every range that a copy may touch.

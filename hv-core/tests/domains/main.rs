@@ -33,8 +33,9 @@ const TESTS: &[Test] = tests! {
     ports: round_trip_between_domains, xsa_355_close_and_rebind, anothers_port, virq_dom_exc_tells_of_every_change,
         xsa_496_error_paths_leave_other_state_alone, xsa_344_many_ports;
     grants: region_map_and_copy, anothers_grant, stale_handles, claims_and_drops, xsa_318_every_status_is_written,
+        copies_from_grant_to_grant,
         xsa_382_nothing_outside_the_buffer, copy_buffers_die_with_the_incarnation;
-    pvh: xsa_18_references_before_any_setup, copy_checks_the_table, xsa_500_entry_changes_during_copies,
+    pvh: xsa_18_references_before_any_setup, copy_checks_the_table, copies_from_table_to_table, xsa_500_entry_changes_during_copies,
         maps_need_udmabuf, lying_backend_is_caught, destroyed_guest_is_released;
     boundaries: sandbox_holds_nothing_else, seccomp_kills, control_api_is_dom0s_alone, wrong_roles;
     fuzz: garbage_on_the_hypercall_socket;

@@ -116,6 +116,49 @@ pub fn copy_checks_the_table() {
     assert_eq!(guest.flags(9), GTF_PERMIT_ACCESS | GTF_READONLY);
 }
 
+/// From a guest's page to another guest's: both tables decide, and no pin is left.
+pub fn copies_from_table_to_table() {
+    let mut system = System::start();
+    let (one, two) = (Guest::new(&mut system, "one"), Guest::new(&mut system, "two"));
+    let back = system.backend("b");
+    let b = back.hv();
+    one.ram.copy_in(5 * PAGE_SIZE, b"in RAM..");
+    for guest in [&one, &two] {
+        guest.grant(8, GTF_PERMIT_ACCESS, back.id, 5);
+        guest.grant(9, GTF_PERMIT_ACCESS | GTF_READONLY, back.id, 5);
+        guest.grant(10, GTF_PERMIT_ACCESS, back.id, (RAM / PAGE_SIZE) as u32);
+        guest.grant(11, GTF_PERMIT_ACCESS, back.id + 1, 5);
+    }
+    let copy = |from, to, offset| copy_one(&b, piece(&one, 0, from, 0, 8).to_other(two.dom.id, to, offset));
+    for (from, to, status) in [
+        (8, 9, GNTST_GENERAL_ERROR),
+        (8, 10, GNTST_BAD_PAGE),
+        (10, 8, GNTST_BAD_PAGE),
+        (8, 11, GNTST_GENERAL_ERROR),
+        (11, 8, GNTST_GENERAL_ERROR),
+        (8, 12, GNTST_GENERAL_ERROR),
+        (8, 600, GNTST_BAD_GNTREF),
+        (600, 8, GNTST_BAD_GNTREF),
+    ] {
+        assert_eq!(copy(from, to, 0), status, "{from} to {to}");
+    }
+    let mut text = [0; 8];
+    two.ram.copy_out(5 * PAGE_SIZE, &mut text);
+    assert_eq!(text, [0; 8]);
+    assert_eq!(copy(9, 8, 4088), GNTST_OKAY, "what may be read is read");
+    two.ram.copy_out(6 * PAGE_SIZE - 8, &mut text);
+    assert_eq!(&text, b"in RAM..");
+    // Both ends are one page.
+    assert_eq!(copy_one(&b, piece(&one, 0, 8, 0, 8).to_other(one.dom.id, 8, 100)), GNTST_OKAY);
+    one.ram.copy_out(5 * PAGE_SIZE + 100, &mut text);
+    assert_eq!(&text, b"in RAM..");
+    for guest in [&one, &two] {
+        assert_eq!(guest.flags(8), GTF_PERMIT_ACCESS, "no pin is left");
+        assert_eq!(guest.flags(9), GTF_PERMIT_ACCESS | GTF_READONLY);
+        assert_eq!(guest.flags(10), GTF_PERMIT_ACCESS);
+    }
+}
+
 /// The guest changes the entry and the page while they are copied: every result is one of the two states, and when all is still
 /// nothing is pinned.
 pub fn xsa_500_entry_changes_during_copies() {

@@ -102,7 +102,7 @@ impl<R: RingMem, J: RingMem> CtrlQueue<R, J> {
             };
             self.ring.respond(slot, status as i16, data);
         }
-        Ok(Progress { worked, notify: self.ring.push(), bytes: 0 })
+        Ok(Progress { worked, notify: self.ring.push(), ..Progress::default() })
     }
 
     /// To be asked before sleeping.

@@ -17,8 +17,9 @@ use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::HvError;
 use domain_kit::journal::JournalError;
 use domain_kit::ring::RingMem;
+use hv_abi::CopyEntry;
 
-use crate::offload::Meta;
+use crate::offload::{MAX_HEADERS, Meta};
 use crate::slots::FatalTx;
 use crate::spool::DamagedSpool;
 
@@ -44,6 +45,40 @@ pub struct Frame {
     pub len: usize,
     /// Checksum and segmentation.
     pub meta: Meta,
+    /// What of it is not there yet.
+    pub away: Away,
+}
+
+impl Frame {
+    /// Bytes of it that are in the arena.
+    pub fn here(&self) -> usize {
+        if self.away.is_nothing() { self.len } else { self.len.min(MAX_HEADERS) }
+    }
+}
+
+/// The end of a packet that is still in its sender's pages: some entries of a list of copies, which would bring it to its place in
+/// the arena, in order. Everything that anybody looks at, the first [`MAX_HEADERS`] bytes, is before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Away {
+    /// The first of them.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl Away {
+    /// The packet is all there.
+    pub const NOTHING: Away = Away { first: 0, count: 0 };
+
+    /// True if so.
+    pub fn is_nothing(self) -> bool {
+        self.count == 0
+    }
+
+    /// The entries, out of the list of all.
+    pub fn of(self, all: &[CopyEntry]) -> &[CopyEntry] {
+        all.get(self.first as usize..(self.first + self.count) as usize).unwrap_or_default()
+    }
 }
 
 /// What became of a packet.
@@ -79,9 +114,19 @@ pub trait World: Copier {
     fn buffer_base(&self) -> u64 {
         0
     }
+    /// Whether the end of large packets is to stay where it is for now.
+    fn leaves_away(&mut self) -> bool {
+        false
+    }
     /// Hands packets on, those of one destination in order, and says in `fates` (as many) what became of each. `commit(i)` is
-    /// called just before anybody can see packet `i`.
-    fn forward(&mut self, frames: &[Frame], fates: &mut [Fate], commit: &mut dyn FnMut(usize));
+    /// called just before anybody can see packet `i`. `away`: what the frames' [`Away`] is about; the same when this returns.
+    fn forward(
+        &mut self,
+        frames: &[Frame],
+        away: &mut Vec<CopyEntry>,
+        fates: &mut [Fate],
+        commit: &mut dyn FnMut(usize),
+    );
     /// Changes the frontend's multicast filter; false if it is full.
     fn multicast(&mut self, add: bool, address: [u8; 6]) -> bool;
 }
@@ -121,6 +166,8 @@ pub struct Progress {
     pub notify: bool,
     /// Bytes handed on.
     pub bytes: usize,
+    /// Many packets, and most of them for nothing: nobody could take them, or they made no sense.
+    pub wasted: bool,
 }
 
 /// True if index `a` comes before `b` on a free-running ring.

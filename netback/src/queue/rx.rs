@@ -8,6 +8,7 @@
 //! number. So recovery knows whether a packet was answered in part.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use domain_kit::grants::CopyBatch;
@@ -111,6 +112,8 @@ pub struct Source<'a, A> {
     pub buffer: u32,
     /// Where the arena begins in what hv-core knows under that number.
     pub base: u64,
+    /// What the packets' [`Away`](super::Away) is about.
+    pub away: &'a [CopyEntry],
 }
 
 /// hv-core's number for an arena, and where that begins in it.
@@ -152,6 +155,8 @@ pub struct Share<'a, R, J, A> {
     pub frames: &'a [RxFrame],
     /// How many of them are delivered.
     pub placed: usize,
+    /// What is not delivered must be in the arena as a whole before there can be another round.
+    pub wants_whole: bool,
     /// Once all are delivered, kept or dropped, or the queue must not be used any more.
     pub over: Option<Result<Delivery, QueueError>>,
 }
@@ -170,7 +175,7 @@ pub fn deliver_round<R: RingMem, J: RingMem, A: RingMem>(
     let mut plans = Vec::with_capacity(shares.len());
     for share in shares.iter_mut() {
         let plan = if share.queue.backlog.waiting().is_empty() {
-            share.queue.plan(batch, (from.buffer, from.base), &share.frames[share.placed..])
+            share.queue.plan(batch, (from.buffer, from.base), from.away, &share.frames[share.placed..])
         } else {
             Ok(Planned::default())
         };
@@ -192,11 +197,25 @@ pub fn deliver_round<R: RingMem, J: RingMem, A: RingMem>(
         let mut at = share.placed;
         let rest = (|| {
             for frame in &share.frames[at..at + plan.packets] {
+                if !frame.frame.away.is_nothing() && !share.queue.all_copied(frame, &batch.statuses) {
+                    // Whose fault it is shows when it is copied in two steps; what is the sender's takes no slot.
+                    share.wants_whole = true;
+                    return Ok(None);
+                }
                 commit(number, at);
                 share.queue.answer(frame, &batch.statuses)?;
                 at += 1;
             }
             if plan.full && at < share.frames.len() {
+                return Ok(None);
+            }
+            let rest = &share.frames[at..];
+            // What is kept must be there; what is dropped need not.
+            if rest
+                .iter()
+                .any(|f| !f.frame.away.is_nothing() && share.queue.backlog.room_for(f.frame.len).is_some())
+            {
+                share.wants_whole = true;
                 return Ok(None);
             }
             share.queue.settle(copier, from, &share.frames[at..], &mut |i| commit(number, at + i)).map(Some)
@@ -232,7 +251,8 @@ pub struct RxQueue<R, J, A> {
     /// How many of the backlog go one at a time, because one of them crashed us.
     careful: usize,
     copy: CopyBatch,
-    parts: Vec<(RxPart, Option<usize>)>,
+    /// Of planned packets, the last first, with their entries in the batch of copies.
+    parts: Vec<(RxPart, Range<usize>)>,
     taken: Vec<Slot>,
     stats: Arc<Stats>,
 }
@@ -367,7 +387,9 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
 
     /// Copies a packet to the backlog; false if there is no room.
     fn keep(&mut self, from: &impl RingMem, frame: &Frame) -> bool {
-        let Some(to) = self.backlog.room_for(frame.len) else { return false };
+        let Some(to) = self.backlog.room_for(frame.len).filter(|_| frame.away.is_nothing()) else {
+            return false;
+        };
         let mut chunk = [0; 2048];
         // With its virtio_net_hdr.
         let (mut source, mut target) = (frame.at - VNET_HDR_LEN, to - VNET_HDR_LEN);
@@ -424,7 +446,7 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         let (base, first) = (self.backlog.base(), self.backlog.handed());
         let mut batch = std::mem::take(&mut self.copy);
         batch.clear();
-        let planned = self.plan(&mut batch, buffer, frames)?.packets;
+        let planned = self.plan(&mut batch, buffer, &[], frames)?.packets;
         if planned > 0 {
             copier.copy(&mut batch)?;
         }
@@ -447,6 +469,7 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         &mut self,
         batch: &mut CopyBatch,
         buffer: Buffer,
+        all_away: &[CopyEntry],
         frames: &[RxFrame],
     ) -> Result<Planned, QueueError> {
         self.parts.clear();
@@ -454,7 +477,8 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         for frame in frames {
             let shape = self.shape_of(frame);
             let slots = shape.slots();
-            if batch.entries.len() + slots > MAX_COPY_ENTRIES {
+            // Each end of a slot or a piece begins another copy at most.
+            if batch.entries.len() + slots + 1 + frame.frame.away.count as usize > MAX_COPY_ENTRIES {
                 planned.full = true;
                 break;
             }
@@ -467,22 +491,52 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
             if needed > self.have.len() {
                 break;
             }
+            let mut away = frame.frame.away.of(all_away);
+            let start = buffer.1 + frame.frame.at as u64;
+            let here = frame.frame.here();
             for index in 0..slots {
                 let part = shape.part(index);
-                let mut entry = None;
+                let first = batch.entries.len();
                 if let RxPart::Data { offset, len, .. } = part {
-                    entry = Some(batch.entries.len());
-                    batch.entries.push(CopyEntry {
-                        domid: self.target.domid,
-                        flags: COPY_TO_GRANT,
-                        gref: gref(self.ring.request(self.have[self.parts.len()])),
-                        offset: self.target.headroom as u16,
-                        len: len as u16,
-                        buffer: buffer.0,
-                        buffer_offset: buffer.1 + (frame.frame.at + offset) as u64,
-                    });
+                    let page = gref(self.ring.request(self.have[self.parts.len()]));
+                    let (mut at, end) = (offset, offset + len);
+                    while at < end {
+                        let to = (self.target.headroom + at - offset) as u16;
+                        if at < here {
+                            let len = end.min(here) - at;
+                            batch.entries.push(CopyEntry {
+                                domid: self.target.domid,
+                                flags: COPY_TO_GRANT,
+                                gref: page,
+                                offset: to,
+                                len: len as u16,
+                                buffer: buffer.0,
+                                buffer_offset: start + at as u64,
+                            });
+                            at += len;
+                            continue;
+                        }
+                        let Some(source) = away.first() else {
+                            return Err(QueueError::Record("a packet's end is missing"));
+                        };
+                        // Where it would be copied to says which bytes it is.
+                        let done = (start + at as u64).checked_sub(source.buffer_offset).map(|n| n as usize);
+                        let Some((done, left)) =
+                            done.and_then(|n| Some((n, usize::from(source.len).checked_sub(n)?)))
+                        else {
+                            return Err(QueueError::Record("a packet's end is in disorder"));
+                        };
+                        let len = left.min(end - at);
+                        let piece =
+                            CopyEntry { offset: source.offset + done as u16, len: len as u16, ..*source };
+                        batch.entries.push(piece.to_other(self.target.domid, page, to));
+                        if len == left {
+                            away = &away[1..];
+                        }
+                        at += len;
+                    }
                 }
-                self.parts.push((part, entry));
+                self.parts.push((part, first..batch.entries.len()));
             }
             planned.packets += 1;
         }
@@ -497,7 +551,7 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         let placing = PLACING | (slots as u64) << 32 | u64::from(start);
         self.ring.journal().mem().store_u64(self.user + U_PLACING, placing);
         for _ in 0..slots {
-            let (Some((part, entry)), Some(slot)) = (self.parts.pop(), self.have.pop_front()) else {
+            let (Some((part, entries)), Some(slot)) = (self.parts.pop(), self.have.pop_front()) else {
                 return Err(QueueError::Record("fewer slots than planned"));
             };
             match part {
@@ -506,7 +560,7 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
                     self.ring.respond(slot, status, aux);
                 }
                 RxPart::Data { len, flags, .. } => {
-                    let copied = entry.is_some_and(|i| statuses.get(i) == Some(&0));
+                    let copied = done(&entries, statuses);
                     if !copied {
                         self.stats.rx_errors.add(1);
                     }
@@ -518,6 +572,12 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
         self.stats.rx_packets.add(1);
         self.stats.rx_bytes.add(frame.frame.len as u64);
         Ok(())
+    }
+
+    /// Whether all copies of the next planned packet were done.
+    fn all_copied(&self, frame: &RxFrame, statuses: &[i16]) -> bool {
+        let parts = self.parts.iter().rev().take(self.shape_of(frame).slots());
+        parts.clone().all(|(part, entries)| matches!(part, RxPart::Extra { .. }) || done(entries, statuses))
     }
 
     /// Another headroom, at most [`crate::slots::MAX_HEADROOM`], from the next packet on.
@@ -558,6 +618,11 @@ impl<R: RingMem, J: RingMem, A: RingMem> RxQueue<R, J, A> {
             }
         }
     }
+}
+
+/// Whether there are copies, and all were done.
+fn done(entries: &Range<usize>, statuses: &[i16]) -> bool {
+    !entries.is_empty() && statuses.get(entries.clone()).is_some_and(|s| s.iter().all(|&status| status == 0))
 }
 
 fn gref(request: &[u8]) -> u32 {

@@ -11,14 +11,18 @@ use domain_kit::ring::{RingLayout, RingMem};
 use hv_abi::{CopyEntry, MAX_COPY_ENTRIES};
 use xen_abi::io::netif::*;
 
-use super::{Fate, Frame, HALF, Progress, QueueError, SCRATCH, World, before};
+use super::{Away, Fate, Frame, HALF, Progress, QueueError, SCRATCH, World, before};
 use crate::offload::{self, MAX_HEADERS, Meta, VNET_HDR_LEN};
 use crate::slots::{self, Kind, KindScanner, MAX_DATA_SLOTS, TxItem, TxPacket};
 use crate::spool::HEADROOM;
 use crate::stats::Stats;
 
+/// From so many packets on, a run of which more than half were for nothing is [`Progress::wasted`].
+const MANY: u32 = 32;
 /// Packets for which one round of grant copies is made.
 const MAX_BATCH: usize = 128;
+/// The end of a packet that is longer may stay in the frontend's pages until it is known whom it is for.
+const LARGE: usize = 4096;
 /// Bytes of the arena that a packet takes at most.
 const MAX_TX: usize = HEADROOM + 65536;
 /// First byte of the arena's half for this direction.
@@ -95,6 +99,7 @@ struct Job {
     arena: usize,
     /// Its entries in the batch of copies.
     copies: std::ops::Range<usize>,
+    away: Away,
 }
 
 /// The tx direction of one queue.
@@ -115,7 +120,11 @@ pub struct TxQueue<R, J> {
     /// For each frame the index of its job's first request.
     firsts: Vec<u32>,
     copy: CopyBatch,
+    /// The copies of what [`World::leaves_away`].
+    away: Vec<CopyEntry>,
     raw: Vec<TxSlot>,
+    /// Packets of this run: all, and those that nobody got.
+    counts: (u32, u32),
     stats: Arc<Stats>,
 }
 
@@ -197,7 +206,9 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
             fates: Vec::new(),
             firsts: Vec::new(),
             copy: CopyBatch::default(),
+            away: Vec::new(),
             raw: Vec::new(),
+            counts: (0, 0),
             stats,
         }
     }
@@ -227,10 +238,12 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         self.scanner = scanner;
         self.pending.extend(taken);
         let mut progress = Progress { worked: !self.pending.is_empty() && budget > 0, ..Progress::default() };
+        self.counts = (0, 0);
         while !self.pending.is_empty() && progress.bytes < budget {
             progress.bytes += self.batch(world, budget - progress.bytes)?;
             progress.notify |= self.ring.push();
         }
+        progress.wasted = self.counts.0 >= MANY && self.counts.1 * 2 > self.counts.0;
         // What recovery answered, with nothing else to do.
         progress.notify |= self.ring.push();
         Ok(progress)
@@ -247,7 +260,8 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         for &slot in &self.pending {
             self.raw.push(slot_of(self.ring.request(slot)));
         }
-        self.gather(world.copy_ids(), world.buffer_base(), budget)?;
+        let leave = world.leaves_away();
+        self.gather(world.copy_ids(), world.buffer_base(), budget, leave)?;
         if !self.copy.entries.is_empty() {
             world.copy(&mut self.copy)?;
         }
@@ -258,10 +272,17 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         Ok(sent)
     }
 
-    /// Makes jobs of as many packets as fit one round.
-    fn gather(&mut self, (domid, buffer): (u16, u32), base: u64, budget: usize) -> Result<(), QueueError> {
+    /// Makes jobs of as many packets as fit one round; `leave`: of large ones only what has to be looked at is copied.
+    fn gather(
+        &mut self,
+        (domid, buffer): (u16, u32),
+        base: u64,
+        budget: usize,
+        leave: bool,
+    ) -> Result<(), QueueError> {
         self.jobs.clear();
         self.copy.clear();
+        self.away.clear();
         let limit = if self.careful > 0 { 1 } else { MAX_BATCH };
         let (mut at, mut arena, mut bytes) = (0, ARENA_START, 0);
         while bytes < budget
@@ -278,6 +299,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                 task: Task::Refuse,
                 arena: arena + HEADROOM,
                 copies: self.copy.entries.len()..0,
+                away: Away { first: self.away.len() as u32, count: 0 },
             };
             if self.marked.contains(&self.ring.req_index(first)) {
                 job.task = Task::Done;
@@ -289,17 +311,29 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                     Ok(TxItem::Multicast { add, address }) => job.task = Task::Multicast { add, address },
                     Ok(TxItem::Packet(packet)) => {
                         let mut to = base + job.arena as u64;
+                        // Bytes that are copied now.
+                        let mut now = if leave && packet.len > LARGE { MAX_HEADERS } else { packet.len };
                         for f in packet.fragments.iter().filter(|f| f.len > 0) {
-                            self.copy.entries.push(CopyEntry {
-                                domid,
-                                flags: 0,
-                                gref: f.gref,
-                                offset: f.offset,
-                                len: f.len,
-                                buffer,
-                                buffer_offset: to,
-                            });
-                            to += u64::from(f.len);
+                            let head = now.min(f.len.into()) as u16;
+                            now -= usize::from(head);
+                            for (list, offset, len) in [
+                                (&mut self.copy.entries, f.offset, head),
+                                (&mut self.away, f.offset + head, f.len - head),
+                            ] {
+                                if len > 0 {
+                                    let (gref, buffer_offset) = (f.gref, to);
+                                    list.push(CopyEntry {
+                                        domid,
+                                        flags: 0,
+                                        gref,
+                                        offset,
+                                        len,
+                                        buffer,
+                                        buffer_offset,
+                                    });
+                                    to += u64::from(len);
+                                }
+                            }
                         }
                         arena = ((to - base) as usize).next_multiple_of(64);
                         bytes += packet.len;
@@ -309,6 +343,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                 }
             }
             job.copies.end = self.copy.entries.len();
+            job.away.count = self.away.len() as u32 - job.away.first;
             self.jobs.push(job);
             at += slots;
         }
@@ -337,7 +372,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                     if let Some(meta) = meta {
                         crate::fault::look(packet.len);
                         bytes += packet.len;
-                        self.frames.push(Frame { at: job.arena, len: packet.len, meta });
+                        self.frames.push(Frame { at: job.arena, len: packet.len, meta, away: job.away });
                         self.firsts.push(self.ring.req_index(self.pending[first]));
                     } else {
                         job.task = Task::Refuse;
@@ -350,7 +385,7 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
         let (journal, at, firsts) = (self.ring.journal().mem(), self.handed_at, &self.firsts);
         let size = self.ring.ring().layout().size;
         if !self.frames.is_empty() {
-            world.forward(&self.frames, &mut self.fates, &mut |i| {
+            world.forward(&self.frames, &mut self.away, &mut self.fates, &mut |i| {
                 journal.store_u32(mark_at(at, firsts[i], size), firsts[i]);
             });
         }
@@ -398,6 +433,8 @@ impl<R: RingMem, J: RingMem> TxQueue<R, J> {
                     }
                 }
             };
+            self.counts.0 += 1;
+            self.counts.1 += u32::from(status != NETIF_RSP_OKAY);
             let mut scanner = KindScanner::default();
             for _ in 0..job.slots {
                 let Some(slot) = self.pending.pop_front() else { break };

@@ -10,7 +10,7 @@ use super::{Lane, Origin, Switch, Table, Verdict};
 use crate::headers::{ETH_LEN, Headers};
 use crate::offload::{self, Family, MAX_HEADERS, VNET_HDR_LEN, VnetHdr};
 use crate::queue::rx::{RxFrame, Share, Source, deliver_round};
-use crate::queue::{Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
+use crate::queue::{Away, Fate, Frame, QueueError, SCRATCH, SCRATCH_BYTES};
 use crate::segment;
 use crate::slots::{MAX_DATA_SLOTS, RxShape};
 use crate::spool::HEADROOM;
@@ -38,6 +38,25 @@ impl<'t> Run<'t> {
     pub(super) fn push(&mut self, i: usize, frame: RxFrame) {
         self.frames.push(frame);
         self.numbers.push(i);
+    }
+
+    /// Fetches what is away of packets that are not delivered yet; those of which it does not come are refused.
+    fn complete(&mut self, lane: &mut Lane, fates: &mut [Fate]) {
+        let away = |frame: &RxFrame| Some(frame.frame.away).filter(|away| !away.is_nothing());
+        let which: Vec<Away> = self.frames.iter().skip(self.placed).filter_map(away).collect();
+        let mut came = lane.fetch(&which).into_iter();
+        let frames = std::mem::take(&mut self.frames);
+        let numbers = std::mem::take(&mut self.numbers);
+        for (k, (mut frame, i)) in frames.into_iter().zip(numbers).enumerate() {
+            if k >= self.placed && !frame.frame.away.is_nothing() {
+                if !came.next().unwrap_or(false) {
+                    fates[i] = Fate::Refused;
+                    continue;
+                }
+                frame.frame.away = Away::NOTHING;
+            }
+            self.push(i, frame);
+        }
     }
 
     /// The vif's slot, and the queue.
@@ -184,7 +203,7 @@ impl Switch {
             if !wanted || !heard {
                 continue;
             }
-            match to_port(table, slot, &lane.arena, frame, bytes) {
+            match to_port(table, slot, frame, bytes) {
                 Verdict::Port { queue, hash, frame, segment: false, .. } => {
                     self.give(port, queue, lane, vec![RxFrame { frame, hash }]);
                 }
@@ -227,7 +246,9 @@ fn deliver_rings(
         locked.extend(guard.map(|guard| (number, guard)));
     }
     let arena = lane.arena.clone();
-    let source = Source { arena: &arena, buffer: lane.buffer, base: arena.absolute(0) as u64 };
+    let away = std::mem::take(&mut lane.away);
+    let base = arena.absolute(0) as u64;
+    let source = Source { arena: &arena, buffer: lane.buffer, base, away: &away };
     let mut copies = std::mem::take(&mut lane.copies);
     // Given up, or over in this round; then whether the frontend is to be notified, or why the queue fails.
     let mut over: Vec<(usize, Result<bool, String>)> = Vec::new();
@@ -236,7 +257,13 @@ fn deliver_rings(
         let run = &runs[*number];
         match guard.as_mut() {
             Some(queue) => {
-                shares.push(Share { queue, frames: &run.frames, placed: run.placed, over: None });
+                shares.push(Share {
+                    queue,
+                    frames: &run.frames,
+                    placed: run.placed,
+                    wants_whole: false,
+                    over: None,
+                });
                 numbers.push(*number);
             }
             None => over.push((*number, Ok(false))),
@@ -246,10 +273,15 @@ fn deliver_rings(
         commit(runs[numbers[share]].numbers[i]);
     });
     let mut broken = Vec::new();
-    let outcomes: Vec<_> = shares.into_iter().map(|share| (share.placed, share.over)).collect();
-    for (&number, (placed, result)) in numbers.iter().zip(outcomes) {
+    let outcomes: Vec<_> =
+        shares.into_iter().map(|share| (share.placed, share.wants_whole, share.over)).collect();
+    let mut incomplete = Vec::new();
+    for (&number, (placed, wants_whole, result)) in numbers.iter().zip(outcomes) {
         let run = &mut runs[number];
         run.placed = placed;
+        if wants_whole {
+            incomplete.push(number);
+        }
         match result {
             None => {}
             Some(Ok(delivery)) => {
@@ -273,7 +305,11 @@ fn deliver_rings(
         }
     }
     lane.copies = copies;
+    lane.away = away;
     drop(locked);
+    for number in incomplete {
+        runs[number].complete(lane, fates);
+    }
     for (number, result) in &over {
         let port = runs[*number].port;
         match result {
@@ -292,11 +328,11 @@ fn deliver_rings(
 fn put(arena: &Span, at: usize, bytes: &[u8]) -> Frame {
     arena.copy_in(at + HEADROOM - VNET_HDR_LEN, &VnetHdr::default().to_bytes());
     arena.copy_in(at + HEADROOM, bytes);
-    Frame { at: at + HEADROOM, len: bytes.len(), meta: offload::Meta::default() }
+    Frame { at: at + HEADROOM, len: bytes.len(), meta: offload::Meta::default(), away: Away::NOTHING }
 }
 
 /// Finishes a blank checksum.
-fn finish(arena: &Span, frame: &mut Frame) {
+pub(super) fn finish(arena: &Span, frame: &mut Frame) {
     let mut packet = vec![0; frame.len];
     arena.copy_out(frame.at, &mut packet);
     if let Ok((at, value)) = offload::finish_checksum(&packet) {
@@ -308,12 +344,12 @@ fn finish(arena: &Span, frame: &mut Frame) {
 }
 
 /// Makes a packet such as a port can take it, and chooses its queue.
-pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, bytes: &[u8]) -> Verdict {
+pub(super) fn to_port(table: &Table, slot: u16, frame: &Frame, bytes: &[u8]) -> Verdict {
     let Some(port) = table.ports.get(&slot) else { return Verdict::Drop(Denied::NoWay) };
     let offloads = &port.offloads;
     let h = Headers::parse(bytes);
     let (queue, hash) = port.hash().queue(&h, port.queues.len());
-    let mut frame = *frame;
+    let frame = *frame;
     let csum = if offload::is_ipv6(bytes) { offloads.csum_ipv6 } else { offloads.csum };
     if let Some(gso) = frame.meta.gso {
         let can = offloads.sg
@@ -328,19 +364,17 @@ pub(super) fn to_port(table: &Table, slot: u16, arena: &Span, frame: &Frame, byt
             return Verdict::Unfit;
         }
         if !can {
-            return Verdict::Port { slot, queue, hash: None, frame, segment: true };
+            return Verdict::Port { slot, queue, hash: None, frame, segment: true, finish: false };
         }
     } else if frame.len > port.settings().mtu as usize + ETH_LEN + 4 {
         port.stats.rx_dropped.add(1);
         return Verdict::Unfit;
     }
-    if frame.meta.csum_blank && !csum {
-        finish(arena, &mut frame);
-    }
+    let finish = frame.meta.csum_blank && !csum;
     let shape = RxShape { len: frame.len, meta: frame.meta, hash, headroom: port.headroom() };
     if shape.data_slots() > MAX_DATA_SLOTS || (shape.data_slots() > 1 && !offloads.sg) {
         port.stats.rx_dropped.add(1);
         return Verdict::Unfit;
     }
-    Verdict::Port { slot, queue, hash, frame, segment: false }
+    Verdict::Port { slot, queue, hash, frame, segment: false, finish }
 }

@@ -20,6 +20,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use domain_kit::grants::CopyBatch;
 use domain_kit::hypercall::{HvError, Hypercall};
 use domain_kit::ring::RingMem;
+use hv_abi::CopyEntry;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::Captures;
@@ -29,7 +30,7 @@ use crate::names::Names;
 use crate::offload::MAX_HEADERS;
 use crate::qubes::Sources;
 use crate::queue::rx::RxFrame;
-use crate::queue::{Copier, Fate, Frame};
+use crate::queue::{Away, Copier, Fate, Frame};
 use crate::slots::PacketHash;
 use crate::stats::Stats;
 use crate::tap::Tap;
@@ -70,14 +71,47 @@ pub struct Lane {
     pub hv: Hypercall,
     /// Packets are to be handed on as they came, whomever they are for: whoever marks them knows no other order.
     pub in_order: bool,
+    /// What the packets' [`Away`] is about that are being handed on.
+    pub away: Vec<CopyEntry>,
+    /// So many rounds more, packets are copied as a whole at once.
+    whole: u32,
     /// Copies of a round, here to keep its memory.
     copies: CopyBatch,
 }
 
+/// Rounds in which packets are copied as a whole at once after one that had to be fetched: what follows is mostly for the same.
+const WHOLE_ROUNDS: u32 = 32;
+
 impl Lane {
     /// One with these.
     pub fn new(arena: Span, buffer: u32, hv: Hypercall) -> Lane {
-        Lane { arena, buffer, hv, in_order: false, copies: CopyBatch::default() }
+        let (away, copies) = (Vec::new(), CopyBatch::default());
+        Lane { arena, buffer, hv, in_order: false, away, whole: 0, copies }
+    }
+
+    /// Whether the end of large packets is to stay in their sender's pages this time.
+    pub fn leaves_away(&mut self) -> bool {
+        let whole = self.whole > 0;
+        self.whole = self.whole.saturating_sub(1);
+        !whole
+    }
+
+    /// Fetches what is away of packets, with one round of copies; says of each whether it is there now.
+    fn fetch(&mut self, which: &[Away]) -> Vec<bool> {
+        self.whole = WHOLE_ROUNDS;
+        let mut batch = CopyBatch::default();
+        let mut ranges = Vec::with_capacity(which.len());
+        for away in which {
+            let first = batch.entries.len();
+            batch.entries.extend_from_slice(away.of(&self.away));
+            ranges.push(first..batch.entries.len());
+        }
+        if let Err(error) = batch.run(&self.hv) {
+            tracing::error!(%error, "grant copy");
+            return vec![false; which.len()];
+        }
+        let came = |range| batch.statuses.get(range).is_some_and(|s: &[i16]| s.iter().all(|&s| s == 0));
+        ranges.into_iter().map(came).collect()
     }
 }
 
@@ -193,6 +227,8 @@ enum Verdict {
         hash: Option<PacketHash>,
         frame: Frame,
         segment: bool,
+        /// Its checksum is to be made first.
+        finish: bool,
     },
     Uplink,
     Flood,
@@ -200,6 +236,20 @@ enum Verdict {
     Answer(Vec<u8>),
     /// It cannot be given to whom it is for.
     Unfit,
+}
+
+impl Verdict {
+    /// Whether it cannot be carried out without all of the packet's bytes.
+    fn wants_whole(&self, table: &Table) -> bool {
+        match self {
+            Verdict::Uplink | Verdict::Flood => true,
+            Verdict::Port { slot, queue, segment, finish, .. } => {
+                let handle = table.ports.get(slot).and_then(|port| port.queues.get(*queue));
+                *segment || *finish || handle.is_some_and(|handle| handle.vhost.is_some())
+            }
+            Verdict::Drop(_) | Verdict::Answer(_) | Verdict::Unfit => false,
+        }
+    }
 }
 
 /// Seconds of a clock that goes on when processes end.
@@ -227,6 +277,11 @@ impl Switch {
     /// The same, with copies for these.
     pub fn with_captures(self, captures: Arc<Captures>) -> Switch {
         Switch { captures, ..self }
+    }
+
+    /// Whether anybody captures packets.
+    pub fn captures(&self) -> bool {
+        self.captures.any()
     }
 
     fn table(&self) -> Arc<Table> {
@@ -381,9 +436,11 @@ impl Switch {
         if let Origin::Vif(port) = origin {
             self.captures.add(port.id, false, &lane.arena, frames.iter());
         }
+        let mut verdicts: Vec<Verdict> =
+            frames.iter().map(|frame| self.decide(&table, origin, &lane.arena, frame, now)).collect();
+        complete(&table, lane, frames, &mut verdicts, fates);
         let mut runs: Vec<Run<'_>> = Vec::new();
-        for (i, frame) in frames.iter().enumerate() {
-            let verdict = self.decide(&table, origin, &lane.arena, frame, now);
+        for (i, (frame, verdict)) in frames.iter().zip(verdicts).enumerate() {
             let to = match &verdict {
                 Verdict::Port { slot, queue, segment: false, .. } => Some((*slot, *queue)),
                 _ => None,
@@ -394,7 +451,10 @@ impl Switch {
                 self.deliver(&mut runs, lane, fates, commit);
             }
             match verdict {
-                Verdict::Port { slot, queue, hash, frame, segment: false } => {
+                Verdict::Port { slot, queue, hash, mut frame, segment: false, finish } => {
+                    if finish {
+                        deliver::finish(&lane.arena, &mut frame);
+                    }
                     let frame = RxFrame { frame, hash };
                     match runs.iter_mut().find(|run| run.to() == (slot, queue)) {
                         Some(run) => run.push(i, frame),
@@ -412,7 +472,8 @@ impl Switch {
                 }
                 Verdict::Flood => {
                     commit(i);
-                    self.flood(&table, origin, lane, frame);
+                    let frame = Frame { away: Away::NOTHING, ..*frame };
+                    self.flood(&table, origin, lane, &frame);
                     fates[i] = Fate::Sent;
                 }
                 Verdict::Answer(bytes) => {
@@ -456,6 +517,8 @@ impl Switch {
             Target::Uplink => Verdict::Uplink,
             Target::Flood => Verdict::Flood,
             Target::Answer(answer) => Verdict::Answer(answer),
+            // No such request is that long.
+            Target::Dhcp if !frame.away.is_nothing() => Verdict::Drop(Denied::NoWay),
             Target::Dhcp => {
                 let mut whole = vec![0; frame.len.min(dhcp::MAX_FRAME)];
                 arena.copy_out(frame.at, &mut whole);
@@ -465,7 +528,7 @@ impl Switch {
                 };
                 answer.map_or(Verdict::Drop(Denied::NoWay), Verdict::Answer)
             }
-            Target::Port(slot) => to_port(table, slot, arena, frame, bytes),
+            Target::Port(slot) => to_port(table, slot, frame, bytes),
             Target::Route { slot, gateway } => {
                 let mac = table.ports.get(&slot).and_then(|p| p.settings().mac);
                 let Some(mac) = mac.filter(|_| answer::hop(bytes)) else {
@@ -474,7 +537,7 @@ impl Switch {
                 bytes[..6].copy_from_slice(&mac);
                 bytes[6..12].copy_from_slice(&gateway);
                 arena.copy_in(frame.at, bytes);
-                to_port(table, slot, arena, frame, bytes)
+                to_port(table, slot, frame, bytes)
             }
         }
     }
@@ -617,6 +680,26 @@ impl Switch {
             return answer.map_or(no_way, Target::Answer);
         }
         table.by_mac.get(&h.dst()).map_or(no_way, |&slot| Target::Port(slot))
+    }
+}
+
+/// Fetches what is away of those packets for which that must be done; what does not come is refused.
+fn complete(table: &Table, lane: &mut Lane, frames: &[Frame], verdicts: &mut [Verdict], fates: &mut [Fate]) {
+    let wants = |(frame, verdict): (&Frame, &Verdict)| !frame.away.is_nothing() && verdict.wants_whole(table);
+    let wanted: Vec<usize> = (0..frames.len()).filter(|&i| wants((&frames[i], &verdicts[i]))).collect();
+    if wanted.is_empty() {
+        return;
+    }
+    let which: Vec<Away> = wanted.iter().map(|&i| frames[i].away).collect();
+    for (i, came) in wanted.into_iter().zip(lane.fetch(&which)) {
+        match &mut verdicts[i] {
+            Verdict::Port { frame, .. } if came => frame.away = Away::NOTHING,
+            _ if came => {}
+            verdict => {
+                *verdict = Verdict::Unfit;
+                fates[i] = Fate::Refused;
+            }
+        }
     }
 }
 

@@ -66,7 +66,7 @@ impl Net {
 
     fn decide_at(&self, origin: Origin<'_>, bytes: &[u8], now: u32) -> Verdict {
         self.arena.copy_in(64, bytes);
-        let frame = Frame { at: 64, len: bytes.len(), meta: offload::Meta::default() };
+        let frame = Frame { at: 64, len: bytes.len(), meta: offload::Meta::default(), away: Away::NOTHING };
         self.switch.decide(&self.switch.table(), origin, &self.arena, &frame, now)
     }
 
@@ -223,7 +223,7 @@ fn addresses_that_the_domain_gives() {
     let ask = |port: &Port, n: u8, kind, wish| {
         let frame = dhcp::tests::request(&client(n), kind, wish, none);
         net.arena.copy_in(64, &frame);
-        let frame = Frame { at: 64, len: frame.len(), meta: offload::Meta::default() };
+        let frame = Frame { at: 64, len: frame.len(), meta: offload::Meta::default(), away: Away::NOTHING };
         let table = net.switch.table();
         match net.switch.decide(&table, Origin::Vif(port), &net.arena, &frame, seconds()) {
             Verdict::Answer(bytes) => {

@@ -10,7 +10,7 @@ use domain_kit::vhost::session::{Call, clear_kick};
 
 use super::{HDR, Shared};
 use crate::offload::{self, MAX_HEADERS, VNET_HDR_LEN, VnetHdr};
-use crate::queue::{Fate, Frame, SCRATCH};
+use crate::queue::{Away, Fate, Frame, SCRATCH};
 use crate::slots::{MAX_RX_PACKET, MIN_PACKET};
 use crate::spool::HEADROOM;
 use crate::switch::port::{Port, lock};
@@ -181,5 +181,5 @@ fn fetch(chain: &Chain, arena: &Span, at: usize) -> Option<Frame> {
         arena.copy_in(at + offset, &value);
     }
     crate::fault::look(len);
-    Some(Frame { at, len, meta: offload::from_tap(out.hdr) })
+    Some(Frame { at, len, meta: offload::from_tap(out.hdr), away: Away::NOTHING })
 }

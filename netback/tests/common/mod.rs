@@ -1,5 +1,6 @@
 //! A frontend that believes nothing: its pages are granted for as long as netif says and no longer, and every response is held
 //! against the request that it answers.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -24,7 +25,7 @@ pub fn deliver<R: RingMem, J: RingMem, A: RingMem>(
     commit: &mut dyn FnMut(usize),
 ) -> Result<Delivery, QueueError> {
     let mut batch = CopyBatch::default();
-    let mut shares = [Share { queue, frames, placed: 0, over: None }];
+    let mut shares = [Share { queue, frames, placed: 0, wants_whole: false, over: None }];
     loop {
         deliver_round(copier, &mut batch, from, &mut shares, &mut |_, i| commit(i));
         if let Some(result) = shares[0].over.take() {
@@ -57,6 +58,11 @@ impl Pages {
     /// Whether any page is still granted for reading: a sent packet that was not answered.
     pub fn unanswered(&self) -> usize {
         self.0.borrow().values().filter(|page| !page.writable).count()
+    }
+
+    /// The guest fills all its sent pages with this.
+    pub fn scribble(&self, byte: u8) {
+        self.0.borrow_mut().values_mut().filter(|page| !page.writable).for_each(|page| page.bytes.fill(byte));
     }
 
     /// Carries a copy out as hv-core does. A copy from or to a page that is not granted (any more), to one granted for reading,
