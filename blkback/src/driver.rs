@@ -487,9 +487,6 @@ impl BackendDriver for Vbd {
             _ => {}
         }
         let sectors = disk.geometry().sectors;
-        if let Served::Vhost(device) = served {
-            device.tell_size(sectors);
-        }
         if node.back_number::<u64>(node::SECTORS)?.is_some_and(|told| told != sectors) {
             tracing::info!(device = %node.key, sectors, "the disk has another size");
             // The state is written again for the frontend's watch: it then reads the size anew (Linux's blkfront does).

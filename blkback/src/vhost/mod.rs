@@ -15,15 +15,14 @@
 mod request;
 mod ring;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use domain_kit::hypercall::Hypercall;
 use domain_kit::mem::SharedMem;
 use domain_kit::vhost::line::Line;
-use domain_kit::vhost::peek::BackChannel;
 use domain_kit::vhost::session;
 use domain_kit::vhost::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use domain_kit::xenbus::DeviceKey;
@@ -48,7 +47,6 @@ const NOTE_BYTES: usize = 4096;
 const NOTE_INSTANCE: usize = 0;
 const NOTE_READ_ONLY: usize = 4;
 const NOTE_KNOWN: usize = 8;
-const NOTE_SECTORS: usize = 48;
 const NOTE_LIMITS: usize = 16;
 const NOTE_RESOURCE_LEN: usize = 64;
 const NOTE_RESOURCE: usize = 72;
@@ -82,7 +80,7 @@ pub struct VhostDevice {
     pub wanted: Wanted,
     limiter: Arc<Limiter>,
     rings: Arc<Rings>,
-    note: Arc<SharedMem>,
+    note: SharedMem,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -92,8 +90,6 @@ struct Rings {
     stats: Vec<Arc<Stats>>,
     controls: Vec<Arc<RingControl>>,
     line: Line,
-    /// Where the frontend hears that the size is another.
-    channel: Mutex<Option<BackChannel>>,
 }
 
 /// Devices that a previous incarnation served and whose frontends are still there.
@@ -154,7 +150,6 @@ impl VhostDevice {
     ) -> Result<VhostDevice, AttachError> {
         let hv = &domain.hv;
         let (note, _) = fdstore::kept_memory(hv, &note_name(wanted.key), NOTE_BYTES)?;
-        let note = Arc::new(note);
         note.store_u32(NOTE_INSTANCE, wanted.instance, Relaxed);
         note.store_u32(NOTE_READ_ONLY, wanted.read_only.into(), Relaxed);
         note.store_u32(NOTE_RESOURCE_LEN, wanted.resource.len() as u32, Relaxed);
@@ -170,18 +165,17 @@ impl VhostDevice {
         let controls = controls.collect::<Result<Vec<_>, AttachError>>()?;
         let stats: Vec<_> = (0..QUEUES).map(|_| Arc::new(Stats::default())).collect();
         stats.iter().for_each(|s| s.drain_us.set(disk.fence().drain.as_micros() as u64));
-        let rings = Arc::new(Rings { stats, controls, line: Line::default(), channel: Mutex::default() });
+        let rings = Arc::new(Rings { stats, controls, line: Line::default() });
         let common =
             Common { disk: disk.clone(), limiter: limiter.clone(), read_only: wanted.read_only, no_space };
         let hv = hv.new_channel()?;
         let crashed = domain.predecessor_crashed();
         let thread = {
             let (rings, resource, key) = (rings.clone(), wanted.resource.clone(), wanted.key);
-            let note = note.clone();
             std::thread::Builder::new()
                 .name(note_name(key))
                 .stack_size(256 << 10)
-                .spawn(move || talk(&hv, &resource, key, &rings, &note, &common, crashed))
+                .spawn(move || talk(&hv, &resource, key, &rings, &common, crashed))
                 .map_err(|e| AttachError::Os("thread", e))?
         };
         Ok(VhostDevice { wanted, limiter, rings, note, thread: Some(thread) })
@@ -206,19 +200,6 @@ impl VhostDevice {
         self.limiter.set(limits)
     }
 
-    /// Tells the frontend if the disk has another size than it was told last, in this life or a former one. It asks for the size then; it
-    /// does not before its driver is there.
-    pub fn tell_size(&self, sectors: u64) {
-        let told = self.note.load_u64(NOTE_SECTORS, Relaxed);
-        let channel = self.rings.channel.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(channel) = channel.as_ref()
-            && told != sectors
-        {
-            let said = channel.config_changed();
-            tracing::debug!(device = %self.wanted.key, sectors, said, "the disk has another size");
-        }
-    }
-
     /// The frontend knows that it is connected: the next incarnation may serve it before it has seen the store.
     pub fn known(&self) {
         self.note.store_u32(NOTE_KNOWN, 1, Relaxed);
@@ -239,21 +220,11 @@ impl VhostDevice {
 }
 
 /// The session's thread.
-fn talk(
-    hv: &Hypercall,
-    resource: &str,
-    key: DeviceKey,
-    rings: &Rings,
-    note: &SharedMem,
-    common: &Common,
-    crashed: bool,
-) {
+fn talk(hv: &Hypercall, resource: &str, key: DeviceKey, rings: &Rings, common: &Common, crashed: bool) {
     let mut crashed = crashed;
     rings.line.keep(hv, resource, key, |stream| {
-        let mut device = Served { key, rings, note, common, threads: Vec::new() };
-        let result = session::serve(stream, &mut device, std::mem::take(&mut crashed));
-        rings.channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-        result
+        let mut device = Served { key, rings, common, threads: Vec::new() };
+        session::serve(stream, &mut device, std::mem::take(&mut crashed))
     });
     tracing::info!(device = %key, "no longer served");
 }
@@ -262,7 +233,6 @@ fn talk(
 struct Served<'a> {
     key: DeviceKey,
     rings: &'a Rings,
-    note: &'a SharedMem,
     common: &'a Common,
     threads: Vec<(u16, Arc<RingControl>, JoinHandle<u16>)>,
 }
@@ -279,13 +249,7 @@ impl session::Device for Served<'_> {
     }
 
     fn config(&self) -> Option<Vec<u8>> {
-        let geometry = self.common.disk.geometry();
-        self.note.store_u64(NOTE_SECTORS, geometry.sectors, Relaxed);
-        Some(request::config(&geometry, QUEUES))
-    }
-
-    fn channel(&mut self, channel: BackChannel) {
-        *self.rings.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        Some(request::config(&self.common.disk.geometry(), QUEUES))
     }
 
     fn inflight(&self) -> bool {

@@ -6,7 +6,6 @@
 //! | [`queue`] | a split virtqueue (virtio 1.2, 2.7) from the device's end |
 //! | [`inflight`] | which requests are under way, in memory that outlives the process (vhost-user's INFLIGHT_SHMFD) |
 //! | [`mod@line`] | the line to the frontend: dialled again whenever it hung up |
-//! | [`peek`] | a look at the next message, and the channel for what is said unasked |
 //! | [`session`] | the conversation: messages in, rings started and stopped |
 //!
 //! The frontend listens, the backend dials in: then a backend that was killed is back at once, and not after the frontend's own reconnection
@@ -20,7 +19,6 @@
 pub mod inflight;
 pub mod line;
 pub mod memory;
-pub mod peek;
 pub mod queue;
 pub mod session;
 

@@ -8,17 +8,17 @@
 //! ```
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{BackendReqHandler, Error, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
 use super::inflight::{Inflight, region_bytes};
 use super::memory::{GuestMemory, RegionInfo, must_not_shrink};
-use super::peek::{self, BackChannel, Next};
 use super::queue::{Queue, QueueAddresses};
 use super::{F_PROTOCOL_FEATURES, MAX_QUEUE_SIZE};
 use crate::mem::{SharedMem, sealed_memfd};
@@ -80,8 +80,6 @@ pub trait Device {
     fn queues(&self) -> u16;
     /// The configuration space, if the backend has it.
     fn config(&self) -> Option<Vec<u8>>;
-    /// The frontend listens here for what is said unasked, from now on. Only if there is a configuration space.
-    fn channel(&mut self, _channel: BackChannel) {}
     /// Whether requests under way outlive this process.
     fn inflight(&self) -> bool;
     /// Serves a ring from now on.
@@ -141,15 +139,7 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
     let peeked = stream.try_clone().map_err(|e| format!("the connection: {e}"))?;
     let mut messages = BackendReqHandler::from_stream(stream, handler.clone());
     let result = loop {
-        let mut enable = None;
-        match peek::next(&peeked) {
-            Next::Enable(index, wish) => enable = Some((index, wish)),
-            // The crate's own knows nothing of changes of the configuration, and goes when it is not kept.
-            Next::Channel(channel) => {
-                handler.lock().unwrap_or_else(PoisonError::into_inner).device.channel(channel);
-            }
-            Next::Other => {}
-        }
+        let enable = peek_enable(&peeked);
         match messages.handle_request() {
             Ok(()) => {}
             // QEMU's virtio-net enables its queues before it says which features it takes. The crate has taken the message and refuses it.
@@ -173,6 +163,21 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
         let _told_if_it_hangs = handler.stop(index);
     }
     result
+}
+
+/// The queue and the wish, if the next message is SET_VRING_ENABLE. Waits for it as whoever reads it would.
+fn peek_enable(stream: &UnixStream) -> Option<(u32, bool)> {
+    /// Request, flags, length; queue, wish.
+    const LEN: usize = 12 + 8;
+    let mut message = [0; LEN];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+    let word = |m: &[u8; LEN], at: usize| u32::from_ne_bytes([m[at], m[at + 1], m[at + 2], m[at + 3]]);
+    recv(stream.as_raw_fd(), &mut message[..12], flags).ok().filter(|n| *n == 12)?;
+    if word(&message, 0) != FrontendReq::SET_VRING_ENABLE as u32 || word(&message, 8) != 8 {
+        return None;
+    }
+    recv(stream.as_raw_fd(), &mut message, flags).ok().filter(|n| *n == LEN)?;
+    Some((word(&message, 12), word(&message, 16) == 1))
 }
 
 impl<D: Device> Handler<'_, D> {
@@ -388,7 +393,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
         let mut all = VhostUserProtocolFeatures::MQ;
         if self.device.config().is_some() {
-            all |= VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ;
+            all |= VhostUserProtocolFeatures::CONFIG;
         }
         if self.device.inflight() {
             all |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
@@ -576,6 +581,20 @@ mod tests {
     const SET_FEATURES: u32 = 2;
     const SET_OWNER: u32 = 3;
     const ENABLE: u32 = 18;
+
+    #[test]
+    fn an_enable_is_seen_before_it_is_read() {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(ENABLE, &[1, 1])).unwrap();
+        assert_eq!(peek_enable(&ours), Some((1, true)));
+        assert_eq!(peek_enable(&ours), Some((1, true)), "it is still there");
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(SET_OWNER, &[])).unwrap();
+        assert_eq!(peek_enable(&ours), None);
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        let (_, ours) = UnixStream::pair().unwrap();
+        assert_eq!(peek_enable(&ours), None, "nobody there");
+    }
 
     #[test]
     fn queues_are_enabled_before_features_are_taken() {
