@@ -75,6 +75,23 @@ impl Outside {
         })?
     }
 
+    /// Makes another network with an uplink into it, number `n` from 1: gives the uplink's name. The outside has the address 10.77.`n`.1
+    /// and fd77:`n`::1 there.
+    ///
+    /// # Errors
+    /// In words: no veth support, no `ip` program.
+    pub fn add_network(&self, n: u8) -> Result<String> {
+        let (uplink, peer) = (format!("bh-net{n}"), format!("bh-onet{n}"));
+        let name = uplink.clone();
+        self.run(move || -> Result<()> {
+            ip(&["link", "add", &peer, "type", "veth", "peer", "name", &uplink])?;
+            ip(&["addr", "add", &format!("10.77.{n}.1/{PREFIX}"), "dev", &peer])?;
+            ip(&["-6", "addr", "add", &format!("fd77:{n}::1/64"), "dev", &peer, "nodad"])?;
+            ip(&["link", "set", &peer, "up"])
+        })??;
+        Ok(name)
+    }
+
     /// Runs `job` on the thread inside the namespace and gives what it gives. Threads and processes that it starts are in the
     /// namespace too.
     ///

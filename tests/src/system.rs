@@ -36,6 +36,8 @@ pub struct Config {
     pub host_file_more: String,
     /// There is [`outside::SECOND_UPLINK`], too.
     pub two_uplinks: bool,
+    /// Networks of the outside's with an uplink each, besides: see [`Outside::add_network`].
+    pub networks: u8,
 }
 
 impl Config {
@@ -54,6 +56,7 @@ impl Config {
             keep: std::env::var_os("BH_KEEP").is_some(),
             host_file_more: String::new(),
             two_uplinks: false,
+            networks: 0,
         })
     }
 }
@@ -101,6 +104,9 @@ impl System {
         let outside = Outside::new()?;
         if config.two_uplinks {
             outside.add_uplink()?;
+        }
+        for n in 1..=config.networks {
+            outside.add_network(n)?;
         }
         let dir =
             tempfile::Builder::new().prefix("bulkhead-").tempdir().context("a directory for the system")?;

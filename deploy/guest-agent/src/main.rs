@@ -5,7 +5,7 @@
 //!
 //! | on the command line | meaning |
 //! |---|---|
-//! | `bh.ip=A.B.C.D/N` `bh.gw=A.B.C.D` `bh.nic=eth0` | static address of the NIC |
+//! | `bh.ip=A.B.C.D/N` `bh.gw=A.B.C.D` `bh.nic=eth0` | static address of the NIC, given again when the NIC is unplugged and plugged in |
 //! | `bh.work=disk,tcp,ping` | which loads run (none: the guest is idle) |
 //! | `bh.disk=xvda` `bh.span=MIB` `bh.threads=N` `bh.max_blocks=N` `bh.disk_pause_us=N` | the disk load |
 //! | `bh.peer=IP:PORT` `bh.rate=BYTES_PER_S` | the TCP load |
@@ -91,10 +91,12 @@ fn init() -> ExitCode {
     if options.shell {
         thread::spawn(system::shell);
     }
-    if let Some(ip) = &options.ip
-        && let Err(e) = system::network(&options.nic, ip, options.gateway.as_deref())
-    {
-        reporter.error("net", &e);
+    if let Some(ip) = options.ip.clone() {
+        let (nic, gateway) = (options.nic.clone(), options.gateway.clone());
+        if let Err(e) = system::network(&nic, &ip, gateway.as_deref()) {
+            reporter.error("net", &e);
+        }
+        thread::spawn(move || system::keep_network(&nic, &ip, gateway.as_deref(), reporter));
     }
     for disk in options.fs.clone() {
         thread::spawn(move || fs::tell(&disk, reporter));

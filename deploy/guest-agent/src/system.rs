@@ -154,16 +154,43 @@ pub fn wait_for(path: &str, limit: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the NIC its static address and opens ICMP sockets to everybody.
+/// Opens ICMP sockets to everybody and gives the NIC its static address.
 pub fn network(nic: &str, ip: &str, gateway: Option<&str>) -> io::Result<()> {
     busybox(&["ip", "link", "set", "lo", "up"])?;
+    fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
     wait_for(&format!("/sys/class/net/{nic}"), Duration::from_secs(60))?;
+    configure(nic, ip, gateway)
+}
+
+fn configure(nic: &str, ip: &str, gateway: Option<&str>) -> io::Result<()> {
     busybox(&["ip", "addr", "add", ip, "dev", nic])?;
     busybox(&["ip", "link", "set", nic, "up"])?;
     if let Some(gateway) = gateway {
         busybox(&["ip", "route", "add", "default", "via", gateway])?;
     }
-    fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
+    Ok(())
+}
+
+/// Gives the NIC its address again whenever it is another one of that name, as Debian's ifupdown does for what is plugged in: at
+/// another backend a device is unplugged and plugged in again.
+pub fn keep_network(nic: &str, ip: &str, gateway: Option<&str>, reporter: &dyn Report) {
+    let number = || fs::read_to_string(format!("/sys/class/net/{nic}/ifindex")).ok();
+    let mut had = number();
+    loop {
+        thread::sleep(Duration::from_millis(50));
+        let now = number();
+        if now.is_some() && now != had {
+            let Err(e) = configure(nic, ip, gateway) else {
+                had = now;
+                continue;
+            };
+            // Gone again in the middle: its successor is configured anew.
+            if number() == now {
+                reporter.error("net", &e);
+                had = now;
+            }
+        }
+    }
 }
 
 /// Keeps a shell on the console: a new one whenever it ends.

@@ -29,6 +29,11 @@ const MODULES: &[&str] = &[
     "tap",
     "vhost_net",
     "loop",
+    // A driver domain's own NAT: nobody loads modules for it. nf_tables' own checksums are asked for by name.
+    "crc32c_generic",
+    "nf_tables",
+    "nft_masq",
+    "nft_chain_nat",
 ];
 
 /// Writes the initramfs of a run and returns its path.
