@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proto::blkback::Commit;
 use proto::hvcore::{CreateDomainRequest, Domain, Resource, VersionReply};
-use proto::qemu::QemuStatus;
+use proto::qemu::{QemuSaved, QemuStatus};
 
 /// Why hv-core did not do it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +89,21 @@ pub trait Hv: Send + Sync {
     /// # Errors
     /// [`HvError::Busy`] it does not answer; [`HvError::Refused`] QEMU does not, and why.
     fn qemu(&self, control_socket: &str, pause: Option<bool>) -> Result<QemuStatus, HvError>;
+    /// Asks the qemu-bridge at this socket to reset its guest in place.
+    ///
+    /// # Errors
+    /// As [`Hv::qemu`].
+    fn qemu_reset(&self, control_socket: &str) -> Result<QemuStatus, HvError>;
+    /// Asks the qemu-bridge at this socket to write its guest into an approved file, with this description. It stays stopped then.
+    ///
+    /// # Errors
+    /// As [`Hv::qemu`]; the guest goes on.
+    fn qemu_save(
+        &self,
+        control_socket: &str,
+        resource: &str,
+        description: &str,
+    ) -> Result<QemuSaved, HvError>;
     /// Asks the qemu-bridge at this socket for what its guest's display shows, as PNG.
     ///
     /// # Errors

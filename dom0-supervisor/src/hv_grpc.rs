@@ -15,7 +15,8 @@ use proto::hvcore::{
 };
 use proto::qemu::qemu_client::QemuClient;
 use proto::qemu::{
-    QemuPauseRequest, QemuResumeRequest, QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
+    QemuPauseRequest, QemuResetRequest, QemuResumeRequest, QemuSaveRequest, QemuSaved, QemuScreenshotRequest,
+    QemuStatus, QemuStatusRequest,
 };
 use proto::service::DrainRequest;
 use proto::service::service_client::ServiceClient;
@@ -28,6 +29,8 @@ use crate::hv::{Hv, HvError};
 
 /// How long a call may take. Creating a domain makes namespaces and may move interfaces.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a guest's state may take to be written.
+const SAVE: Duration = Duration::from_secs(900);
 
 /// The real [`Hv`].
 pub struct GrpcHv {
@@ -47,9 +50,17 @@ impl GrpcHv {
     }
 
     fn call<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, HvError> {
-        let result = self.runtime.block_on(async { tokio::time::timeout(TIMEOUT, call).await });
+        self.call_within(TIMEOUT, call)
+    }
+
+    fn call_within<T>(
+        &self,
+        within: Duration,
+        call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+    ) -> Result<T, HvError> {
+        let result = self.runtime.block_on(async { tokio::time::timeout(within, call).await });
         match result {
-            Err(_) => Err(HvError::Busy(format!("no answer within {} s", TIMEOUT.as_secs()))),
+            Err(_) => Err(HvError::Busy(format!("no answer within {} s", within.as_secs()))),
             Ok(Err(status)) => Err(from_status(&status)),
             Ok(Ok(reply)) => Ok(reply.into_inner()),
         }
@@ -57,10 +68,7 @@ impl GrpcHv {
 
     /// A call to a service: that it does not answer is no sign of hv-core's end.
     fn ask<T>(&self, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, HvError> {
-        self.call(call).map_err(|e| match e {
-            HvError::Gone => HvError::Busy("the service does not answer".into()),
-            e => e,
-        })
+        self.call(call).map_err(not_gone)
     }
 
     /// hv-core's events after `seq`, for as long as the connection lives.
@@ -71,6 +79,13 @@ impl GrpcHv {
         let mut client = self.client.clone();
         let reply = client.watch_events(WatchEventsRequest { after_seq }).await;
         reply.map(tonic::Response::into_inner).map_err(|s| from_status(&s))
+    }
+}
+
+fn not_gone(e: HvError) -> HvError {
+    match e {
+        HvError::Gone => HvError::Busy("the service does not answer".into()),
+        e => e,
     }
 }
 
@@ -179,6 +194,22 @@ impl Hv for GrpcHv {
             }
         };
         self.ask(asked)
+    }
+
+    fn qemu_reset(&self, control_socket: &str) -> Result<QemuStatus, HvError> {
+        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        self.ask(async move { client.reset(QemuResetRequest {}).await })
+    }
+
+    fn qemu_save(
+        &self,
+        control_socket: &str,
+        resource: &str,
+        description: &str,
+    ) -> Result<QemuSaved, HvError> {
+        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let request = QemuSaveRequest { resource: resource.into(), description: description.into() };
+        self.call_within(SAVE, async move { client.save(request).await }).map_err(not_gone)
     }
 
     fn screenshot(&self, control_socket: &str) -> Result<Vec<u8>, HvError> {

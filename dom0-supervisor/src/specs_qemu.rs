@@ -62,7 +62,7 @@ pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainReques
         uuid: guest_uuid_text(&emulator_uuid(&guest.uuid)),
         roles: vec![Role::Service.into()],
         program: qemu.program.display().to_string(),
-        args: arguments(host, config, &guest.uuid, kvm),
+        args: arguments(host, guest, kvm),
         // It has no /proc to find itself in.
         env: vec![format!("QEMU_MODULE_DIR={}", qemu.libraries.join("qemu").display())],
         seccomp: "qemu".into(),
@@ -84,7 +84,8 @@ fn uefi_vars(config: &DomainFile) -> Option<&Path> {
 }
 
 /// QEMU's command line: nothing that is not named here. Disks and NICs are plugged in by qemu-bridge before the guest starts.
-fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Vec<String> {
+fn arguments(host: &HostFile, guest: &Guest, kvm: bool) -> Vec<String> {
+    let (config, uuid) = (&guest.config, &guest.uuid);
     let memory = config.memory.unwrap_or(0);
     let mut args: Vec<String> = Vec::new();
     let mut add = |option: &str, value: String| args.extend([format!("-{option}"), value]);
@@ -107,7 +108,7 @@ fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Ve
     add("object", "rng-builtin,id=rng0".into());
     add("device", "virtio-rng-pci,rng=rng0,id=rng0".into());
     add("device", "pvpanic".into());
-    // Another at each start of a machine.
+    // Another at each start of a machine, so also when the guest goes on from a file; the same when it is reset.
     add("device", "vmgenid,guid=auto".into());
     if uefi_vars(config).is_some() {
         let flash =
@@ -128,6 +129,9 @@ fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Ve
             add("append", config.cmdline.clone());
         }
     }
+    if guest.restore.is_some() {
+        args.extend(["-incoming", "defer"].map(str::to_owned));
+    }
     args.extend(["-nodefaults", "-no-user-config", "-S"].map(str::to_owned));
     args
 }
@@ -135,6 +139,12 @@ fn arguments(host: &HostFile, config: &DomainFile, uuid: &Uuid, kvm: bool) -> Ve
 /// What leads the guest's own domain to QEMU's monitor.
 pub fn monitor(control_socket: &str) -> Resource {
     Resource { name: "qmp".into(), kind: Kind::Connect.into(), path: control_socket.to_owned(), mode: 0 }
+}
+
+/// The file that a guest goes on from, for its own domain.
+pub fn restored(guest: &Guest) -> Option<Resource> {
+    let path = guest.restore.as_deref()?.display().to_string();
+    Some(Resource { name: "restore".into(), kind: Kind::FileRo.into(), path, mode: 0 })
 }
 
 /// The name by which a device's backend knows the way to its frontend: also the value of its node.

@@ -263,6 +263,14 @@ impl Hv for World {
         )
     }
 
+    fn qemu_reset(&self, control_socket: &str) -> Result<proto::qemu::QemuStatus, HvError> {
+        self.qemu(control_socket, None)
+    }
+
+    fn qemu_save(&self, _: &str, _: &str, _: &str) -> Result<proto::qemu::QemuSaved, HvError> {
+        Err(HvError::Refused("no state".into()))
+    }
+
     fn screenshot(&self, _control_socket: &str) -> Result<Vec<u8>, HvError> {
         Err(HvError::Refused("no display".into()))
     }

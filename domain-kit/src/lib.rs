@@ -16,6 +16,7 @@
 //! | [`control`] | gRPC health, statistics and drain on fd 4 |
 //! | [`xs`] | the xenstore client |
 //! | [`guest`] | what a guest without a kernel does with its nodes |
+//! | [`saved`] | the file of a saved guest |
 //! | `vhost` (a feature) | the backend's end of vhost-user |
 //!
 //! `unsafe` lives in [`mem`] (mapped memory) and [`os`] (inherited descriptors) alone.
@@ -33,6 +34,7 @@ pub mod model;
 pub mod os;
 pub mod poll;
 pub mod ring;
+pub mod saved;
 #[cfg(feature = "vhost")]
 pub mod vhost;
 pub mod xenbus;

@@ -98,6 +98,13 @@ impl SharedMem {
         load_u64 store_u64 u64, AtomicU64;
     }
 
+    /// Sets bits of a byte.
+    pub fn or_u8(&self, offset: usize, bits: u8, order: Ordering) {
+        self.check(offset, 1, 1);
+        // SAFETY: in bounds (checked), mapped as long as self lives, only touched as atomics.
+        unsafe { AtomicU8::from_ptr(self.map.as_mut_ptr().add(offset)) }.fetch_or(bits, order);
+    }
+
     /// Compare-and-swap of an aligned u32; gives what was there.
     ///
     /// # Errors

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use domain_kit::Domain;
 use domain_kit::control::ServiceControl;
 use proto::qemu::qemu_server::{Qemu, QemuServer};
 use proto::qemu::{
-    QemuPauseRequest, QemuResumeRequest, QemuScreenshot, QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
+    QemuPauseRequest, QemuResetRequest, QemuResumeRequest, QemuSaveRequest, QemuSaved, QemuScreenshot,
+    QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
 };
 use proto::service::Counter;
 use tonic::service::Routes;
@@ -14,13 +16,14 @@ use tonic::{Request, Response, Status};
 
 use crate::machine::Machine;
 use crate::qmp::QmpError;
+use crate::save::{self, SaveError};
 
 /// For `domain_kit::control::serve_with`.
-pub fn routes(machine: Arc<Machine>) -> Routes {
-    Routes::new(QemuServer::new(Api(machine)))
+pub fn routes(domain: Arc<Domain>, machine: Arc<Machine>) -> Routes {
+    Routes::new(QemuServer::new(Api(machine, domain)))
 }
 
-struct Api(Arc<Machine>);
+struct Api(Arc<Machine>, Arc<Domain>);
 
 fn status(error: QmpError) -> Status {
     match error {
@@ -62,8 +65,28 @@ impl Qemu for Api {
     }
 
     async fn resume(&self, _request: Request<QemuResumeRequest>) -> Result<Response<QemuStatus>, Status> {
-        self.on_machine(Machine::resume).await?;
+        self.on_machine(|machine| save::abandon(machine).and_then(|()| machine.resume())).await?;
         Ok(self.told())
+    }
+
+    async fn reset(&self, _request: Request<QemuResetRequest>) -> Result<Response<QemuStatus>, Status> {
+        self.on_machine(Machine::reset).await?;
+        Ok(self.told())
+    }
+
+    async fn save(&self, request: Request<QemuSaveRequest>) -> Result<Response<QemuSaved>, Status> {
+        let QemuSaveRequest { resource, description } = request.into_inner();
+        let (machine, domain) = (self.0.clone(), self.1.clone());
+        let work = move || -> Result<save::Done, SaveError> {
+            let file = domain.hv.resource_open(&resource)?.1;
+            save::save(&machine, file.into(), &description)
+        };
+        let done = tokio::task::spawn_blocking(work).await.map_err(|e| Status::internal(e.to_string()))?;
+        let done = done.map_err(|e| match e {
+            SaveError::Qmp(e) => status(e),
+            e => Status::failed_precondition(e.to_string()),
+        })?;
+        Ok(Response::new(QemuSaved { bytes: done.bytes, took_ms: done.took.as_millis() as u64 }))
     }
 
     async fn screenshot(

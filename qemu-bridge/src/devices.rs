@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::machine::Machine;
 use crate::qmp::{PATIENCE, QmpError};
+use crate::save::{self, Restore};
 
 /// Between two looks if nothing was told.
 const LOOK: Duration = Duration::from_secs(2);
@@ -95,6 +96,8 @@ pub struct Devices {
     watched: BTreeSet<String>,
     /// What was said of a device's error last.
     errors: BTreeMap<Key, String>,
+    /// The guest is to go on from there.
+    restore: Option<Restore>,
 }
 
 impl Devices {
@@ -105,7 +108,15 @@ impl Devices {
     pub fn new(domain: Arc<Domain>, machine: Arc<Machine>, xs: XsClient) -> Result<Devices, XsError> {
         let watches = xs.watch_set()?;
         watches.watch("device", "device")?;
-        Ok(Devices { domain, machine, xs, watches, watched: BTreeSet::new(), errors: BTreeMap::new() })
+        Ok(Devices {
+            domain,
+            machine,
+            xs,
+            watches,
+            watched: BTreeSet::new(),
+            errors: BTreeMap::new(),
+            restore: None,
+        })
     }
 
     /// Plugs what is there, starts the guest if it was never started, and follows the store from then on.
@@ -113,9 +124,15 @@ impl Devices {
     /// # Errors
     /// The devices that are there at first cannot be had, or QEMU is gone.
     pub fn run(mut self) -> anyhow::Result<()> {
-        let cold = self.machine.look()? == "prelaunch";
+        let state = self.machine.look()?;
         let deadline = Instant::now() + COLD;
-        let mut starting = cold;
+        let mut starting = matches!(state.as_str(), "prelaunch" | "inmigrate");
+        if state == "inmigrate" {
+            self.restore = Some(Restore::open(&self.domain.hv)?);
+        } else if state == "paused" && save::begun(&self.domain.hv)? {
+            // Our predecessor was killed just before.
+            save::go_on(&self.domain.hv, &self.machine)?;
+        }
         loop {
             // Events that came before this look are in it.
             while self.watches.try_next().is_some() {}
@@ -130,7 +147,10 @@ impl Devices {
                 }
             };
             if starting && settled {
-                self.machine.resume()?;
+                match self.restore.take() {
+                    Some(mut restore) => restore.load(&self.domain.hv, &self.machine)?,
+                    None => self.machine.resume()?,
+                }
                 starting = false;
                 tracing::info!(
                     after_ms = self.domain.started.elapsed().as_millis() as u64,
@@ -285,7 +305,7 @@ impl Devices {
 
     fn plug(&self, key: Key, front: &Frontend) -> Result<(), DeviceError> {
         let qmp = self.machine.qmp();
-        let device = match key.kind {
+        let mut device = match key.kind {
             Kind::Vbd => json!({
                 "driver": "vhost-user-blk-pci",
                 "id": key.name(),
@@ -318,6 +338,9 @@ impl Devices {
                 device
             }
         };
+        if let Some(place) = self.restore.as_ref().and_then(|r| r.place(&key.name())) {
+            device["addr"] = place.into();
+        }
         qmp.call_with("device_add", device, None, PLUG)?;
         tracing::info!(device = key.name(), "plugged in");
         Ok(())

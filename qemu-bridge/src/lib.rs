@@ -16,11 +16,13 @@
 //! | [`qmp`] | the monitor's protocol: deadlines, bounds, garbage |
 //! | [`machine`] | the guest as QEMU has it: states, ends |
 //! | [`devices`] | xenbus frontends whose data path is vhost-user: plugged and unplugged as xenstore says |
+//! | [`save`] | the guest into a file, and on from one |
 //! | [`serial`] | the guest's serial line on the domain's console |
-//! | [`control`] | gRPC: pause, resume, screenshot |
+//! | [`control`] | gRPC: pause, resume, reset, save, screenshot |
 
 pub mod control;
 pub mod devices;
 pub mod machine;
 pub mod qmp;
+pub mod save;
 pub mod serial;

@@ -165,6 +165,15 @@ impl Machine {
         self.look().map(drop)
     }
 
+    /// Presses the reset button: everything but the processors' and devices' state stays.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn reset(&self) -> Result<(), QmpError> {
+        self.qmp.call("system_reset", json!({}))?;
+        self.look().map(drop)
+    }
+
     /// Presses the power button. `reboot`: what follows is to be a reboot.
     ///
     /// # Errors

@@ -34,8 +34,12 @@ fn main() -> anyhow::Result<()> {
         }
     };
     tracing::info!(version = machine.version(), accel = machine.accel(), state = machine.state(), "QEMU");
-    let health = control::serve_with(&domain, Arc::new(Counters(machine.clone())), routes(machine.clone()))
-        .context("gRPC on descriptor 4")?;
+    let health = control::serve_with(
+        &domain,
+        Arc::new(Counters(machine.clone())),
+        routes(domain.clone(), machine.clone()),
+    )
+    .context("gRPC on descriptor 4")?;
     let line = serial::open(&domain.hv, machine.qmp()).context("the guest's serial line")?;
     {
         let domain = domain.clone();

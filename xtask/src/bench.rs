@@ -13,7 +13,7 @@ use crate::{debian, paths, run, setup, tools};
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
     /// What to measure (default: all).
-    #[arg(value_name = "CASE", value_parser = ["evtchn", "store", "block", "net", "restart", "boot"])]
+    #[arg(value_name = "CASE", value_parser = ["evtchn", "store", "block", "net", "restart", "boot", "qemu"])]
     pub cases: Vec<String>,
     /// Writes the result as JSON too, and beside it a drawing (.svg).
     #[arg(long, value_name = "FILE")]
@@ -25,7 +25,7 @@ pub struct BenchArgs {
     #[arg(long)]
     pub ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; qemu: disk, nic, boot).
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
     /// Leaves out what needs the lab.
@@ -40,11 +40,14 @@ pub struct BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<i32> {
     setup::packages(&[("iproute2", "/usr/sbin/ip")])?;
     let has = |case: &str| args.cases.is_empty() || args.cases.iter().any(|c| c == case);
-    if has("block") && !args.ours {
+    if (has("block") || has("qemu")) && !args.ours {
         // QEMU's storage daemon is measured beside blkback.
         setup::packages(&[("qemu-system-common", "/usr/bin/qemu-storage-daemon")])?;
     }
-    if has("net") {
+    if has("qemu") {
+        setup::packages(&[("qemu-system-x86", "/usr/bin/qemu-system-x86_64")])?;
+    }
+    if has("net") || has("qemu") {
         setup::packages(&[("iperf3", "/usr/bin/iperf3")])?;
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -78,7 +81,8 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         bench.arg("--only").arg(only);
     }
     let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()) || only.starts_with("lab-"));
-    if (has("boot") || (has("block") && lab)) && !args.no_lab {
+    // QEMU guests need no lab, only the image.
+    if has("qemu") || ((has("boot") || (has("block") && lab)) && !args.no_lab) {
         let image = tools::image(Guest::Debian13)?;
         bench.arg("--fio").arg(image.initrd.with_file_name("initrd-fio.img"));
         bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(image.initrd);

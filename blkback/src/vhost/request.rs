@@ -107,7 +107,7 @@ impl Bytes {
             let (from, to) = (skip.max(at), end.min(at + segment.len));
             if from < to {
                 let mut part = segment.clone();
-                part.place.offset += from - at;
+                part.place = part.place.skip(from - at);
                 part.len = to - from;
                 self.len += part.len as u64;
                 self.segments.push(part);
@@ -141,6 +141,11 @@ impl Bytes {
     /// Out of the guest.
     pub fn fetch(&self, pos: u64, len: usize, to: &SharedMem, offset: usize) {
         self.parts(pos, len, |mem, at, into, n| to.copy_from(offset + into, mem, at, n));
+    }
+
+    /// Where they lie.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
     }
 
     fn write(&self, bytes: &[u8]) -> usize {
@@ -196,6 +201,11 @@ impl Request {
             Kind::Flush | Kind::Barrier => Operation::Flush,
             Kind::Discard { secure } => Operation::Discard { secure },
         }
+    }
+
+    /// Memory of its status.
+    pub fn status(&self) -> &[Segment] {
+        self.status.segments()
     }
 
     /// Puts the status where the driver looks for it.
@@ -298,7 +308,7 @@ mod tests {
     }
 
     fn segment(mem: &Arc<SharedMem>, offset: usize, len: usize) -> Segment {
-        Segment { place: Place { mem: mem.clone(), offset }, len }
+        Segment { place: Place { mem: mem.clone(), offset, gpa: offset as u64 }, len }
     }
 
     fn header(mem: &SharedMem, at: usize, kind: u32, sector: u64) {

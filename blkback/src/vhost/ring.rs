@@ -124,7 +124,7 @@ impl RingServer {
                 }
             }
             let mut moved = self.complete();
-            moved |= self.dispatch();
+            moved |= self.dispatch(stop);
             if self.queue.must_notify() {
                 ring.call.fire();
             }
@@ -183,7 +183,12 @@ impl RingServer {
     }
 
     fn answer(&mut self, head: u16, status: u8, written: u32) {
-        self.slots[usize::from(head)].request.set_status(status);
+        let request = &self.slots[usize::from(head)].request;
+        request.set_status(status);
+        if written > 0 {
+            self.queue.wrote(request.data.segments(), written.into());
+        }
+        self.queue.wrote(request.status(), 1);
         self.slots[usize::from(head)].began = None;
         let queue = &mut self.queue;
         let mut publish = || {
@@ -199,10 +204,10 @@ impl RingServer {
     }
 
     /// Starts what may start.
-    fn dispatch(&mut self) -> bool {
+    fn dispatch(&mut self, stop: bool) -> bool {
         let now = Instant::now();
         if let Some(until) = self.stopped_until {
-            if now < until {
+            if now < until && (!stop || self.stats.no_space.get() != 0) {
                 return false;
             }
             self.stopped_until = None;
@@ -244,7 +249,8 @@ impl RingServer {
                 continue;
             }
             let request = &self.slots[slot].request;
-            if let Err(wait) = self.common.limiter.pass(now, request.len) {
+            // A queue that ends leaves nothing behind: whoever moves the guest away does not take what is under way along.
+            if !stop && let Err(wait) = self.common.limiter.pass(now, request.len) {
                 self.stats.throttled.add(1);
                 self.stopped_until = Some(now + wait);
                 break;

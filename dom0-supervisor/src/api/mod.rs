@@ -88,11 +88,14 @@ impl Toolstack for Api {
     }
 
     async fn create_guest(&self, request: Request<CreateGuestRequest>) -> Answer<Guest> {
-        let CreateGuestRequest { domain_file, source } = request.into_inner();
+        let CreateGuestRequest { domain_file, source, restore } = request.into_inner();
         let source = if source.is_empty() { "domain file".into() } else { one_line(&source) };
         let guest = self
             .blocking(move |m| {
-                let name = m.create(&domain_file, &source)?;
+                let name = match restore.as_str() {
+                    "" => m.create(&domain_file, &source)?,
+                    file => m.restore(&domain_file, &source, file.into())?,
+                };
                 Ok(m.guests(Some(&name))?.into_iter().next())
             })
             .await?;
@@ -282,6 +285,18 @@ impl Toolstack for Api {
         let PauseGuestRequest { guest, pause } = request.into_inner();
         let state = self.blocking(move |m| m.pause_guest(&guest, pause)).await?;
         Ok(Response::new(PauseGuestReply { state }))
+    }
+
+    async fn reset_guest(&self, request: Request<GuestRef>) -> Answer<PauseGuestReply> {
+        let guest = request.into_inner().guest;
+        let state = self.blocking(move |m| m.reset_guest(&guest)).await?;
+        Ok(Response::new(PauseGuestReply { state }))
+    }
+
+    async fn save_guest(&self, request: Request<SaveGuestRequest>) -> Answer<SaveGuestReply> {
+        let SaveGuestRequest { guest, path } = request.into_inner();
+        let (bytes, took) = self.blocking(move |m| m.save_guest(&guest, &path)).await?;
+        Ok(Response::new(SaveGuestReply { bytes, took_ms: took.as_millis() as u64 }))
     }
 
     async fn screenshot(&self, request: Request<GuestRef>) -> Answer<ScreenshotReply> {

@@ -1,6 +1,6 @@
 //! Beginning operations: what is refused at once, and the record that makes the rest survive a kill.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::{AccessMode, DiskSource, DomainFile, GuestType, check_guest_files};
 use crate::events::unix_ms;
@@ -20,17 +20,33 @@ impl Manager {
         self.create_guest(file)
     }
 
+    /// The same for a guest that goes on from a file of [`Manager::save_guest`]'s.
+    ///
+    /// # Errors
+    /// As [`Manager::create`].
+    pub fn restore(&self, text: &str, source: &str, file: PathBuf) -> Result<String, OpError> {
+        let config = DomainFile::parse(text, source).map_err(|e| OpError::Invalid(e.0))?;
+        if config.guest_type != GuestType::Qemu {
+            return Err(OpError::Invalid(format!("{source}: only guests of type \"qemu\" can be restored")));
+        }
+        self.make_guest(config, Some(file))
+    }
+
     /// The same with a parsed file.
     ///
     /// # Errors
     /// As [`Manager::create`].
     pub fn create_guest(&self, file: DomainFile) -> Result<String, OpError> {
+        self.make_guest(file, None)
+    }
+
+    fn make_guest(&self, file: DomainFile, restore: Option<PathBuf>) -> Result<String, OpError> {
         let name = file.name.to_string();
         if self.sees_host {
             check_guest_files(&file).map_err(|e| OpError::Invalid(format!("guest {name}: {e}")))?;
         }
         self.check_host(&file).map_err(|e| e.at(&format!("guest {name}")))?;
-        let guest = Guest::new(file, unix_ms());
+        let guest = Guest { restore, ..Guest::new(file, unix_ms()) };
         let id = {
             let mut inner = self.inner();
             conflicts(&inner.state, &self.host(), &guest).map_err(|e| e.at(&format!("guest {name}")))?;

@@ -1,6 +1,9 @@
 //! What operations on QEMU guests have beside the others': a second domain, and sockets that are approved for a device's backend.
 
-use proto::hvcore::{Domain, DomainState};
+use std::time::Duration;
+
+use proto::hvcore::resource::Kind;
+use proto::hvcore::{Domain, DomainState, Resource};
 
 use super::steps_do::numbers;
 use crate::config::GuestType;
@@ -9,6 +12,9 @@ use crate::manager::{Manager, OpError};
 use crate::specs_qemu as specs;
 use crate::state::{Guest, guest_uuid_text};
 use crate::xs_layout::{self, DevicePaths};
+
+/// The file that a guest is saved into, while it is.
+const SAVE: &str = "save";
 
 impl Manager {
     fn emulator(&self, guest: &Guest) -> Result<Option<Domain>, OpError> {
@@ -41,6 +47,44 @@ impl Manager {
         status.map(|s| s.state).map_err(|e| OpError::from(e).at(&format!("guest {name}")))
     }
 
+    /// Resets a QEMU guest in place; QEMU's word for its state.
+    ///
+    /// # Errors
+    /// One line each.
+    pub fn reset_guest(&self, guest: &str) -> Result<String, OpError> {
+        let (name, bridge) = self.bridge(guest)?;
+        let status = self.hv.qemu_reset(&bridge.control_socket);
+        self.events.tell("operation", &name, bridge.domid as u16, "reset".to_owned());
+        status.map(|s| s.state).map_err(|e| OpError::from(e).at(&format!("guest {name}")))
+    }
+
+    /// Stops a QEMU guest and writes it into an empty file; it stays stopped. Bytes, and how long it took.
+    ///
+    /// # Errors
+    /// One line each; the guest goes on.
+    pub fn save_guest(&self, guest: &str, path: &str) -> Result<(u64, Duration), OpError> {
+        let (name, bridge) = self.bridge(guest)?;
+        let at = |e: OpError| e.at(&format!("guest {name}"));
+        let state = self.state();
+        if state.saga_of(&name).is_some() {
+            return Err(at(OpError::Busy("another operation is under way; see bh list".into())));
+        }
+        let (_, record) = state.find(&name).ok_or_else(|| super::no_guest(guest))?;
+        let mut config = record.config.clone();
+        config.uuid = Some(record.uuid);
+        let description = serde_json::to_string(&config)
+            .map_err(|e| at(OpError::Failed(format!("its configuration: {e}"))))?;
+        let running = numbers(&bridge)?;
+        let file = Resource { name: SAVE.into(), kind: Kind::FileRw.into(), path: path.to_owned(), mode: 0 };
+        self.hv.approve(running.domid, running.instance, vec![file], Vec::new()).map_err(|e| at(e.into()))?;
+        let saved = self.hv.qemu_save(&bridge.control_socket, SAVE, &description);
+        // A domain that went away has it no more.
+        let _gone = self.hv.approve(running.domid, running.instance, Vec::new(), vec![SAVE.into()]);
+        let saved = saved.map_err(|e| at(e.into()))?;
+        self.events.tell("operation", &name, running.domid, "saved".to_owned());
+        Ok((saved.bytes, Duration::from_millis(saved.took_ms)))
+    }
+
     /// What a QEMU guest's display shows, as PNG.
     ///
     /// # Errors
@@ -58,6 +102,8 @@ impl Manager {
         }
         match self.hv.qemu(&domain.control_socket, None).ok()?.state.as_str() {
             "paused" => Some("paused"),
+            "postmigrate" => Some("saved"),
+            "inmigrate" => Some("restoring"),
             "silent" => Some("silent"),
             _ => None,
         }

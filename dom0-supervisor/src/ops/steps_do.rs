@@ -112,6 +112,7 @@ impl Manager {
         if guest.config.guest_type == GuestType::Qemu {
             let monitor = self.make_emulator(guest)?;
             request.resources.push(crate::specs_qemu::monitor(&monitor));
+            request.resources.extend(crate::specs_qemu::restored(guest));
         }
         let domain = self.make_domain(&guest_uuid_text(&guest.uuid), request)?;
         let now = crate::events::unix_ms();
@@ -194,7 +195,8 @@ impl Manager {
                 || began.elapsed() >= self.timing.sign_of_life
                 || self.hv.has_store_ring(running.domid)?;
             if late.is_none() && alive {
-                return Ok(super::nothing());
+                // Its next domain boots.
+                return Ok(of_guest(|guest| guest.restore = None));
             }
             if began.elapsed() > self.timing.ready
                 && let Some(device) = late

@@ -1,6 +1,7 @@
 //! What the state file holds.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -64,6 +65,9 @@ pub struct Guest {
     /// How it ended, if it is preserved for looking at.
     #[serde(default)]
     pub preserved: Option<String>,
+    /// The file of a saved guest that its first domain goes on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<PathBuf>,
 }
 
 /// A domain by number and creation.
@@ -266,6 +270,7 @@ impl Guest {
             started_unix_ms: 0,
             quick_ends: 0,
             preserved: None,
+            restore: None,
             config,
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
+use super::log::DirtyLog;
 use crate::mem::SharedMem;
 
 /// Most regions of a table (the vhost-user specification's 8 without memory slots).
@@ -38,12 +39,25 @@ pub struct Place {
     pub mem: Arc<SharedMem>,
     /// First byte in it.
     pub offset: usize,
+    /// Its guest-physical address.
+    pub gpa: u64,
+}
+
+impl Place {
+    /// So many bytes further.
+    #[must_use]
+    pub fn skip(mut self, bytes: usize) -> Place {
+        self.offset += bytes;
+        self.gpa += bytes as u64;
+        self
+    }
 }
 
 /// What the frontend shared with us.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
     regions: Vec<Region>,
+    log: Arc<DirtyLog>,
 }
 
 impl GuestMemory {
@@ -78,7 +92,19 @@ impl GuestMemory {
             let mem = SharedMem::map(file, end as usize).map_err(|e| format!("mapping guest memory: {e}"))?;
             regions.push(Region { info: *info, mem: Arc::new(mem) });
         }
-        Ok(GuestMemory { regions })
+        Ok(GuestMemory { regions, log: Arc::default() })
+    }
+
+    /// The same, whose writers note their writes there.
+    #[must_use]
+    pub fn with_log(mut self, log: Arc<DirtyLog>) -> GuestMemory {
+        self.log = log;
+        self
+    }
+
+    /// Where writes are noted.
+    pub fn log(&self) -> &DirtyLog {
+        &self.log
     }
 
     fn find(&self, at: u64, len: u64, start: impl Fn(&RegionInfo) -> u64) -> Option<Place> {
@@ -87,8 +113,9 @@ impl GuestMemory {
                 .and_then(|into| into.checked_add(len))
                 .is_some_and(|end| end <= r.info.len)
         })?;
-        let offset = region.info.offset + (at - start(&region.info));
-        Some(Place { mem: region.mem.clone(), offset: offset as usize })
+        let into = at - start(&region.info);
+        let offset = (region.info.offset + into) as usize;
+        Some(Place { mem: region.mem.clone(), offset, gpa: region.info.gpa + into })
     }
 
     /// `len` bytes at a guest-physical address, inside one region.
@@ -133,7 +160,8 @@ mod tests {
             [(info(0, 8192, 1 << 40, 0), file(16384)), (info(1 << 20, 8192, 1 << 41, 8192), file(16384))];
         let memory = GuestMemory::map(&table).unwrap();
         assert_eq!(memory.at_gpa((1 << 20) + 5, 100).unwrap().offset, 8192 + 5);
-        assert_eq!(memory.at_user((1 << 41) + 8191, 1).unwrap().offset, 16383);
+        let last = memory.at_user((1 << 41) + 8190, 1).unwrap().skip(1);
+        assert_eq!((last.offset, last.gpa), (16383, (1 << 20) + 8191));
         for (gpa, len) in [(8190, 3), (8192, 1), ((1 << 20) - 1, 2), (u64::MAX, 2), (5, u64::MAX)] {
             assert!(memory.at_gpa(gpa, len).is_none(), "{gpa} {len}");
         }

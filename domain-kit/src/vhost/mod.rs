@@ -5,6 +5,7 @@
 //! | [`memory`] | the guest's memory, as the frontend's table describes it |
 //! | [`queue`] | a split virtqueue (virtio 1.2, 2.7) from the device's end |
 //! | [`inflight`] | which requests are under way, in memory that outlives the process (vhost-user's INFLIGHT_SHMFD) |
+//! | [`log`] | which pages were written here, for a VMM that moves the guest |
 //! | [`mod@line`] | the line to the frontend: dialled again whenever it hung up |
 //! | [`session`] | the conversation: messages in, rings started and stopped |
 //!
@@ -18,6 +19,7 @@
 
 pub mod inflight;
 pub mod line;
+pub mod log;
 pub mod memory;
 pub mod queue;
 pub mod session;
@@ -26,6 +28,8 @@ pub mod session;
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_RING_F_EVENT_IDX.
 pub const F_EVENT_IDX: u64 = 1 << 29;
+/// VHOST_F_LOG_ALL.
+pub const F_LOG_ALL: u64 = 1 << 26;
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_VERSION_1.

@@ -153,6 +153,16 @@ impl Queue {
         self.size
     }
 
+    /// Notes that the device wrote `len` bytes of a request's memory, from its segments' first byte on.
+    pub fn wrote(&self, segments: &[Segment], len: u64) {
+        let mut left = len;
+        for segment in segments {
+            let n = left.min(segment.len as u64);
+            self.memory.log().wrote(segment.place.gpa, n);
+            left -= n;
+        }
+    }
+
     /// The guest's memory.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
@@ -272,6 +282,13 @@ impl Queue {
         self.used.mem.store_u32(slot + 4, written, Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
         self.used.mem.store_u16(self.used.offset + 2, self.next_used, Release);
+        self.wrote_used(slot - self.used.offset, 8);
+        self.wrote_used(2, 2);
+    }
+
+    /// Notes that the device wrote a part of the used ring.
+    fn wrote_used(&self, offset: usize, len: u64) {
+        self.memory.log().wrote(self.used.gpa + offset as u64, len);
     }
 
     /// Writes entries of several buffers without showing them; [`Queue::show`] does. For requests that span buffers.
@@ -279,12 +296,14 @@ impl Queue {
         let slot = self.used.offset + HEAD + 8 * usize::from(self.next_used.wrapping_add(nth) % self.size);
         self.used.mem.store_u32(slot, head.into(), Relaxed);
         self.used.mem.store_u32(slot + 4, written, Relaxed);
+        self.wrote_used(slot - self.used.offset, 8);
     }
 
     /// Shows `count` staged entries to the driver at once.
     pub fn show(&mut self, count: u16) {
         self.next_used = self.next_used.wrapping_add(count);
         self.used.mem.store_u16(self.used.offset + 2, self.next_used, Release);
+        self.wrote_used(2, 2);
     }
 
     /// Whether the driver wants to be told of what was handed back since the last such question.
@@ -308,8 +327,10 @@ impl Queue {
         if self.event_idx {
             let event = self.used.offset + HEAD + 8 * usize::from(self.size);
             self.used.mem.store_u16(event, self.next_avail, Relaxed);
+            self.wrote_used(event - self.used.offset, 2);
         } else {
             self.used.mem.store_u16(self.used.offset, 0, Relaxed);
+            self.wrote_used(0, 2);
         }
         fence(SeqCst);
         self.has_work()
@@ -319,6 +340,7 @@ impl Queue {
     pub fn no_kicks(&self) {
         if !self.event_idx {
             self.used.mem.store_u16(self.used.offset, USED_F_NO_NOTIFY, Relaxed);
+            self.wrote_used(0, 2);
         }
     }
 }
@@ -380,6 +402,33 @@ mod tests {
         assert_eq!(queue.used_idx(), 1);
         assert!(queue.must_notify() && !queue.must_notify());
         assert!(!queue.ask_for_kicks());
+    }
+
+    /// Data, used element, used index, and the wish for kicks: each is in a page of its own here.
+    #[test]
+    fn what_the_device_writes_is_logged() {
+        let file: std::fs::File = sealed_memfd("log", 4096).unwrap().into();
+        let log = Arc::new(crate::vhost::log::DirtyLog::default());
+        log.set_bitmap(&file, 0, 4096).unwrap();
+        log.set_on(true);
+        let info = RegionInfo { gpa: 1 << 20, len: BYTES as u64, user: 0, offset: 0 };
+        let map = GuestMemory::map(&[(info, sealed_memfd("guest", BYTES).unwrap().into())]).unwrap();
+        let memory = Arc::new(map.with_log(log));
+        // The used ring's entries begin in the page behind that of its index.
+        let at = QueueAddresses { used: 0x2ffc, ..AT };
+        let mut queue = Queue::new(memory.clone(), &at, F_EVENT_IDX, 0).unwrap();
+        let look = crate::mem::SharedMem::map(&file, 4096).unwrap();
+        let page = |n: usize| look.load_u8(32 + n / 8, Relaxed) & (1 << (n % 8)) != 0;
+        queue.stage(0, 3, 1);
+        assert_eq!((page(2), page(3)), (false, true));
+        queue.show(1);
+        assert!(page(2));
+        let segments = [0x4ff0u64, 0x8000]
+            .map(|at| Segment { place: memory.at_gpa((1 << 20) + at, 0x20).unwrap(), len: 0x20 });
+        queue.wrote(&segments, 0x10);
+        assert_eq!((page(4), page(5), page(8)), (true, false, false));
+        queue.wrote(&segments, 0x21);
+        assert_eq!((page(5), page(8), page(9)), (true, true, false));
     }
 
     #[test]

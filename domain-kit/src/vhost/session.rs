@@ -18,9 +18,10 @@ use vhost::vhost_user::message::*;
 use vhost::vhost_user::{BackendReqHandler, Error, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
 use super::inflight::{Inflight, region_bytes};
+use super::log::DirtyLog;
 use super::memory::{GuestMemory, RegionInfo, must_not_shrink};
 use super::queue::{Queue, QueueAddresses};
-use super::{F_PROTOCOL_FEATURES, MAX_QUEUE_SIZE};
+use super::{F_LOG_ALL, F_PROTOCOL_FEATURES, MAX_QUEUE_SIZE};
 use crate::mem::{SharedMem, sealed_memfd};
 
 /// Most queues of a device.
@@ -113,6 +114,7 @@ struct Handler<'a, D> {
     crashed: bool,
     features: u64,
     memory: Option<Arc<GuestMemory>>,
+    log: Arc<DirtyLog>,
     tracked: Option<Tracked>,
     vrings: Vec<Vring>,
     /// Why the conversation is over.
@@ -131,6 +133,7 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
         crashed,
         features: 0,
         memory: None,
+        log: Arc::default(),
         tracked: None,
         vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
         broken: None,
@@ -291,14 +294,16 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
     }
 
     fn get_features(&mut self) -> VhostResult<u64> {
-        Ok(self.device.features() | F_PROTOCOL_FEATURES)
+        Ok(self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL)
     }
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
-        if features & !(self.device.features() | F_PROTOCOL_FEATURES) != 0 {
+        if features & !(self.device.features() | F_PROTOCOL_FEATURES | F_LOG_ALL) != 0 {
             return self.fail(format!("features {features:#x} were not offered"));
         }
         self.features = features;
+        // The one that changes while rings run.
+        self.log.set_on(features & F_LOG_ALL != 0);
         if features & F_PROTOCOL_FEATURES == 0 {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
         }
@@ -325,7 +330,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
             return self.fail("a memory region without a file");
         }
         let memory = or_fail!(self, GuestMemory::map(&regions));
-        self.memory = Some(Arc::new(memory));
+        self.memory = Some(Arc::new(memory.with_log(self.log.clone())));
         for index in 0..self.vrings.len() {
             or_fail!(self, self.start(index));
         }
@@ -391,7 +396,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
-        let mut all = VhostUserProtocolFeatures::MQ;
+        let mut all = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::LOG_SHMFD;
         if self.device.config().is_some() {
             all |= VhostUserProtocolFeatures::CONFIG;
         }
@@ -492,8 +497,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
         Err(Error::InvalidParam)
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
-        Err(Error::InvalidParam)
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        let (offset, len) = (log.mmap_offset, log.mmap_size);
+        or_fail!(self, self.log.set_bitmap(&file, offset, len));
+        Ok(())
     }
 }
 

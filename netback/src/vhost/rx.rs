@@ -111,12 +111,14 @@ impl RxState {
                 packet.copy(copied, segment, offset, n);
                 (copied, written) = (copied + n, written + n);
             }
+            self.queue.wrote(&self.chain.writable, written as u64);
             self.queue.stage(buffers, head, written as u32);
             buffers += 1;
         }
         if let Some(segment) = first {
             segment.place.mem.copy_in(segment.place.offset, &header);
             segment.place.mem.copy_in(segment.place.offset + VNET_HDR_LEN, &buffers.to_le_bytes());
+            self.queue.memory().log().wrote(segment.place.gpa, HDR as u64);
         }
         self.queue.show(buffers);
         Ok(true)

@@ -29,7 +29,7 @@ struct Cli {
     #[arg(long)]
     ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; qemu: disk, nic, boot).
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Tree with Debian's xenstored daemons.
@@ -74,9 +74,12 @@ enum Case {
     Restart,
     /// Boot time, memory and lines of code.
     Boot,
+    /// Disk and NIC of a guest in a machine that QEMU emulates.
+    Qemu,
 }
 
-const ALL: [Case; 6] = [Case::Evtchn, Case::Store, Case::Block, Case::Net, Case::Restart, Case::Boot];
+const ALL: [Case; 7] =
+    [Case::Evtchn, Case::Store, Case::Block, Case::Net, Case::Restart, Case::Boot, Case::Qemu];
 
 #[derive(Subcommand)]
 enum Internal {
@@ -175,6 +178,7 @@ fn run(cli: &Cli) -> Result<bool> {
                 settings.image.as_ref().map_or_else(Vec::new, |image| cases::boot::here(&settings, image))
             }
             Case::Boot => cases::boot::run(&settings),
+            Case::Qemu => cases::qemu::run(&settings),
         };
         println!("\n{}", table(&lines));
         report.lines.extend(lines);

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Dom0, Failure, PATIENCE};
 use crate::table::{Table, or_dash};
-use crate::{Args, Command, Wait, block, console, json as to_json, network};
+use crate::{Args, Command, Wait, block, console, json as to_json, network, save};
 
 /// How long dom0 may take to make a guest.
 const CREATE: Duration = Duration::from_secs(120);
@@ -23,9 +23,15 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::Create { file } => create(&dom0, &file, args.json).await,
         Command::Shutdown { guest, wait } => shutdown(&dom0, guest, false, wait, args.json).await,
         Command::Reboot { guest, wait } => shutdown(&dom0, guest, true, wait, args.json).await,
-        Command::Destroy { guest } => destroy(&dom0, guest, args.json).await,
+        Command::Destroy { guest } => {
+            destroy(&dom0, guest.clone()).await?;
+            say(args.json, &format!("guest {guest} is gone"), json!({ "guest": guest, "result": "is gone" }))
+        }
         Command::Pause { guest } => pause(&dom0, guest, true, args.json).await,
         Command::Unpause { guest } => pause(&dom0, guest, false, args.json).await,
+        Command::Reset { guest } => reset(&dom0, guest, args.json).await,
+        Command::Save { wanted } => save::save(&dom0, wanted, args.json).await,
+        Command::Restore { file } => save::restore(&dom0, &file, args.json).await,
         Command::Screenshot { guest, file } => screenshot(&dom0, guest, &file, args.json).await,
         Command::Console { guest, log } => console::run(&dom0, guest, log).await,
         Command::BlockList { guest } => block::list(&dom0, guest, args.json).await,
@@ -142,8 +148,20 @@ async fn create(dom0: &Dom0, file: &Path, json: bool) -> Result<(), Failure> {
     };
     let text = text.map_err(|e| Failure::Input(format!("{source}: {e}")))?;
     // Refused here as well as there: without dom0 a mistake in the file is told too.
+    let guest = make(dom0, text, source, String::new()).await?;
+    let text = format!("guest {} is domain {}", guest.name, guest.domid);
+    say(json, &text, to_json::guest(&guest))
+}
+
+/// Has dom0 make a guest; one that goes on from a file if there is one.
+pub(crate) async fn make(
+    dom0: &Dom0,
+    text: String,
+    source: String,
+    restore: String,
+) -> Result<Guest, Failure> {
     let name = DomainFile::parse(&text, &source).map_err(|e| Failure::Input(e.0))?.name.to_string();
-    let request = CreateGuestRequest { domain_file: text, source };
+    let request = CreateGuestRequest { domain_file: text, source, restore };
     let mut lost = false;
     let end = Instant::now() + CREATE;
     loop {
@@ -167,8 +185,7 @@ async fn create(dom0: &Dom0, file: &Path, json: bool) -> Result<(), Failure> {
             }
             Err(e) => return Err(e),
         };
-        let text = format!("guest {} is domain {}", guest.name, guest.domid);
-        return say(json, &text, to_json::guest(&guest));
+        return Ok(guest);
     }
 }
 
@@ -241,20 +258,27 @@ async fn screenshot(dom0: &Dom0, guest: String, file: &Path, json: bool) -> Resu
     say(json, &text, json!({ "file": file.display().to_string(), "bytes": reply.png.len() }))
 }
 
-async fn destroy(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure> {
+pub(crate) async fn destroy(dom0: &Dom0, guest: String) -> Result<(), Failure> {
     let end = Instant::now() + PATIENCE * 6;
     let mut lost = false;
     loop {
         let sent = GuestRef { guest: guest.clone() };
         match dom0.once(CREATE, |mut c| async move { c.destroy_guest(sent).await }).await {
-            Ok(_) => break,
+            Ok(_) => return Ok(()),
             Err(e) if e.lost() && Instant::now() < end => lost = true,
-            Err(Failure::Status(s)) if lost && s.code() == tonic::Code::NotFound => break,
+            Err(Failure::Status(s)) if lost && s.code() == tonic::Code::NotFound => return Ok(()),
             Err(e) => return Err(e),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    say(json, &format!("guest {guest} is gone"), json!({ "guest": guest, "result": "is gone" }))
+}
+
+async fn reset(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure> {
+    let sent = GuestRef { guest: guest.clone() };
+    let within = PATIENCE;
+    let reply = dom0.once(within, |mut c| async move { c.reset_guest(sent).await }).await?;
+    let text = format!("guest {guest} was reset and is {}", reply.state);
+    say(json, &text, json!({ "guest": guest, "state": reply.state }))
 }
 
 pub async fn list_services(dom0: &Dom0, statistics: bool) -> Result<Vec<ServiceInfo>, Failure> {

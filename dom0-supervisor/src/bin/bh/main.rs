@@ -9,6 +9,7 @@ mod json;
 mod network;
 mod pcapng;
 mod rules;
+mod save;
 mod store;
 mod table;
 
@@ -77,6 +78,21 @@ enum Command {
     Unpause {
         /// Name, domid or uuid.
         guest: String,
+    },
+    /// Reset a QEMU guest in place, as by its reset button.
+    Reset {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// Save a QEMU guest, its memory and configuration into a file.
+    Save {
+        #[command(flatten)]
+        wanted: save::Wanted,
+    },
+    /// Make a guest that goes on from where it was saved.
+    Restore {
+        /// The file.
+        file: PathBuf,
     },
     /// What a QEMU guest's display shows, as a PNG file.
     Screenshot {

@@ -6,6 +6,7 @@ pub mod evtchn;
 pub mod net;
 pub mod packets;
 pub mod pair;
+pub mod qemu;
 pub mod restart;
 pub mod store;
 pub mod world;

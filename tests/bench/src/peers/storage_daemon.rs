@@ -88,6 +88,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()

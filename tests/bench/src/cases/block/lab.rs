@@ -262,7 +262,7 @@ impl Guest {
 }
 
 /// Each job of fio's report.
-fn samples(said: &str) -> Result<Vec<Sample>> {
+pub(crate) fn samples(said: &str) -> Result<Vec<Sample>> {
     let (from, to) = (said.find('{'), said.rfind('}'));
     let json = from.zip(to).and_then(|(from, to)| said.get(from..=to)).context("no report")?;
     let report: Value = serde_json::from_str(json)?;

@@ -3,7 +3,7 @@
 pub mod lab;
 mod many;
 mod pause;
-mod speed;
+pub(crate) mod speed;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;

@@ -4,7 +4,7 @@
 //! and takes over the lines of its report.
 
 mod io;
-mod memory;
+pub(crate) mod memory;
 mod size;
 pub(crate) mod start;
 pub(crate) mod terminal;
