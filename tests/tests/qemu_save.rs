@@ -68,7 +68,7 @@ impl Small {
 impl Drop for Small {
     fn drop(&mut self) {
         // The directory stays if it does not go.
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        let _stays = Command::new("umount").arg(self.0.path()).status();
     }
 }
 
