@@ -57,6 +57,10 @@ const DAEMON: &str = "qemu-storage-daemon";
 const ON_TAP: &str = "virtio-net on TAP";
 const BARE: &str = "bare QEMU";
 
+/// A group of lines, for `--only`.
+type Group = fn(&Settings) -> Result<Vec<Line>>;
+/// A figure of a guest, with the outside's address.
+type Measure = fn(&Guest, &str) -> Result<f64>;
 type Names = &'static [(&'static str, &'static str, &'static str)];
 const DISK_NAMES: Names = &[("QEMU guest's disk", "IOPS", ">= 1.00 x both peers")];
 const NET_NAMES: Names = &[("QEMU guest's NIC", "Mb/s", ">= 1.00 x virtio-net on TAP")];
@@ -66,7 +70,7 @@ const BOOT_NAMES: Names = &[("create to userspace, QEMU Debian", "s", "<= 1.10 x
 pub fn run(settings: &Settings) -> Vec<Line> {
     let wanted = |name: &str| settings.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
     let mut lines = Vec::new();
-    let groups: [(&str, Names, fn(&Settings) -> Result<Vec<Line>>); 3] =
+    let groups: [(&str, Names, Group); 3] =
         [("disk", DISK_NAMES, disks), ("nic", NET_NAMES, nics), ("boot", BOOT_NAMES, boots)];
     for (name, names, measure) in groups {
         if wanted(name) {
@@ -354,7 +358,7 @@ fn nics(settings: &Settings) -> Result<Vec<Line>> {
     for (guest, peer) in [(&ours, ADDRESS), (&tap, TAP_PEER)] {
         guest.run(&format!("while ! ping -c 1 -W 1 {peer} >/dev/null; do :; done"))?;
     }
-    let measures: [(&str, &str, Goal, fn(&Guest, &str) -> Result<f64>); 3] = [
+    let measures: [(&str, &str, Goal, Measure); 3] = [
         ("TCP out of the QEMU guest", "Mb/s", Goal::RatioAtLeast(1.0), |guest, peer| {
             guest.stream(peer, false)
         }),
