@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proto::blkback::Commit;
 use proto::hvcore::{CreateDomainRequest, Domain, Resource, VersionReply};
-use proto::qemu::{QemuSaved, QemuStatus};
+use proto::qemu::{QemuSaved, QemuSizes, QemuStatus};
 
 /// Why hv-core did not do it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -104,6 +104,11 @@ pub trait Hv: Send + Sync {
         resource: &str,
         description: &str,
     ) -> Result<QemuSaved, HvError>;
+    /// Asks the qemu-bridge at this socket what its machine has.
+    ///
+    /// # Errors
+    /// As [`Hv::qemu`].
+    fn qemu_sizes(&self, control_socket: &str) -> Result<QemuSizes, HvError>;
     /// Asks the qemu-bridge at this socket for what its guest's display shows, as PNG.
     ///
     /// # Errors

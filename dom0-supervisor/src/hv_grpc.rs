@@ -16,7 +16,7 @@ use proto::hvcore::{
 use proto::qemu::qemu_client::QemuClient;
 use proto::qemu::{
     QemuPauseRequest, QemuResetRequest, QemuResumeRequest, QemuSaveRequest, QemuSaved, QemuScreenshotRequest,
-    QemuStatus, QemuStatusRequest,
+    QemuSizes, QemuSizesRequest, QemuStatus, QemuStatusRequest,
 };
 use proto::service::DrainRequest;
 use proto::service::service_client::ServiceClient;
@@ -210,6 +210,11 @@ impl Hv for GrpcHv {
         let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
         let request = QemuSaveRequest { resource: resource.into(), description: description.into() };
         self.call_within(SAVE, async move { client.save(request).await }).map_err(not_gone)
+    }
+
+    fn qemu_sizes(&self, control_socket: &str) -> Result<QemuSizes, HvError> {
+        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        self.ask(async move { client.sizes(QemuSizesRequest {}).await })
     }
 
     fn screenshot(&self, control_socket: &str) -> Result<Vec<u8>, HvError> {

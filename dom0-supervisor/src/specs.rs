@@ -275,6 +275,7 @@ pub fn guest(host: &HostFile, guest: &Guest) -> CreateDomainRequest {
             // The guest is in another domain: this one comes back.
             request.restart = Some(restart_policy(host.restart));
             request.limits = None;
+            request.resources.extend(config.usbdev.iter().filter_map(crate::ops::usb_resource));
         }
     }
     request

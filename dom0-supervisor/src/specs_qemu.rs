@@ -9,7 +9,7 @@ use proto::hvcore::resource::Kind;
 use proto::hvcore::{Bind, CreateDomainRequest, Limits, Resource, Role};
 use uuid::Uuid;
 
-use crate::config::{Accel, DomainFile, Firmware, HostFile};
+use crate::config::{Accel, DomainFile, Firmware, HostFile, MachineType, Q35_PORTS};
 use crate::state::{Guest, guest_uuid_text};
 
 /// Tasks of QEMU: processors, I/O, its thread pool.
@@ -42,7 +42,8 @@ pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainReques
     binds.extend(config.kernel.as_deref().map(|path| read_only(path, KERNEL)));
     binds.extend(config.ramdisk.as_deref().map(|path| read_only(path, INITRD)));
     if let Some(vars) = uefi_vars(config) {
-        binds.push(read_only(&qemu.uefi, UEFI_CODE));
+        let code = if config.secure_boot { &qemu.uefi_secure } else { &qemu.uefi };
+        binds.push(read_only(code, UEFI_CODE));
         // The one file of the host that a QEMU can write.
         binds.push(Bind { read_only: false, ..read_only(vars, UEFI_VARS) });
     }
@@ -55,7 +56,7 @@ pub fn emulator(host: &HostFile, guest: &Guest, kvm: bool) -> CreateDomainReques
     }
     let memory_bytes = match config.limits.memory {
         0 => 0,
-        mib => (mib << 20) + config.ram_bytes(),
+        mib => (mib << 20) + (config.maxmem() << 20),
     };
     CreateDomainRequest {
         name: format!("qemu-{}", config.name),
@@ -92,11 +93,26 @@ fn arguments(host: &HostFile, guest: &Guest, kvm: bool) -> Vec<String> {
     add("name", format!("guest={},debug-threads=on", config.name));
     host.qemu.firmware.iter().for_each(|dir| add("L", dir.display().to_string()));
     add("uuid", uuid.to_string());
-    add("machine", "pc,usb=off,dump-guest-core=off,memory-backend=ram".into());
+    let q35 = config.machine == Some(MachineType::Q35);
+    let machine = if q35 { "q35,smm=" } else { "pc,smm=" };
+    // System management mode keeps UEFI's variables from the guest's system, and is of no other use here.
+    let smm = if config.secure_boot { "on" } else { "off" };
+    add("machine", format!("{machine}{smm},usb=off,dump-guest-core=off,memory-backend=ram"));
     add("accel", if kvm { "kvm" } else { "tcg" }.into());
     add("cpu", config.cpu.clone().unwrap_or_else(|| if kvm { "host" } else { "max" }.into()));
-    add("smp", config.vcpus().to_string());
-    add("m", format!("{memory}M"));
+    match config.maxvcpus() {
+        most if most > config.vcpus() => add("smp", format!("{},maxcpus={most}", config.vcpus())),
+        _ => add("smp", config.vcpus().to_string()),
+    }
+    let more = config.maxmem().saturating_sub(memory);
+    if more > 0 {
+        add("m", format!("{memory}M,maxmem={}M", config.maxmem()));
+        // Of this the guest has as much as `bh mem-set` says.
+        add("object", format!("memory-backend-memfd,id=more,size={more}M,share=on,seal=on,reserve=off"));
+        add("device", "virtio-mem-pci,id=mem0,memdev=more,requested-size=0".into());
+    } else {
+        add("m", format!("{memory}M"));
+    }
     add("object", format!("memory-backend-memfd,id=ram,size={memory}M,share=on,seal=on"));
     add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     // The processors wait until all devices are there; what ends the guest leaves QEMU, so that its state can be asked for.
@@ -116,9 +132,29 @@ fn arguments(host: &HostFile, guest: &Guest, kvm: bool) -> Vec<String> {
         add("drive", flash(0, UEFI_CODE, ",readonly=on"));
         add("drive", flash(1, UEFI_VARS, ""));
     }
+    if config.secure_boot {
+        // The variables are written in system management mode alone.
+        add("global", "driver=cfi.pflash01,property=secure,value=on".into());
+    }
+    if q35 {
+        // Nothing can be plugged into the root complex itself. Eight ports share a slot.
+        for port in 0..Q35_PORTS {
+            let (slot, function) = (0x10 + port / 8, port % 8);
+            let first = if function == 0 { ",multifunction=on" } else { "" };
+            add(
+                "device",
+                format!("pcie-root-port,id=port{port},chassis={},addr={slot:#x}.{function}{first}", port + 1),
+            );
+        }
+    }
+    if config.usb {
+        add("device", "qemu-xhci,id=xhci,p2=8,p3=8".into());
+    }
     add("display", "none".into());
     if config.display {
         add("device", "VGA".into());
+        // A server that listens nowhere: sessions are handed to it.
+        add("vnc", "none".into());
     }
     if config.kernel.is_some() {
         add("kernel", KERNEL.into());

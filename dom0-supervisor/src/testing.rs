@@ -132,6 +132,22 @@ impl Inner {
                 _ => {}
             }
         }
+        self.bridges();
+    }
+
+    /// What qemu-bridge says of USB devices. A file of this name cannot be opened.
+    fn bridges(&mut self) {
+        let wanted: Vec<(String, String)> = self
+            .nodes
+            .iter()
+            .filter(|(path, node)| path.contains("/usb/") && !path.contains("/data/") && !node.0.is_empty())
+            .map(|(path, node)| (path.replace("/usb/", "/data/usb/"), node.0.clone()))
+            .collect();
+        self.nodes.retain(|path, _| !path.contains("/data/usb/"));
+        for (path, wanted) in wanted {
+            let said = if wanted.contains("damaged") { "error: it is damaged" } else { "plugged" };
+            self.nodes.insert(path, (said.into(), Vec::new()));
+        }
     }
 }
 
@@ -269,6 +285,26 @@ impl Hv for World {
 
     fn qemu_save(&self, _: &str, _: &str, _: &str) -> Result<proto::qemu::QemuSaved, HvError> {
         Err(HvError::Refused("no state".into()))
+    }
+
+    fn qemu_sizes(&self, control_socket: &str) -> Result<proto::qemu::QemuSizes, HvError> {
+        // A bridge follows what stands in the store, unless it is deaf.
+        self.call(
+            || Err(HvError::Gone),
+            |w| {
+                let domain = w.domains.iter().find(|d| d.control_socket == control_socket);
+                let home = format!("/local/domain/{}", domain.ok_or(HvError::NotFound)?.domid);
+                let kib = w.nodes.get(&format!("{home}/memory/target")).and_then(|n| n.0.parse::<u64>().ok());
+                let cpus = w
+                    .nodes
+                    .iter()
+                    .filter(|(path, node)| path.starts_with(&format!("{home}/cpu/")) && node.0 == "online");
+                let vcpus = cpus.count() as u32;
+                let deaf = w.deaf_backends;
+                let memory_bytes = if deaf { 0 } else { kib.unwrap_or(0) << 10 };
+                Ok(proto::qemu::QemuSizes { memory_bytes, vcpus: if deaf { 0 } else { vcpus } })
+            },
+        )
     }
 
     fn screenshot(&self, _control_socket: &str) -> Result<Vec<u8>, HvError> {

@@ -8,24 +8,32 @@ use domain_kit::control::ServiceControl;
 use proto::qemu::qemu_server::{Qemu, QemuServer};
 use proto::qemu::{
     QemuPauseRequest, QemuResetRequest, QemuResumeRequest, QemuSaveRequest, QemuSaved, QemuScreenshot,
-    QemuScreenshotRequest, QemuStatus, QemuStatusRequest,
+    QemuScreenshotRequest, QemuSizes, QemuSizesRequest, QemuStatus, QemuStatusRequest, VncBytes,
 };
 use proto::service::Counter;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use crate::display::{self, Viewers};
 use crate::machine::Machine;
 use crate::qmp::QmpError;
+use crate::resize::{self, Sizes};
 use crate::save::{self, SaveError};
 
 /// For `domain_kit::control::serve_with`.
 pub fn routes(domain: Arc<Domain>, machine: Arc<Machine>) -> Routes {
-    Routes::new(QemuServer::new(Api(machine, domain)))
+    Routes::new(QemuServer::new(Api { machine, domain, viewers: Viewers::default() }))
 }
 
-struct Api(Arc<Machine>, Arc<Domain>);
+struct Api {
+    machine: Arc<Machine>,
+    domain: Arc<Domain>,
+    viewers: Viewers,
+}
 
-fn status(error: QmpError) -> Status {
+/// What a caller is told.
+pub(crate) fn status(error: QmpError) -> Status {
     match error {
         QmpError::Refused { .. } => Status::failed_precondition(error.to_string()),
         QmpError::Silent(_) => Status::deadline_exceeded(error.to_string()),
@@ -38,17 +46,17 @@ impl Api {
         &self,
         work: impl FnOnce(&Machine) -> Result<T, QmpError> + Send + 'static,
     ) -> Result<T, Status> {
-        let machine = self.0.clone();
+        let machine = self.machine.clone();
         let done = tokio::task::spawn_blocking(move || work(&machine)).await;
         done.map_err(|e| Status::internal(e.to_string()))?.map_err(status)
     }
 
     fn told(&self) -> Response<QemuStatus> {
         Response::new(QemuStatus {
-            state: self.0.state(),
-            version: self.0.version().into(),
-            accel: self.0.accel().into(),
-            resets: self.0.resets(),
+            state: self.machine.state(),
+            version: self.machine.version().into(),
+            accel: self.machine.accel().into(),
+            resets: self.machine.resets(),
         })
     }
 }
@@ -76,7 +84,7 @@ impl Qemu for Api {
 
     async fn save(&self, request: Request<QemuSaveRequest>) -> Result<Response<QemuSaved>, Status> {
         let QemuSaveRequest { resource, description } = request.into_inner();
-        let (machine, domain) = (self.0.clone(), self.1.clone());
+        let (machine, domain) = (self.machine.clone(), self.domain.clone());
         let work = move || -> Result<save::Done, SaveError> {
             let file = domain.hv.resource_open(&resource)?.1;
             save::save(&machine, file.into(), &description)
@@ -93,8 +101,19 @@ impl Qemu for Api {
         &self,
         _request: Request<QemuScreenshotRequest>,
     ) -> Result<Response<QemuScreenshot>, Status> {
-        let png = self.on_machine(Machine::screenshot).await?;
+        let png = self.on_machine(display::screenshot).await?;
         Ok(Response::new(QemuScreenshot { png }))
+    }
+
+    async fn sizes(&self, _request: Request<QemuSizesRequest>) -> Result<Response<QemuSizes>, Status> {
+        let Sizes { memory, vcpus } = self.on_machine(|machine| resize::sizes(machine.qmp())).await?;
+        Ok(Response::new(QemuSizes { memory_bytes: memory, vcpus }))
+    }
+
+    type VncStream = ReceiverStream<Result<VncBytes, Status>>;
+
+    async fn vnc(&self, request: Request<Streaming<VncBytes>>) -> Result<Response<Self::VncStream>, Status> {
+        self.viewers.serve(self.machine.clone(), request.into_inner()).await.map(Response::new)
     }
 }
 

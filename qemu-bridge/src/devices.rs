@@ -21,7 +21,9 @@ use serde_json::{Value, json};
 
 use crate::machine::Machine;
 use crate::qmp::{PATIENCE, QmpError};
+use crate::resize::Resize;
 use crate::save::{self, Restore};
+use crate::usb::{LookError, Usb};
 
 /// Between two looks if nothing was told.
 const LOOK: Duration = Duration::from_secs(2);
@@ -31,6 +33,9 @@ const SOON: Duration = Duration::from_millis(50);
 const COLD: Duration = Duration::from_secs(60);
 /// A backend that dies while its device is plugged in comes back within this.
 const PLUG: Duration = Duration::from_secs(30);
+
+/// Before a root port's number, in the machine's command line.
+const PORT: &str = "port";
 
 /// What a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -86,6 +91,15 @@ enum DeviceError {
     Hypercall(#[from] domain_kit::HvError),
 }
 
+impl From<LookError> for DeviceError {
+    fn from(e: LookError) -> DeviceError {
+        match e {
+            LookError::Qmp(e) => DeviceError::Qmp(e),
+            LookError::Store(e) => DeviceError::Store(e),
+        }
+    }
+}
+
 /// Keeps the machine's devices as xenstore has them.
 pub struct Devices {
     domain: Arc<Domain>,
@@ -98,6 +112,8 @@ pub struct Devices {
     errors: BTreeMap<Key, String>,
     /// The guest is to go on from there.
     restore: Option<Restore>,
+    usb: Usb,
+    resize: Resize,
 }
 
 impl Devices {
@@ -107,16 +123,12 @@ impl Devices {
     /// The store's.
     pub fn new(domain: Arc<Domain>, machine: Arc<Machine>, xs: XsClient) -> Result<Devices, XsError> {
         let watches = xs.watch_set()?;
-        watches.watch("device", "device")?;
-        Ok(Devices {
-            domain,
-            machine,
-            xs,
-            watches,
-            watched: BTreeSet::new(),
-            errors: BTreeMap::new(),
-            restore: None,
-        })
+        for node in ["device", "usb", "memory/target", "cpu"] {
+            watches.watch(node, node)?;
+        }
+        let (usb, resize) = (Usb::new(&xs), Resize::default());
+        let (watched, errors) = (BTreeSet::new(), BTreeMap::new());
+        Ok(Devices { domain, machine, xs, watches, watched, errors, restore: None, usb, resize })
     }
 
     /// Plugs what is there, starts the guest if it was never started, and follows the store from then on.
@@ -204,6 +216,15 @@ impl Devices {
         for key in plugged.difference(&wanted) {
             self.unplug(*key)?;
             settled = false;
+        }
+        settled &= self.usb.look(&self.domain.hv, &self.xs, self.machine.qmp())?;
+        match self.resize.look(&self.xs, self.machine.qmp()) {
+            // The guest may take its time.
+            Ok(done) => settled &= done || !in_order,
+            Err(LookError::Qmp(error @ QmpError::Refused { .. })) => {
+                tracing::warn!(%error, "the machine cannot be made larger or smaller");
+            }
+            Err(e) => return Err(e.into()),
         }
         let known = self.chardevs()?;
         for key in known.iter().filter(|key| !plugged.contains(key) && !wanted.contains(key)) {
@@ -340,10 +361,39 @@ impl Devices {
         };
         if let Some(place) = self.restore.as_ref().and_then(|r| r.place(&key.name())) {
             device["addr"] = place.into();
+        } else if let Some(port) = self.free_port()? {
+            device["bus"] = port.into();
         }
         qmp.call_with("device_add", device, None, PLUG)?;
         tracing::info!(device = key.name(), "plugged in");
         Ok(())
+    }
+
+    /// A port of a PCI Express machine that has no device; `None` if the machine is none.
+    fn free_port(&self) -> Result<Option<String>, QmpError> {
+        let qmp = self.machine.qmp();
+        let list = qmp.call("qom-list", json!({ "path": "/machine/peripheral" }))?;
+        let mut ports: BTreeSet<u32> = names(&list, "name").filter_map(port).collect();
+        let count = ports.len();
+        if count == 0 {
+            return Ok(None);
+        }
+        // (query-pci does not know what is behind a port before the guest's firmware has numbered the buses.)
+        for key in names(&list, "name").filter_map(Key::of) {
+            let at =
+                json!({ "path": format!("/machine/peripheral/{}", key.name()), "property": "parent_bus" });
+            let bus = qmp.call("qom-get", at)?;
+            if let Some(taken) = bus.as_str().and_then(|bus| bus.split('/').find_map(port)) {
+                ports.remove(&taken);
+            }
+        }
+        match ports.first() {
+            Some(free) => Ok(Some(format!("{PORT}{free}"))),
+            None => Err(QmpError::Refused {
+                command: "device_add".into(),
+                text: format!("all {count} ports of the machine are taken"),
+            }),
+        }
     }
 
     /// Asks the guest to let go; QEMU removes the device when it has.
@@ -372,6 +422,11 @@ impl Devices {
     }
 }
 
+/// The number of a root port of this name.
+fn port(name: &str) -> Option<u32> {
+    name.strip_prefix(PORT)?.parse().ok()
+}
+
 fn names<'a>(list: &'a Value, field: &'a str) -> impl Iterator<Item = &'a str> {
     list.as_array().into_iter().flatten().filter_map(move |item| item[field].as_str())
 }
@@ -379,6 +434,15 @@ fn names<'a>(list: &'a Value, field: &'a str) -> impl Iterator<Item = &'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_are_known_by_their_names() {
+        assert_eq!(port("port15"), Some(15));
+        assert_eq!("/machine/peripheral/port3/port3".split('/').find_map(port), Some(3));
+        for other in ["port", "portx", "vbd0", "", "peripheral"] {
+            assert_eq!(port(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn names_lead_back() {

@@ -17,12 +17,20 @@
 //! | [`machine`] | the guest as QEMU has it: states, ends |
 //! | [`devices`] | xenbus frontends whose data path is vhost-user: plugged and unplugged as xenstore says |
 //! | [`save`] | the guest into a file, and on from one |
+//! | [`usb`] | USB devices, plugged and unplugged as xenstore says |
+//! | [`resize`] | memory and processors, the same way |
 //! | [`serial`] | the guest's serial line on the domain's console |
-//! | [`control`] | gRPC: pause, resume, reset, save, screenshot |
+//! | [`display`] | VNC sessions and screenshots |
+//! | [`rfb`] | VNC's protocol, as far as a picture needs it |
+//! | [`control`] | gRPC: pause, resume, reset, save, screenshot, VNC |
 
 pub mod control;
 pub mod devices;
+pub mod display;
 pub mod machine;
 pub mod qmp;
+pub mod resize;
+pub mod rfb;
 pub mod save;
 pub mod serial;
+pub mod usb;

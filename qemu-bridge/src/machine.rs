@@ -9,7 +9,6 @@
 //!                  power-off: shutdown ◄─┘ └─► guest-panicked, internal-error        ──► the domain ends
 //! ```
 
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -28,8 +27,6 @@ pub const QMP_RESOURCE: &str = "qmp";
 const COME_UP: Duration = Duration::from_secs(60);
 /// How often the state is asked for.
 const LOOK: Duration = Duration::from_secs(2);
-/// Longest screenshot, bytes.
-const MAX_SCREENSHOT: usize = 64 << 20;
 
 /// How the guest ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,24 +180,6 @@ impl Machine {
         self.qmp.call("system_powerdown", json!({})).map(drop)
     }
 
-    /// What the display shows, as PNG.
-    ///
-    /// # Errors
-    /// [`QmpError`]; refused if there is no display.
-    pub fn screenshot(&self) -> Result<Vec<u8>, QmpError> {
-        let refused = |text: String| QmpError::Refused { command: "screendump".into(), text };
-        // Not sealed: QEMU makes it as long as it wants.
-        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
-        let file = nix::sys::memfd::memfd_create("screenshot", flags).map_err(|e| refused(e.to_string()))?;
-        let added = self.qmp.call_with("add-fd", json!({}), Some(file.as_fd()), PATIENCE)?;
-        let set = added["fdset-id"].as_u64().ok_or(QmpError::Garbage("add-fd without a set"))?;
-        let arguments = json!({ "filename": format!("/dev/fdset/{set}"), "format": "png" });
-        let done = self.qmp.call("screendump", arguments);
-        let _gone_with_it = self.qmp.call("remove-fd", json!({ "fdset-id": set }));
-        done?;
-        read_whole(&file.into()).map_err(refused)
-    }
-
     fn ended(&self, end: End) -> End {
         let asked = self.rebooting.lock().unwrap_or_else(PoisonError::into_inner).take();
         match end {
@@ -262,17 +241,6 @@ fn short(data: &Value) -> String {
     data.to_string().chars().take(200).collect()
 }
 
-fn read_whole(file: &std::fs::File) -> Result<Vec<u8>, String> {
-    use std::os::unix::fs::FileExt;
-    let len = file.metadata().map_err(|e| e.to_string())?.len();
-    if len > MAX_SCREENSHOT as u64 {
-        return Err(format!("the screenshot has {len} bytes"));
-    }
-    let mut bytes = vec![0; len as usize];
-    file.read_exact_at(&mut bytes, 0).map_err(|e| e.to_string())?;
-    Ok(bytes)
-}
-
 /// Ends the domain: QEMU is told to go, and hv-core how the guest ended.
 pub fn end(domain: &Domain, machine: &Machine, end: &End) -> anyhow::Result<()> {
     tracing::info!(?end, "the guest ended");
@@ -284,7 +252,6 @@ pub fn end(domain: &Domain, machine: &Machine, end: &End) -> anyhow::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use domain_kit::mem::sealed_memfd;
 
     #[test]
     fn states_that_end_a_guest() {
@@ -293,11 +260,5 @@ mod tests {
         for on in ["running", "paused", "prelaunch", "suspended", "io-error", "inmigrate", "unknown"] {
             assert_eq!(end_of(on), None, "{on}");
         }
-    }
-
-    #[test]
-    fn a_file_is_read_as_long_as_it_is() {
-        let file: std::fs::File = sealed_memfd("x", 5000).unwrap().into();
-        assert_eq!(read_whole(&file).unwrap().len(), 5000);
     }
 }

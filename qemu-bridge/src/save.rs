@@ -122,6 +122,19 @@ pub fn save(machine: &Machine, mut file: File, guest: &str) -> Result<Done, Save
     }
 }
 
+/// What keeps a guest with this device from being saved: nobody plugs it in again, in the same place, for the one that goes on.
+fn not_saved(device: &str) -> Option<&'static str> {
+    match device {
+        _ if device.starts_with("usb-") => {
+            Some("a guest with USB devices cannot be saved: bh usb-detach first")
+        }
+        _ if device.starts_with("port") => Some("a guest on a q35 machine cannot be saved"),
+        "mem0" => Some("a guest with maxmem cannot be saved"),
+        _ if device.starts_with("cpu-") => Some("a guest that was given processors cannot be saved"),
+        _ => None,
+    }
+}
+
 /// Where on the PCI bus each device that was plugged in is.
 fn places(qmp: &Qmp) -> Result<BTreeMap<String, u8>, QmpError> {
     let list = qmp.call("qom-list", json!({ "path": "/machine/peripheral" }))?;
@@ -130,6 +143,9 @@ fn places(qmp: &Qmp) -> Result<BTreeMap<String, u8>, QmpError> {
         let (Some(name), Some(kind)) = (item["name"].as_str(), item["type"].as_str()) else { continue };
         if !kind.starts_with("child<") {
             continue;
+        }
+        if let Some(what) = not_saved(name) {
+            return Err(QmpError::Refused { command: "save".into(), text: what.into() });
         }
         let path = format!("/machine/peripheral/{name}");
         match qmp.call("qom-get", json!({ "path": path, "property": "addr" })) {

@@ -4,9 +4,9 @@
 mod common;
 #[path = "common/linux.rs"]
 mod linux;
+#[path = "common/machine.rs"]
+mod machine;
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
@@ -15,6 +15,7 @@ use bulkhead_tests::progress::Seen;
 use bulkhead_tests::system::{Config, NETBACK, System, bridge_name};
 use common::*;
 use linux::*;
+use machine::{emulators, file};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -40,20 +41,6 @@ fn qemu_guest_under_kills() {
 #[ignore = "cargo xtask soak"]
 fn soak_qemu() {
     under_kills(500, 6);
-}
-
-/// The guest, with words for its kernel's command line and more for its domain file.
-fn file(system: &System, words: &str, more: &str) -> String {
-    let (kernel, initrd) = linux("debian13");
-    let disk = image(system, "qemu.img", 64 << 20);
-    format!(
-        "name = \"linux\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nkernel = \"{}\"\nramdisk = \"{}\"\n\
-         memory = 256\ncmdline = \"console=ttyS0 quiet panic=1 mitigations=off bh.disk=vda {words}\"\n{more}\n\
-         [[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n",
-        kernel.display(),
-        initrd.display(),
-        disk.display(),
-    )
 }
 
 fn verified(seen: &Seen) -> u64 {
@@ -84,9 +71,9 @@ fn qemu_guest_is_handled_and_its_end_is_its_own() {
     let before = verified(&progress.lock());
     wait(&system, &progress, "going on", |seen| verified(seen) > before);
 
-    let emulators = emulators(&system);
-    assert_eq!(emulators.len(), 1, "{emulators:?}");
-    let emulator = Pid::from_raw(emulators[0]);
+    let found = emulators(&system);
+    assert_eq!(found.len(), 1, "{found:?}");
+    let emulator = Pid::from_raw(found[0]);
     kill(emulator, Signal::SIGSTOP).unwrap();
     until_state(&system, "silent");
     let refused = system.bh(&["pause", "linux"]).unwrap();
@@ -104,7 +91,7 @@ fn qemu_guest_is_handled_and_its_end_is_its_own() {
     until_state(&system, "gone");
     let services = system.services().unwrap();
     assert!(services.values().all(|s| s.state == "running"), "{services:?}");
-    assert!(self::emulators(&system).is_empty(), "nothing of it is left");
+    assert!(emulators(&system).is_empty(), "nothing of it is left");
 }
 
 /// A disk and a NIC, plugged into the running guest and taken out again, twice; the bridge is killed in between. The guest tells what it
@@ -152,81 +139,4 @@ fn qemu_guest_hot_plug() {
     said(&system, &progress, 5, patience);
     bh(&["destroy", "linux"]);
     until(&system, "gone", || guest(&system, "linux").is_none());
-}
-
-fn run_tool(program: &str, args: &[&str]) {
-    let out = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
-    assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-}
-
-/// A qcow2 disk with nothing but an EFI system partition's file system, in which a unified kernel lies where UEFI looks for one.
-fn efi_disk(system: &System, cmdline: &str) -> PathBuf {
-    let (kernel, initrd) = linux("debian13");
-    let at = |name: &str| system.dir().join(name).to_str().unwrap().to_owned();
-    let (words, unified, flat, disk) = (at("cmdline"), at("unified.efi"), at("esp.img"), at("esp.qcow2"));
-    std::fs::write(&words, cmdline).unwrap();
-    let section = |name: &str, file: &str| format!("{name}={file}");
-    let (kernel, initrd) = (kernel.to_str().unwrap(), initrd.to_str().unwrap());
-    let sections = [
-        (".cmdline", words.as_str(), "0x30000"),
-        (".linux", kernel, "0x2000000"),
-        (".initrd", initrd, "0x4000000"),
-    ];
-    let mut args: Vec<String> = Vec::new();
-    for (name, file, address) in sections {
-        args.extend(["--add-section".into(), section(name, file)]);
-        args.extend(["--change-section-vma".into(), section(name, address)]);
-    }
-    args.extend(["/usr/lib/systemd/boot/efi/linuxx64.efi.stub".into(), unified.clone()]);
-    run_tool("objcopy", &args.iter().map(String::as_str).collect::<Vec<_>>());
-    image(system, "esp.img", 40 << 20);
-    run_tool("mformat", &["-i", &flat, "-F", "::"]);
-    run_tool("mmd", &["-i", &flat, "::/EFI", "::/EFI/BOOT"]);
-    run_tool("mcopy", &["-i", &flat, &unified, "::/EFI/BOOT/BOOTX64.EFI"]);
-    run_tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &flat, &disk]);
-    disk.into()
-}
-
-/// UEFI boots a unified kernel from a qcow2 disk that blkback serves; the variables are the guest's own.
-#[test]
-#[ignore = "needs the guest image: cargo xtask guest-image"]
-fn qemu_guest_boots_by_uefi() {
-    let system = start();
-    let look = script("cat /sys/firmware/efi/fw_platform_size");
-    let disk = efi_disk(&system, &format!("console=ttyS0 quiet panic=1 mitigations=off {look}"));
-    let vars = system.dir().join("vars.fd");
-    std::fs::copy("/usr/share/OVMF/OVMF_VARS_4M.fd", &vars).unwrap();
-    let before = std::fs::read(&vars).unwrap();
-    let file = format!(
-        "name = \"linux\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nmemory = 256\n\
-         firmware = \"uefi\"\nnvram = \"{}\"\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\nformat = \"qcow2\"\n",
-        vars.display(),
-        disk.display()
-    );
-    let (progress, _console) = boot(&system, &file);
-    assert_eq!(said(&system, &progress, 0, Duration::from_secs(20)), ["64"], "booted by UEFI");
-    assert!(std::fs::read(&vars).unwrap() != before, "the firmware keeps its variables there");
-}
-
-/// Processes of QEMU that belong to this system: their command line names its guest, and their parent chain ends at its hv-core.
-fn emulators(system: &System) -> Vec<i32> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
-        if !read("cmdline").starts_with("qemu-linux\0") {
-            continue;
-        }
-        let parent = |pid: i32| {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let line = status.lines().find_map(|l| l.strip_prefix("PPid:")).map(str::trim).map(str::to_owned);
-            line.and_then(|p| p.parse::<i32>().ok()).unwrap_or(0)
-        };
-        let hv_core = system.hv_core_pid() as i32;
-        let spawner = parent(pid);
-        if spawner == hv_core || parent(spawner) == hv_core {
-            found.push(pid);
-        }
-    }
-    found
 }

@@ -94,6 +94,7 @@ fn qemu_guests() -> Result<()> {
     setup::packages(setup::QEMU)?;
     setup::packages(setup::QEMU_TESTS)?;
     guest::image(guest::Guest::Debian13)?;
+    guest::image(guest::Guest::Debian13Full)?;
     for test in libtest::ignored("qemu_")? {
         // One after the other: each emulated processor takes one of the machine's.
         run::loud(

@@ -18,6 +18,9 @@ const XEN: &[&str] = &["xen_blkfront", "xen_netfront"];
 /// What it loads elsewhere: the same image under QEMU, as tests and benches compare it.
 const VIRTIO: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net"];
 
+/// What it loads besides where its kernel has it: devices that QEMU emulates, memory that comes and goes.
+const EMULATED: &[&str] = &["virtio_mem", "xhci_pci", "usb_storage", "sd_mod", "usbhid", "hid_generic"];
+
 /// Names under which the agent and busybox are called by kernel and users.
 const AGENT_LINKS: &[&str] = &["poweroff", "reboot", "halt"];
 const BUSYBOX_LINKS: &[&str] = &[
@@ -33,10 +36,12 @@ pub enum Guest {
     Debian12,
     /// Debian 13's cloud kernel, Linux 6.12.
     Debian13,
+    /// Debian 13's kernel for any machine: it has USB.
+    Debian13Full,
 }
 
 impl Guest {
-    /// All of them.
+    /// All with cloud kernels.
     pub const ALL: &'static [Self] = &[Self::Debian12, Self::Debian13];
 
     /// Its name in paths and reports.
@@ -44,14 +49,28 @@ impl Guest {
         match self {
             Self::Debian12 => "debian12",
             Self::Debian13 => "debian13",
+            Self::Debian13Full => "debian13-full",
         }
     }
 
     fn release(self) -> Release {
         match self {
             Self::Debian12 => Release::Bookworm,
-            Self::Debian13 => Release::Trixie,
+            Self::Debian13 | Self::Debian13Full => Release::Trixie,
         }
+    }
+
+    fn package(self) -> &'static str {
+        match self {
+            Self::Debian12 | Self::Debian13 => "linux-image-cloud-amd64",
+            Self::Debian13Full => "linux-image-amd64",
+        }
+    }
+
+    /// Modules that it loads outside Xen.
+    fn virtio(self) -> Vec<&'static str> {
+        let more: &[&str] = if self == Self::Debian13Full { EMULATED } else { &[] };
+        VIRTIO.iter().chain(more).copied().collect()
     }
 }
 
@@ -106,7 +125,7 @@ pub fn image(guest: Guest) -> Result<Image> {
     if inside && !dir.join("stamp").exists() {
         bail!("no image of {}: run `cargo xtask guest-image` outside the lab first", guest.name());
     }
-    let kernel = debian::kernel(guest.release(), "linux-image-cloud-amd64")?;
+    let kernel = debian::kernel(guest.release(), guest.package())?;
     if inside {
         return Ok(Image {
             version: kernel.version,
@@ -123,14 +142,14 @@ pub fn image(guest: Guest) -> Result<Image> {
         initrd: dir.join("initrd.img"),
     };
     let mut hash = DefaultHasher::new();
-    (&agent, &busybox, XEN, VIRTIO, AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
+    (&agent, &busybox, XEN, guest.virtio(), AGENT_LINKS, BUSYBOX_LINKS, &kernel.version).hash(&mut hash);
     let stamp = format!("{:016x}", hash.finish());
     let stamp_file = dir.join("stamp");
     let _lock = setup::lock(guest.name())?;
     let fresh = fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp);
     if !(fresh && image.vmlinuz.exists() && image.initrd.exists()) {
         replace(&image.vmlinuz, &fs::read(&kernel.vmlinuz)?)?;
-        replace(&image.initrd, &initramfs(&kernel, &agent, &busybox)?)?;
+        replace(&image.initrd, &initramfs(&kernel, &agent, &busybox, &guest.virtio())?)?;
         replace(&stamp_file, stamp.as_bytes())?;
     }
     Ok(image)
@@ -164,7 +183,7 @@ fn stripped(path: &Path) -> Result<Vec<u8>> {
     bytes.with_context(|| format!("cannot read {}", path.display()))
 }
 
-fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
+fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8], virtio: &[&str]) -> Result<Vec<u8>> {
     let mut cpio = Cpio::new();
     for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc", "sbin"] {
         cpio.dir(dir);
@@ -181,7 +200,7 @@ fn initramfs(kernel: &Kernel, agent: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
     }
     let modules = Modules::open(&kernel.modules)?;
     let mut packed = BTreeSet::new();
-    for (list, names) in [("xen", XEN), ("virtio", VIRTIO)] {
+    for (list, names) in [("xen", XEN), ("virtio", virtio)] {
         let mut order = String::new();
         for module in modules.closure(names)? {
             let name = module.name;

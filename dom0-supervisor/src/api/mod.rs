@@ -6,6 +6,7 @@ mod network;
 mod relay;
 mod services;
 mod store;
+mod vnc;
 pub(crate) use services::channel;
 pub use store::StoreRelay;
 
@@ -303,6 +304,53 @@ impl Toolstack for Api {
         let guest = request.into_inner().guest;
         let png = self.blocking(move |m| m.screenshot(&guest)).await?;
         Ok(Response::new(ScreenshotReply { png }))
+    }
+
+    async fn list_usb(&self, request: Request<GuestRef>) -> Answer<ListUsbReply> {
+        let guest = request.into_inner().guest;
+        let devices = self.blocking(move |m| m.usb(&guest)).await?;
+        let device = |(entry, state): (crate::config::UsbEntry, String)| UsbDevice {
+            kind: entry.kind.word().into(),
+            path: entry.disk().map(|p| p.display().to_string()).unwrap_or_default(),
+            read_only: entry.mode == crate::config::AccessMode::ReadOnly,
+            id: entry.id,
+            state,
+        };
+        Ok(Response::new(ListUsbReply { devices: devices.into_iter().map(device).collect() }))
+    }
+
+    async fn attach_usb(&self, request: Request<AttachUsbRequest>) -> Answer<AttachUsbReply> {
+        let AttachUsbRequest { guest, usbdev } = request.into_inner();
+        self.blocking(move |m| {
+            let entry = crate::config::UsbEntry::parse(&usbdev).map_err(|e| OpError::Invalid(e.0))?;
+            m.attach_usb(&guest, entry)
+        })
+        .await?;
+        Ok(Response::new(AttachUsbReply {}))
+    }
+
+    async fn detach_usb(&self, request: Request<DetachUsbRequest>) -> Answer<DetachUsbReply> {
+        let DetachUsbRequest { guest, id } = request.into_inner();
+        self.blocking(move |m| m.detach_usb(&guest, &id)).await?;
+        Ok(Response::new(DetachUsbReply {}))
+    }
+
+    async fn resize_guest(&self, request: Request<ResizeGuestRequest>) -> Answer<ResizeGuestReply> {
+        let ResizeGuestRequest { guest, memory_mib, vcpus } = request.into_inner();
+        self.blocking(move |m| {
+            if memory_mib > 0 {
+                m.set_memory(&guest, memory_mib)?;
+            }
+            if vcpus > 0 { m.set_vcpus(&guest, vcpus) } else { Ok(()) }
+        })
+        .await?;
+        Ok(Response::new(ResizeGuestReply {}))
+    }
+
+    type VncStream = Streamed<VncOutput>;
+
+    async fn vnc(&self, request: Request<Streaming<VncInput>>) -> Answer<Self::VncStream> {
+        self.relay_vnc(request.into_inner()).await.map(Response::new)
     }
 
     type ConsoleStream = Streamed<ConsoleOutput>;

@@ -70,6 +70,9 @@ pub fn check_guest_files(guest: &DomainFile) -> Result<(), ConfigError> {
             check_file(what, path)?;
         }
     }
+    for (what, path) in guest.usbdev.iter().filter_map(|e| Some((format!("usbdev {}", e.id), e.disk()?))) {
+        check_disk(&what, path, false)?;
+    }
     for disk in &guest.disk {
         check_disk_files(&format!("disk {}: ", disk.vdev.name()), disk)?;
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{ConfigError, DiskEntry, LimitsEntry, Mac, Name, text};
+use super::{ConfigError, DiskEntry, LimitsEntry, MOST_USB, Mac, Name, UsbEntry, text};
 
 /// A domain file, checked. Serialised, it is also how the state file keeps a guest's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +47,24 @@ pub struct DomainFile {
     /// QEMU: UEFI's variables: this guest's own copy of the firmware's template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nvram: Option<PathBuf>,
+    /// QEMU with UEFI: only what the keys in the variables trust is started.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub secure_boot: bool,
+    /// QEMU: the machine; a PC with PCI if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineType>,
+    /// QEMU: most RAM in MiB that `bh mem-set` can give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maxmem: Option<u64>,
+    /// QEMU: most vCPUs that `bh vcpu-set` can give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maxvcpus: Option<u32>,
+    /// QEMU: a USB controller.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub usb: bool,
+    /// QEMU: USB devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub usbdev: Vec<UsbEntry>,
     /// QEMU: a display.
     #[serde(default, skip_serializing_if = "is_no")]
     pub display: bool,
@@ -87,6 +105,12 @@ pub struct DomainFile {
 
 /// Slots of the emulated machine's PCI bus that are left for disks and NICs.
 const QEMU_DEVICES: usize = 24;
+/// Root ports of a q35 machine: one for each disk and NIC.
+pub(crate) const Q35_PORTS: usize = 16;
+/// Most vCPUs.
+const MAX_VCPUS: u32 = 8;
+/// Most RAM, MiB.
+const MAX_MEMORY: u64 = 1 << 20;
 
 /// What runs the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,6 +143,16 @@ pub enum Firmware {
     Bios,
     /// OVMF.
     Uefi,
+}
+
+/// Which machine QEMU emulates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineType {
+    /// A PC of the nineties, with PCI.
+    Pc,
+    /// One with PCI Express.
+    Q35,
 }
 
 /// What is done after a guest's end.
@@ -377,18 +411,58 @@ impl DomainFile {
             (_, Some(_)) => return Err("nvram is for firmware \"uefi\"".into()),
             (_, None) => {}
         }
-        let many = self.disk.len() + self.vif.len();
-        if many > QEMU_DEVICES {
-            return Err(format!("{many} disks and vifs; a QEMU guest has room for {QEMU_DEVICES}"));
+        let q35 = self.machine == Some(MachineType::Q35);
+        if self.secure_boot && (!q35 || self.nvram.is_none()) {
+            return Err(
+                "secure_boot needs machine = \"q35\", firmware = \"uefi\" and nvram, at first a copy of \
+                        /usr/share/OVMF/OVMF_VARS_4M.ms.fd"
+                    .into(),
+            );
+        }
+        let (many, room) = (self.disk.len() + self.vif.len(), if q35 { Q35_PORTS } else { QEMU_DEVICES });
+        if many > room {
+            return Err(format!("{many} disks and vifs; a QEMU guest of this machine has room for {room}"));
+        }
+        self.check_qemu_growth()
+    }
+
+    /// What can be plugged into a QEMU guest while it runs.
+    fn check_qemu_growth(&self) -> Result<(), String> {
+        let memory = self.memory.unwrap_or(0);
+        if self
+            .maxmem
+            .is_some_and(|most| most < memory || most > MAX_MEMORY || !(most - memory).is_multiple_of(4))
+        {
+            return Err(format!(
+                "maxmem must be at least memory ({memory}), at most {MAX_MEMORY}, and differ from it by a multiple of 4 MiB"
+            ));
+        }
+        if self.maxvcpus.is_some_and(|most| most < self.vcpus() || most > MAX_VCPUS) {
+            return Err(format!("maxvcpus must be {} (vcpus) to {MAX_VCPUS}", self.vcpus()));
+        }
+        if !self.usbdev.is_empty() && !self.usb {
+            return Err("usbdev needs usb = true".into());
+        }
+        if self.usbdev.len() > MOST_USB {
+            return Err(format!("at most {MOST_USB} USB devices"));
+        }
+        for (index, entry) in self.usbdev.iter().enumerate() {
+            entry.check()?;
+            if self.usbdev[..index].iter().any(|other| other.id == entry.id) {
+                return Err(format!("usbdev {} is there twice", entry.id));
+            }
         }
         Ok(())
     }
 
     fn check_qemu_alone(&self) -> Result<(), String> {
         let any = self.accel.is_some() || self.cpu.is_some() || self.display || self.whole_memory;
-        let any = any || self.firmware.is_some() || self.nvram.is_some();
-        if any && self.guest_type != GuestType::Qemu {
-            return Err("accel, cpu, display, firmware, nvram and whole_memory are for type \"qemu\"".into());
+        let any = any || self.firmware.is_some() || self.nvram.is_some() || self.secure_boot || self.usb;
+        let any = any || self.machine.is_some() || self.maxmem.is_some() || self.maxvcpus.is_some();
+        if (any || !self.usbdev.is_empty()) && self.guest_type != GuestType::Qemu {
+            return Err("accel, cpu, display, firmware, machine, maxmem, maxvcpus, nvram, secure_boot, usb, usbdev and \
+                        whole_memory are for type \"qemu\""
+                .into());
         }
         Ok(())
     }
@@ -419,6 +493,16 @@ impl DomainFile {
     /// vCPUs, 1 if not said.
     pub fn vcpus(&self) -> u32 {
         self.vcpus.unwrap_or(1)
+    }
+
+    /// Most vCPUs.
+    pub fn maxvcpus(&self) -> u32 {
+        self.maxvcpus.unwrap_or_else(|| self.vcpus())
+    }
+
+    /// Most RAM in MiB.
+    pub fn maxmem(&self) -> u64 {
+        self.maxmem.or(self.memory).unwrap_or(0)
     }
 
     /// RAM in bytes; 0 for process guests.

@@ -55,6 +55,8 @@ pub struct QemuEntry {
     pub firmware: Vec<PathBuf>,
     /// UEFI's code, for guests with `firmware = "uefi"`.
     pub uefi: PathBuf,
+    /// The same with Secure Boot, for guests with `secure_boot = true`.
+    pub uefi_secure: PathBuf,
 }
 
 impl Default for QemuEntry {
@@ -65,6 +67,7 @@ impl Default for QemuEntry {
             libraries: "/usr/lib/x86_64-linux-gnu".into(),
             firmware: vec!["/usr/share/qemu".into(), "/usr/share/seabios".into()],
             uefi: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
+            uefi_secure: "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd".into(),
         }
     }
 }

@@ -8,15 +8,18 @@ mod disk;
 mod domain;
 mod host;
 mod text;
+mod usb;
 mod values;
 
 pub use check::{check_disk, check_disk_files, check_file, check_guest_files};
 pub use disk::{Backing, DiskEntry, DiskFile, DiskSource, Format, Nbd, Place};
-pub use domain::{Accel, DomainFile, Firmware, GuestType, Lifecycle, OnEvent, VifEntry};
+pub(crate) use domain::Q35_PORTS;
+pub use domain::{Accel, DomainFile, Firmware, GuestType, Lifecycle, MachineType, OnEvent, VifEntry};
 pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,
 };
+pub use usb::{MOST_USB, UsbEntry, UsbKind};
 pub use values::{AccessMode, DevType, DiskCache, DiskLimits, DiskOptions, Mac, Name, NoSpace, Vdev};
 
 /// Why a file was refused: one line that says where, what, and what to do.

@@ -273,7 +273,7 @@ fn writes(a: AccessMode, b: AccessMode) -> bool {
 }
 
 /// Two names of one file. (blkback's lock is what really keeps two writers apart; this gives the better message.)
-fn same_file(a: &Path, b: &Path) -> bool {
+pub(super) fn same_file(a: &Path, b: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     if a == b {
         return true;

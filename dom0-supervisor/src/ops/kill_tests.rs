@@ -17,6 +17,12 @@ pub(super) struct Bench {
     domain_file: String,
 }
 
+impl Bench {
+    pub(super) fn host(&self) -> HostFile {
+        self.host.clone()
+    }
+}
+
 pub(super) fn bench() -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk.img");

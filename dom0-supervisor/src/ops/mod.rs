@@ -14,11 +14,14 @@
 mod create;
 mod disk;
 mod qemu;
+mod resize;
 pub(crate) use create::no_guest;
 pub(crate) use steps_do::numbers;
+pub(crate) use usb::resource as usb_resource;
 mod steps_do;
 mod steps_undo;
 mod unmanaged;
+mod usb;
 mod vif;
 
 #[cfg(test)]
@@ -27,6 +30,8 @@ mod bad_input_tests;
 mod disk_tests;
 #[cfg(test)]
 mod kill_tests;
+#[cfg(test)]
+mod usb_tests;
 #[cfg(test)]
 mod vif_tests;
 
@@ -92,6 +97,14 @@ pub(crate) enum Step {
     VifSwitch,
     /// Remove it from the record.
     VifForget,
+    /// One USB device: approve its file and write its node.
+    UsbNodes,
+    /// Wait until QEMU has it.
+    UsbReady,
+    /// Remove its node and wait until QEMU let go.
+    UsbUnplug,
+    /// Remove it from the record.
+    UsbForget,
     /// Let its backend open the new image, and have its next process do so.
     SnapshotPrepare,
     /// Make that process, and see that it has a disk.
@@ -148,6 +161,11 @@ pub(crate) fn steps(saga: &Saga) -> &'static [Step] {
             &[Step::VifUnplug, Step::VifRemoveNodes, Step::VifForget]
         }
         (Phase::Undo, SagaKind::DetachVif) => &[Step::VifReplug],
+        (Phase::Do, SagaKind::AttachUsb) => &[Step::UsbNodes, Step::UsbReady],
+        (Phase::Do, SagaKind::DetachUsb) | (Phase::Undo, SagaKind::AttachUsb) => {
+            &[Step::UsbUnplug, Step::UsbForget]
+        }
+        (Phase::Undo, SagaKind::DetachUsb) => &[Step::UsbNodes],
         // There and back are the same way.
         (_, SagaKind::MoveVif) => {
             &[Step::VifUnplug, Step::VifRemoveNodes, Step::VifSwitch, Step::VifNodes, Step::VifReady]
@@ -233,7 +251,10 @@ impl Manager {
                 }
                 // A device that the guest has let go of stays away.
                 Err(e)
-                    if matches!(saga.kind, SagaKind::DetachDisk | SagaKind::DetachVif) && saga.step > 0 =>
+                    if matches!(
+                        saga.kind,
+                        SagaKind::DetachDisk | SagaKind::DetachVif | SagaKind::DetachUsb
+                    ) && saga.step > 0 =>
                 {
                     return Err(e);
                 }
@@ -270,6 +291,9 @@ impl Manager {
             | Step::VifRemoveNodes
             | Step::VifSwitch
             | Step::VifForget => self.vif_step(step, guest, saga),
+            Step::UsbNodes | Step::UsbReady | Step::UsbUnplug | Step::UsbForget => {
+                self.usb_step(step, guest, saga)
+            }
             Step::Backends => self.do_backends(guest),
             Step::Domain => self.do_domain(guest),
             Step::Nodes => self.do_nodes(guest),
@@ -320,6 +344,8 @@ impl Manager {
                 (SagaKind::AttachVif, _) => "vif attached".into(),
                 (SagaKind::DetachVif, _) => "vif detached".into(),
                 (SagaKind::MoveVif, _) => "vif moved".into(),
+                (SagaKind::AttachUsb, _) => "USB device attached".into(),
+                (SagaKind::DetachUsb, _) => "USB device detached".into(),
             };
             let domid =
                 self.inner().state.guests.get(&at.guest).and_then(|g| g.domain).map_or(0, |d| d.domid);

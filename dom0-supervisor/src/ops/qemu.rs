@@ -21,7 +21,11 @@ impl Manager {
         Ok(find_by_uuid(&*self.hv, &guest_uuid_text(&specs::emulator_uuid(&guest.uuid)))?)
     }
 
-    fn bridge(&self, guest: &str) -> Result<(String, Domain), OpError> {
+    /// The qemu-bridge of a guest that runs.
+    ///
+    /// # Errors
+    /// One line each.
+    pub(crate) fn bridge(&self, guest: &str) -> Result<(String, Domain), OpError> {
         let state = self.state();
         let (name, record) = state.find(guest).ok_or_else(|| super::no_guest(guest))?;
         if record.config.guest_type != GuestType::Qemu {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::config::{DiskEntry, DiskSource, DomainFile, Mac, Name};
+use crate::config::{DiskEntry, DiskSource, DomainFile, Mac, Name, UsbEntry};
 
 /// Everything that must outlive dom0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +68,12 @@ pub struct Guest {
     /// The file of a saved guest that its first domain goes on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore: Option<PathBuf>,
+    /// MiB that it was given while it ran; as its file says if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// Processors that it was given while it ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
 }
 
 /// A domain by number and creation.
@@ -116,6 +122,10 @@ pub enum SagaKind {
     DetachVif,
     /// Move a network device of a running guest to another driver domain.
     MoveVif,
+    /// Give a running guest a USB device.
+    AttachUsb,
+    /// Take a USB device from a running guest.
+    DetachUsb,
 }
 
 impl SagaKind {
@@ -156,6 +166,9 @@ pub struct Saga {
     /// What a network device's operation is about.
     #[serde(default)]
     pub vif: Option<VifChange>,
+    /// The USB device that an operation is about.
+    #[serde(default)]
+    pub usb: Option<UsbEntry>,
 }
 
 /// What an operation on a network device changes.
@@ -210,10 +223,9 @@ impl State {
     pub fn begin(&mut self, guest: &str, kind: SagaKind, why: Option<String>) -> u64 {
         let id = self.next_saga;
         self.next_saga += 1;
-        self.sagas.insert(
-            id,
-            Saga { guest: guest.to_owned(), kind, phase: Phase::Do, step: 0, why, disk: None, vif: None },
-        );
+        let guest = guest.to_owned();
+        let saga = Saga { guest, kind, phase: Phase::Do, step: 0, why, disk: None, vif: None, usb: None };
+        self.sagas.insert(id, saga);
         id
     }
 
@@ -231,6 +243,15 @@ impl State {
         let id = self.begin(guest, kind, None);
         if let Some(saga) = self.sagas.get_mut(&id) {
             saga.vif = Some(vif);
+        }
+        id
+    }
+
+    /// Begins an operation on a USB device; the caller saves.
+    pub fn begin_usb(&mut self, guest: &str, kind: SagaKind, usb: UsbEntry) -> u64 {
+        let id = self.begin(guest, kind, None);
+        if let Some(saga) = self.sagas.get_mut(&id) {
+            saga.usb = Some(usb);
         }
         id
     }
@@ -271,8 +292,20 @@ impl Guest {
             quick_ends: 0,
             preserved: None,
             restore: None,
+            memory: None,
+            vcpus: None,
             config,
         }
+    }
+
+    /// RAM that it has or is to have, MiB.
+    pub fn memory_mib(&self) -> u64 {
+        self.memory.or(self.config.memory).unwrap_or(0)
+    }
+
+    /// Processors that it has or is to have.
+    pub fn vcpus_now(&self) -> u32 {
+        self.vcpus.unwrap_or_else(|| self.config.vcpus())
     }
 
     /// Name of the driver domain of disk `index`.

@@ -2,7 +2,7 @@
 
 use super::device::device_nodes;
 use super::{Nodes, home};
-use crate::config::GuestType;
+use crate::config::{GuestType, UsbEntry};
 use crate::state::{Guest, guest_uuid_text};
 use crate::store::Change;
 
@@ -45,16 +45,18 @@ pub fn guest_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
     ro.put(format!("{home}/domid"), domid.to_string());
     ro.put(format!("{home}/uuid"), &uuid);
     if guest.config.guest_type != GuestType::Process {
-        let kib = (guest.config.ram_bytes() >> 10).to_string();
         ro.put(format!("{home}/memory"), "");
-        ro.put(format!("{home}/memory/static-max"), &kib);
-        ro.put(format!("{home}/memory/target"), &kib);
+        ro.put(format!("{home}/memory/static-max"), (guest.config.maxmem() << 10).to_string());
         ro.put(format!("{home}/memory/videoram"), "0");
         ro.put(format!("{home}/cpu"), "");
-        for cpu in 0..guest.config.vcpus() {
+        for cpu in 0..guest.config.maxvcpus() {
             ro.put(format!("{home}/cpu/{cpu}"), "");
-            ro.put(format!("{home}/cpu/{cpu}/availability"), "online");
         }
+        ro.out.extend(size_nodes(guest, domid));
+    }
+    if guest.config.usb {
+        ro.put(format!("{home}/usb"), "");
+        ro.out.extend(usb_nodes(domid, &guest.config.usbdev));
     }
     ro.put(format!("{home}/control"), "");
     ro.put(format!("{home}/control/platform-feature-multiprocessor-suspend"), "1");
@@ -83,6 +85,35 @@ pub fn guest_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
     out.extend(rw.out);
     out.extend(device_nodes(guest, domid));
     out
+}
+
+/// How much memory and how many processors a guest is to have, as Xen's toolstack says it. Can be carried out again at any time.
+pub fn size_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
+    let home = home(domid);
+    let mut ro = Nodes::new(0, &[domid]);
+    ro.put(format!("{home}/memory/target"), (guest.memory_mib() << 10).to_string());
+    for cpu in 0..guest.config.maxvcpus() {
+        let availability = if cpu < guest.vcpus_now() { "online" } else { "offline" };
+        ro.put(format!("{home}/cpu/{cpu}/availability"), availability);
+    }
+    ro.out
+}
+
+/// Where a USB device of a QEMU guest is wanted; its bridge follows.
+pub fn usb_wanted(domid: u16, id: &str) -> String {
+    format!("{}/usb/{id}", home(domid))
+}
+
+/// Where the bridge says how that went.
+pub fn usb_said(domid: u16, id: &str) -> String {
+    format!("{}/data/usb/{id}", home(domid))
+}
+
+/// The nodes of USB devices. Can be carried out again at any time.
+pub fn usb_nodes(domid: u16, devices: &[UsbEntry]) -> Vec<Change> {
+    let mut ro = Nodes::new(0, &[domid]);
+    devices.iter().for_each(|entry| ro.put(usb_wanted(domid, &entry.id), entry.node()));
+    ro.out
 }
 
 /// Takes away all nodes of a guest's domain but the backends' (those by [`super::remove_device`]).

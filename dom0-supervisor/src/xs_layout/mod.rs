@@ -11,6 +11,7 @@ pub use device::{
 };
 pub use guest::{
     dom0_nodes, guest_marker, guest_nodes, remove_guest_nodes, remove_service_nodes, service_nodes,
+    size_nodes, usb_nodes, usb_said, usb_wanted,
 };
 
 use crate::store::Change;

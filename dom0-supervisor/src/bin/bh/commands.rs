@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Dom0, Failure, PATIENCE};
 use crate::table::{Table, or_dash};
-use crate::{Args, Command, Wait, block, console, json as to_json, network, save};
+use crate::{Args, Command, Wait, block, console, json as to_json, network, save, usb};
 
 /// How long dom0 may take to make a guest.
 const CREATE: Duration = Duration::from_secs(120);
@@ -33,6 +33,12 @@ pub async fn run(args: Args) -> Result<(), Failure> {
         Command::Save { wanted } => save::save(&dom0, wanted, args.json).await,
         Command::Restore { file } => save::restore(&dom0, &file, args.json).await,
         Command::Screenshot { guest, file } => screenshot(&dom0, guest, &file, args.json).await,
+        Command::UsbList { guest } => usb::list(&dom0, guest, args.json).await,
+        Command::UsbAttach { guest, wanted } => usb::attach(&dom0, guest, wanted, args.json).await,
+        Command::UsbDetach { guest, id } => usb::detach(&dom0, guest, id, args.json).await,
+        Command::MemSet { guest, memory } => usb::resize(&dom0, guest, Some(memory), 0, args.json).await,
+        Command::VcpuSet { guest, count } => usb::resize(&dom0, guest, None, count, args.json).await,
+        Command::Vnc { guest, listen, viewer } => crate::vnc::run(&dom0, guest, listen, viewer).await,
         Command::Console { guest, log } => console::run(&dom0, guest, log).await,
         Command::BlockList { guest } => block::list(&dom0, guest, args.json).await,
         Command::BlockAttach { guest, disk } => block::attach(&dom0, guest, disk.join(","), args.json).await,

@@ -12,6 +12,8 @@ mod rules;
 mod save;
 mod store;
 mod table;
+mod usb;
+mod vnc;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -100,6 +102,53 @@ enum Command {
         guest: String,
         /// The file.
         file: PathBuf,
+    },
+    /// USB devices of a QEMU guest.
+    UsbList {
+        /// Name, domid or uuid.
+        guest: String,
+    },
+    /// Give a running QEMU guest a USB device.
+    UsbAttach {
+        /// Name, domid or uuid.
+        guest: String,
+        #[command(flatten)]
+        wanted: usb::Wanted,
+    },
+    /// Take a USB device from a running QEMU guest.
+    UsbDetach {
+        /// Name, domid or uuid.
+        guest: String,
+        /// As bh usb-list shows it.
+        id: String,
+    },
+    /// Give a running QEMU guest more or less memory.
+    MemSet {
+        /// Name, domid or uuid.
+        guest: String,
+        /// MiB, or with m, g or t behind it.
+        #[arg(value_parser = usb::mib)]
+        memory: u64,
+    },
+    /// Give a running QEMU guest more or fewer processors.
+    VcpuSet {
+        /// Name, domid or uuid.
+        guest: String,
+        /// How many.
+        #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+        count: u32,
+    },
+    /// A QEMU guest's display, in a viewer that is started, or at a socket for one.
+    #[command(alias = "vncviewer")]
+    Vnc {
+        /// Name, domid or uuid.
+        guest: String,
+        /// Start no viewer; have them connect to this Unix socket, which is made here and is the caller's alone.
+        #[arg(long, value_name = "PATH")]
+        listen: Option<PathBuf>,
+        /// The viewer; it is given the path of a Unix socket.
+        #[arg(long, value_name = "PROGRAM", default_value = "vncviewer", conflicts_with = "listen")]
+        viewer: PathBuf,
     },
     /// A guest's console. Ctrl-] leaves it.
     Console {
