@@ -95,15 +95,25 @@ fn qemu_guests() -> Result<()> {
     setup::packages(setup::QEMU_TESTS)?;
     guest::image(guest::Guest::Debian13)?;
     guest::image(guest::Guest::Debian13Full)?;
+    // The tests start programs of packages that they do not depend on.
+    cargo(1500, &["build", "--workspace"], &[])?;
+    let mut failed = Vec::new();
     for test in libtest::ignored("qemu_")? {
         // One after the other: each emulated processor takes one of the machine's.
-        run::loud(
+        let ended = run::loud(
             Command::new("timeout")
                 .args(["-k", "10", "300"])
                 .arg(&test.exe)
                 .args(["--ignored", "--exact", "--nocapture", &test.name])
                 .current_dir(&test.dir),
-        )?;
+        );
+        if let Err(error) = ended {
+            eprintln!("{error:#}");
+            failed.push(test.name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
     }
     Ok(())
 }
