@@ -307,6 +307,16 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_plugs_in_again_is_not_saved() {
+        for device in ["usb-stick", "port0", "mem0", "cpu-1-0-0"] {
+            assert!(not_saved(device).is_some(), "{device}");
+        }
+        for device in ["vbd51712", "vif0", "xhci"] {
+            assert_eq!(not_saved(device), None, "{device}");
+        }
+    }
+
+    #[test]
     fn devices_are_where_they_were() {
         let text = "{\"guest\":{},\"devices\":{\"vbd51712\":40,\"vif0\":49},\"qemu\":\"7.2.0\"}";
         let restore = Restore::of(file(text)).unwrap();

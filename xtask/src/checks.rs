@@ -95,8 +95,6 @@ fn qemu_guests() -> Result<()> {
     setup::packages(setup::QEMU_TESTS)?;
     guest::image(guest::Guest::Debian13)?;
     guest::image(guest::Guest::Debian13Full)?;
-    // The tests start programs of packages that they do not depend on.
-    cargo(1500, &["build", "--workspace"], &[])?;
     let mut failed = Vec::new();
     for test in libtest::ignored("qemu_")? {
         // One after the other: each emulated processor takes one of the machine's.

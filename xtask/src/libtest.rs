@@ -20,13 +20,15 @@ pub struct Ignored {
     pub dir: PathBuf,
 }
 
-/// Builds all test binaries and lists the ignored tests whose own name (after the last `::`)
+/// Builds all programs and test binaries and lists the ignored tests whose own name (after the last `::`)
 /// starts with `prefix`.
 ///
 /// # Errors
-/// When the tests do not build.
+/// When something does not build.
 pub fn ignored(prefix: &str) -> Result<Vec<Ignored>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    // Tests start programs of packages that they do not depend on.
+    run::loud(Command::new(&cargo).args(["build", "--workspace", "--quiet"]).current_dir(paths::root()))?;
     let json = run::bytes(
         Command::new(cargo)
             .args(["test", "--workspace", "--no-run", "--quiet", "--message-format=json-render-diagnostics"])

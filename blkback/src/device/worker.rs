@@ -54,14 +54,17 @@ pub struct Task {
 
 /// All threads of the process that serve rings.
 pub struct Workers {
-    threads: Mutex<Vec<Arc<Worker>>>,
+    threads: Threads,
     most: usize,
 }
+
+/// Those that have not ended.
+type Threads = Arc<Mutex<Vec<Arc<Worker>>>>;
 
 impl Default for Workers {
     fn default() -> Self {
         let most = std::thread::available_parallelism().map_or(1, usize::from);
-        Workers { threads: Mutex::default(), most }
+        Workers { threads: Threads::default(), most }
     }
 }
 
@@ -115,13 +118,12 @@ impl Workers {
     /// No thread could be made.
     pub fn serve(&self, mut task: Task, name: &str) -> Result<(), AttachError> {
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        threads.retain(|worker| worker.rings().is_some());
         let shares = task.engine.disk().shares();
         if shares {
             let mut candidates: Vec<_> = threads
                 .iter()
                 .filter(|worker| worker.shares)
-                .map(|worker| (worker.rings().unwrap_or(usize::MAX), worker))
+                .filter_map(|worker| Some((worker.rings()?, worker)))
                 .collect();
             candidates.sort_by_key(|(rings, _)| *rings);
             if candidates.len() >= self.most {
@@ -138,11 +140,15 @@ impl Workers {
         let worker = Arc::new(Worker { inbox: Mutex::default(), mail: AtomicBool::new(false), wake, shares });
         // It is there before the thread is, which ends without one.
         let _nobody_ended_it = worker.post(task);
-        let theirs = worker.clone();
+        let (theirs, all) = (worker.clone(), self.threads.clone());
         std::thread::Builder::new()
             .name(name.into())
             .stack_size(256 << 10)
-            .spawn(move || run(&theirs))
+            .spawn(move || {
+                run(&theirs);
+                // An idle disk keeps no descriptor of a thread that is no more.
+                all.lock().unwrap_or_else(PoisonError::into_inner).retain(|w| !Arc::ptr_eq(w, &theirs));
+            })
             .map_err(|e| AttachError::Os("thread", e))?;
         threads.push(worker);
         Ok(())

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{AccessMode, DiskSource, DomainFile, GuestType, check_guest_files};
+use super::usb;
+use crate::config::{AccessMode, DiskSource, DomainFile, GuestType, UsbEntry, check_guest_files};
 use crate::events::unix_ms;
 use crate::manager::{Manager, OpError};
 use crate::state::{Guest, Phase, SagaKind, State};
@@ -241,7 +242,20 @@ pub(super) fn conflicts(state: &State, host: &crate::config::HostFile, new: &Gue
                     _ => {}
                 }
             }
+            let Some(DiskSource::Path(path)) = disk.source() else { continue };
+            let theirs =
+                guest.config.usbdev.iter().filter(|e| e.mode != AccessMode::ReadOnly || disk.writes_path());
+            if theirs.filter_map(UsbEntry::disk).any(|file| same_file(file, path)) {
+                return Err(OpError::Exists(format!(
+                    "disk {}: {} is in use by guest {other} as a USB device; bh usb-detach it or use another disk",
+                    disk.vdev.name(),
+                    path.display()
+                )));
+            }
         }
+    }
+    for entry in &new.config.usbdev {
+        usb::in_use(state, entry).map_err(|e| e.at(&format!("usbdev {}", entry.id)))?;
     }
     for disk in &new.config.disk {
         let Some(DiskSource::Path(path)) = disk.source() else { continue };

@@ -51,7 +51,8 @@ impl Manager {
                 return Err(OpError::Failed(format!("{at}: it has 64 disks, which is the most")));
             }
             // As a guest of its own with this disk alone, beside all others, this one included.
-            probe.config = DomainFile { disk: vec![entry.clone()], vif: Vec::new(), ..probe.config };
+            let (vif, usbdev) = (Vec::new(), Vec::new());
+            probe.config = DomainFile { disk: vec![entry.clone()], vif, usbdev, ..probe.config };
             probe.config.name =
                 "new-disk".parse().map_err(|e: crate::config::ConfigError| OpError::Invalid(e.0))?;
             probe.uuid = uuid::Uuid::nil();

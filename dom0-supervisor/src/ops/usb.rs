@@ -25,8 +25,8 @@ pub fn resource(entry: &UsbEntry) -> Option<Resource> {
     Some(Resource { name: entry.resource(), kind: kind.into(), path, mode: 0 })
 }
 
-/// A file that is written is one device's.
-fn in_use(state: &State, entry: &UsbEntry) -> Result<(), OpError> {
+/// A file that is written is one device's. (Locks are what really keeps two writers apart; this gives the better message.)
+pub(super) fn in_use(state: &State, entry: &UsbEntry) -> Result<(), OpError> {
     let Some(path) = entry.disk() else { return Ok(()) };
     for (other, guest) in &state.guests {
         let writes = |mode: AccessMode| mode != AccessMode::ReadOnly || entry.mode != AccessMode::ReadOnly;

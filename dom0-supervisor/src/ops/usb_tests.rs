@@ -102,6 +102,8 @@ fn what_cannot_be_is_refused() {
     };
     refused(manager.attach_usb("g", entry(&bench, "stick")), "already");
     refused(manager.attach_usb("g", entry(&bench, "other")), "in use by guest g");
+    let same = format!("vdev=xvdb,target={}", file(&bench));
+    refused(manager.attach_disk("g", same.parse().unwrap()), "in use by guest g as a USB device");
     refused(manager.attach_usb("nobody", entry(&bench, "x")), "no guest");
     refused(manager.detach_usb("g", "other"), "no USB device");
     for index in 1..crate::config::MOST_USB {

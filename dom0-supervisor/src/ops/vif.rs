@@ -53,7 +53,8 @@ impl Manager {
             entry.devid = Some(number);
             entry.mac = Some(entry.mac.unwrap_or_else(|| crate::config::Mac::generated(&probe.uuid, number)));
             // As a guest of its own with this vif alone, beside all others, this one included.
-            probe.config = DomainFile { disk: Vec::new(), vif: vec![entry.clone()], ..probe.config };
+            let (disk, usbdev) = (Vec::new(), Vec::new());
+            probe.config = DomainFile { disk, vif: vec![entry.clone()], usbdev, ..probe.config };
             probe.config.check().map_err(OpError::Invalid)?;
             probe.config.name =
                 "new-vif".parse().map_err(|e: crate::config::ConfigError| OpError::Invalid(e.0))?;
