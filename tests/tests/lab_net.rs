@@ -227,7 +227,7 @@ fn soak_lab_net_modes() {
 /// `bh network-move` there and back under a Debian guest's TCP connection, every byte of which is compared.
 #[test]
 #[ignore = "in the lab"]
-fn lab_net_move_keeps_the_connection() {
+fn soak_lab_net_move_keeps_the_connection() {
     const SECOND: &str = "second";
     let mut config = Config::of_this_build().unwrap();
     config.two_uplinks = true;
