@@ -82,6 +82,11 @@ impl GrpcHv {
     }
 }
 
+/// The qemu-bridge at this control socket.
+fn bridge(control_socket: &str) -> QemuClient<tonic::transport::Channel> {
+    QemuClient::new(crate::api::channel(control_socket.to_owned()))
+}
+
 fn not_gone(e: HvError) -> HvError {
     match e {
         HvError::Gone => HvError::Busy("the service does not answer".into()),
@@ -185,7 +190,7 @@ impl Hv for GrpcHv {
     }
 
     fn qemu(&self, control_socket: &str, pause: Option<bool>) -> Result<QemuStatus, HvError> {
-        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let mut client = bridge(control_socket);
         let asked = async move {
             match pause {
                 None => client.status(QemuStatusRequest {}).await,
@@ -197,7 +202,7 @@ impl Hv for GrpcHv {
     }
 
     fn qemu_reset(&self, control_socket: &str) -> Result<QemuStatus, HvError> {
-        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let mut client = bridge(control_socket);
         self.ask(async move { client.reset(QemuResetRequest {}).await })
     }
 
@@ -207,18 +212,18 @@ impl Hv for GrpcHv {
         resource: &str,
         description: &str,
     ) -> Result<QemuSaved, HvError> {
-        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let mut client = bridge(control_socket);
         let request = QemuSaveRequest { resource: resource.into(), description: description.into() };
         self.call_within(SAVE, async move { client.save(request).await }).map_err(not_gone)
     }
 
     fn qemu_sizes(&self, control_socket: &str) -> Result<QemuSizes, HvError> {
-        let mut client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let mut client = bridge(control_socket);
         self.ask(async move { client.sizes(QemuSizesRequest {}).await })
     }
 
     fn screenshot(&self, control_socket: &str) -> Result<Vec<u8>, HvError> {
-        let client = QemuClient::new(crate::api::channel(control_socket.to_owned()));
+        let client = bridge(control_socket);
         let mut client = client.max_decoding_message_size(MAX_SCREENSHOT);
         self.ask(async move { client.screenshot(QemuScreenshotRequest {}).await }).map(|reply| reply.png)
     }

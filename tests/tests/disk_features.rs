@@ -21,19 +21,6 @@ use nix::unistd::Pid;
 
 const SIZE: u64 = 8 << 20;
 
-fn bh(system: &System, args: &[&str]) -> String {
-    system.bh_ok(args).unwrap_or_else(|e| panic!("{args:?}: {e:#}\n{}", system.log_tail(25)))
-}
-
-/// What `bh` says when it refuses: one line.
-fn refused(system: &System, args: &[&str]) -> String {
-    let out = system.bh(args).unwrap();
-    assert!(!out.status.success(), "{args:?}");
-    let text = String::from_utf8_lossy(&out.stderr).trim_end().to_owned();
-    assert_eq!(text.lines().count(), 1, "{text}");
-    text
-}
-
 /// A guest named `g` whose xvda is this table's, without its braces.
 fn guest_with(system: &System, disk: &str) -> Brain {
     create(system, &format!("{}disk = [{{vdev = \"xvda\", {disk}}}]\n", probe_file("g", None)));

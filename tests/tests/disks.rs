@@ -21,10 +21,6 @@ fn img(args: &[&str]) {
     assert!(out.status.success() || leaks_only, "{args:?}: {text}");
 }
 
-fn bh(system: &bulkhead_tests::system::System, args: &[&str]) -> String {
-    system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)))
-}
-
 #[test]
 fn an_image_is_killed_snapshotted_and_grown_under_its_guest() {
     let system = start();

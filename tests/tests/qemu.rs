@@ -59,15 +59,14 @@ fn qemu_guest_is_handled_and_its_end_is_its_own() {
     let system = start();
     let (progress, _console) = boot(&system, &file(&system, "bh.work=disk", ""));
     wait(&system, &progress, "load", |seen| verified(seen) > 0);
-    let bh = |args: &[&str]| system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
-    assert!(bh(&["list"]).contains("whole memory"), "the guest is marked");
+    assert!(bh(&system, &["list"]).contains("whole memory"), "the guest is marked");
 
-    bh(&["pause", "linux"]);
+    bh(&system, &["pause", "linux"]);
     assert_eq!(state(&system), "paused");
     let lines = progress.lock().lines.len();
     std::thread::sleep(Duration::from_secs(1));
     assert!(progress.lock().lines.len() <= lines + 1, "a paused guest says nothing");
-    bh(&["unpause", "linux"]);
+    bh(&system, &["unpause", "linux"]);
     let before = verified(&progress.lock());
     wait(&system, &progress, "going on", |seen| verified(seen) > before);
 
@@ -83,7 +82,7 @@ fn qemu_guest_is_handled_and_its_end_is_its_own() {
     kill(emulator, Signal::SIGCONT).unwrap();
     until(&system, "answering again", || state(&system) != "silent");
     // What was refused may have been carried out late.
-    bh(&["unpause", "linux"]);
+    bh(&system, &["unpause", "linux"]);
     let before = verified(&progress.lock());
     wait(&system, &progress, "going on", |seen| verified(seen) > before);
 
@@ -110,33 +109,32 @@ fn qemu_guest_hot_plug() {
     ];
     let words: Vec<String> = scripts.iter().chain(&scripts[..2]).map(|text| script(text)).collect();
     let (progress, _console) = boot(&system, &file(&system, &words.join(" "), ""));
-    let bh = |args: &[&str]| system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
     let patience = Duration::from_secs(20);
     let target = format!("target={}", disk.display());
     let mac = "00:16:3e:77:00:09";
 
     let missing = system.bh(&["block-attach", "linux", "vdev=xvdb", "target=/nonexistent/image"]).unwrap();
     assert!(!missing.status.success());
-    assert!(!bh(&["block-list", "linux"]).contains("xvdb"), "what failed left nothing");
+    assert!(!bh(&system, &["block-list", "linux"]).contains("xvdb"), "what failed left nothing");
 
     let began = Instant::now();
-    bh(&["block-attach", "linux", "vdev=xvdb", &target]);
+    bh(&system, &["block-attach", "linux", "vdev=xvdb", &target]);
     assert_eq!(said(&system, &progress, 0, patience), ["49152"], "24 MiB in sectors");
     println!("a disk was seen {} ms after the wish", began.elapsed().as_millis());
-    bh(&["block-detach", "linux", "xvdb"]);
+    bh(&system, &["block-detach", "linux", "xvdb"]);
     said(&system, &progress, 1, patience);
     assert!(!system.services().unwrap().contains_key("blkback-linux-xvdb"));
 
-    bh(&["network-attach", "linux", "1", "--backend", NETBACK, "--mac", mac]);
+    bh(&system, &["network-attach", "linux", "1", "--backend", NETBACK, "--mac", mac]);
     assert_eq!(said(&system, &progress, 2, patience), [mac]);
     system.kill(&[bridge_name("linux")]).unwrap();
-    bh(&["network-detach", "linux", "1"]);
+    bh(&system, &["network-detach", "linux", "1"]);
     said(&system, &progress, 3, patience);
 
-    bh(&["block-attach", "linux", "vdev=xvdb", &target]);
+    bh(&system, &["block-attach", "linux", "vdev=xvdb", &target]);
     said(&system, &progress, 4, patience);
-    bh(&["block-detach", "linux", "xvdb"]);
+    bh(&system, &["block-detach", "linux", "xvdb"]);
     said(&system, &progress, 5, patience);
-    bh(&["destroy", "linux"]);
+    bh(&system, &["destroy", "linux"]);
     until(&system, "gone", || guest(&system, "linux").is_none());
 }

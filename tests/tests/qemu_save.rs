@@ -3,6 +3,8 @@
 mod common;
 #[path = "common/linux.rs"]
 mod linux;
+#[path = "common/machine.rs"]
+mod machine;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,16 +18,8 @@ use common::*;
 use linux::*;
 
 fn file(system: &System, words: &str) -> String {
-    let (kernel, initrd) = linux("debian13");
-    let disk = image(system, "qemu.img", 64 << 20);
-    format!(
-        "name = \"linux\"\ntype = \"qemu\"\naccel = \"tcg\"\nwhole_memory = true\nkernel = \"{}\"\nramdisk = \"{}\"\n\
-         memory = 256\ncmdline = \"console=ttyS0 quiet panic=1 mitigations=off bh.disk=vda bh.work=disk bh.ip=10.77.0.2/{PREFIX} \
-         bh.gw={ADDRESS} {words}\"\n[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n[[vif]]\nbackend = \"{NETBACK}\"\n",
-        kernel.display(),
-        initrd.display(),
-        disk.display(),
-    )
+    let words = format!("bh.work=disk bh.ip=10.77.0.2/{PREFIX} bh.gw={ADDRESS} {words}");
+    machine::file(system, &words, &format!("[[vif]]\nbackend = \"{NETBACK}\""))
 }
 
 fn verified(seen: &Seen) -> u64 {
@@ -36,16 +30,6 @@ fn verified(seen: &Seen) -> u64 {
 fn goes_on(system: &System, progress: &Progress) {
     let before = verified(&progress.lock());
     wait(system, progress, "going on", |seen| verified(seen) > before);
-}
-
-fn ok(system: &System, args: &[&str]) -> String {
-    system.bh_ok(args).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)))
-}
-
-fn refused(system: &System, args: &[&str]) -> String {
-    let out = system.bh(args).unwrap();
-    assert!(!out.status.success(), "bh {args:?}");
-    String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
 /// A file system with little room, unmounted when dropped.
@@ -111,11 +95,11 @@ fn qemu_guest_is_saved_and_goes_on() {
     }
 
     let (path, text) = at("saved");
-    println!("{}", ok(&system, &["save", "linux", &text]));
+    println!("{}", bh(&system, &["save", "linux", &text]));
     assert!(guest(&system, "linux").is_none(), "it is gone");
     assert!(refused(&system, &["save", "linux", &text]).contains("is there already"));
     let began = Instant::now();
-    ok(&system, &["restore", &text]);
+    bh(&system, &["restore", &text]);
     println!("goes on {} ms after the wish", began.elapsed().as_millis());
     goes_on(&system, &progress);
     let heard = said(&system, &progress, 0, Duration::from_secs(20));
@@ -126,19 +110,19 @@ fn qemu_guest_is_saved_and_goes_on() {
     // Memory and disk of one moment: the guest that goes on from them finds what it wrote before, and nothing that was written later.
     let (_, second) = at("second");
     let (_, overlay) = at("overlay.qcow2");
-    ok(&system, &["save", "-c", "--snapshot", &format!("xvda={overlay}"), "linux", &second]);
+    bh(&system, &["save", "-c", "--snapshot", &format!("xvda={overlay}"), "linux", &second]);
     goes_on(&system, &progress);
-    assert!(ok(&system, &["block-list", "linux"]).contains("overlay.qcow2"));
-    ok(&system, &["destroy", "linux"]);
+    assert!(bh(&system, &["block-list", "linux"]).contains("overlay.qcow2"));
+    bh(&system, &["destroy", "linux"]);
     let lines = progress.lock().lines.len();
-    ok(&system, &["restore", &second]);
+    bh(&system, &["restore", &second]);
     wait(&system, &progress, "going on", |seen| {
         seen.lines.len() > lines + 1 && verified(seen) > totals(&seen.lines[lines].1).verified
     });
     assert_eq!(progress.lock().last["disk"]["errors"], 0);
 
     // What is damaged is refused, and leaves no guest.
-    ok(&system, &["destroy", "linux"]);
+    bh(&system, &["destroy", "linux"]);
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
     assert!(refused(&system, &["restore", &text]).contains("cut short"));
@@ -160,7 +144,7 @@ fn qemu_guest_is_reset_in_place() {
     let domid = guest(&system, "linux").unwrap()["domid"].clone();
     for (boots, victim) in [(1, bridge_name("linux")), (2, NETBACK.into())] {
         wait(&system, &progress, "load", |seen| seen.boots == boots && verified(seen) > 0);
-        ok(&system, &["reset", "linux"]);
+        bh(&system, &["reset", "linux"]);
         let victims = system.kill(&[victim]).unwrap();
         system.wait_restarted(&victims, SOON).unwrap();
         wait(&system, &progress, "another boot", |seen| seen.boots > boots);

@@ -10,6 +10,7 @@ use proto::toolstack::{ConsoleAttach, ConsoleInput, ConsoleOutput};
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
+use super::relay::first;
 use super::services::channel;
 use super::{Api, Streamed};
 use crate::manager::OpError;
@@ -22,9 +23,7 @@ impl Api {
         &self,
         mut from_client: Streaming<ConsoleInput>,
     ) -> Result<Streamed<ConsoleOutput>, Status> {
-        let late = |what: &str| Status::deadline_exceeded(format!("{what} within {} s", PATIENCE.as_secs()));
-        let first = tokio::time::timeout(PATIENCE, from_client.next()).await;
-        let first = first.map_err(|_| late("no attach came"))?.transpose()?;
+        let first = first(&mut from_client, PATIENCE).await?;
         let Some(Input::Attach(attach)) = first.and_then(|m| m.input) else {
             return Err(Status::invalid_argument("the first message must be attach"));
         };
@@ -52,7 +51,10 @@ impl Api {
         let rest = from_client.map_while(Result::ok).filter(|m| matches!(m.input, Some(Input::Data(_))));
         let mut client = ConsoleBackendClient::new(channel(path));
         let answer = tokio::time::timeout(PATIENCE, client.attach(head.chain(rest))).await;
-        let output = answer.map_err(|_| late("the console service did not answer"))??;
+        let output = answer.map_err(|_| {
+            let text = format!("the console service did not answer within {} s", PATIENCE.as_secs());
+            Status::deadline_exceeded(text)
+        })??;
         Ok(Box::pin(output.into_inner()))
     }
 }

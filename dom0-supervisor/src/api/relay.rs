@@ -2,9 +2,18 @@
 
 use std::time::Duration;
 
-use tonic::{Response, Status};
+use tokio_stream::StreamExt;
+use tonic::{Response, Status, Streaming};
 
 use crate::manager::one_line;
+
+/// The first message of a client's stream, which says what it is about.
+pub(super) async fn first<M>(from: &mut Streaming<M>, patience: Duration) -> Result<Option<M>, Status> {
+    match tokio::time::timeout(patience, from.next()).await {
+        Ok(message) => message.transpose(),
+        Err(_) => Err(Status::deadline_exceeded(format!("no attach came within {} s", patience.as_secs()))),
+    }
+}
 
 /// The answer of `service`, or that it gives none.
 pub(super) async fn answered<T>(

@@ -9,7 +9,7 @@ use proto::toolstack::{VncInput, VncOutput};
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
-use super::relay::{answered, passed};
+use super::relay::{answered, first, passed};
 use super::services::channel;
 use super::{Api, Streamed};
 
@@ -21,8 +21,7 @@ impl Api {
         &self,
         mut from_client: Streaming<VncInput>,
     ) -> Result<Streamed<VncOutput>, Status> {
-        let first = tokio::time::timeout(PATIENCE, from_client.next()).await;
-        let first = first.map_err(|_| Status::deadline_exceeded("no attach came"))?.transpose()?;
+        let first = first(&mut from_client, PATIENCE).await?;
         let Some(Input::Attach(attach)) = first.and_then(|m| m.input) else {
             return Err(Status::invalid_argument("the first message must be attach"));
         };

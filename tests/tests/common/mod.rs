@@ -98,6 +98,20 @@ pub fn loaded_guest_file(name: &str, disk: &Path) -> String {
     )
 }
 
+/// What `bh` says, or panics with the system's log.
+pub fn bh(system: &System, args: &[&str]) -> String {
+    system.bh_ok(args).unwrap_or_else(|e| panic!("{args:?}: {e:#}\n{}", system.log_tail(25)))
+}
+
+/// What `bh` says when it refuses: one line.
+pub fn refused(system: &System, args: &[&str]) -> String {
+    let out = system.bh(args).unwrap();
+    assert!(!out.status.success(), "{args:?}");
+    let text = String::from_utf8_lossy(&out.stderr).trim_end().to_owned();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
 /// Creates, or panics with the system's log.
 pub fn create(system: &System, file: &str) {
     system.create(file).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::outside::{ADDRESS, Outside, PREFIX};
-use bulkhead_tests::system::{Config, NETBACK, System};
+use bulkhead_tests::system::{Config, System};
 
 use super::block::lab::samples;
 use super::block::speed::IN_LAB;
-use super::boot::Image;
 use super::boot::memory::resident_kib;
 use super::boot::start::{BOOT, USERSPACE, console};
 use super::boot::terminal::Terminal;
+use super::boot::{Image, nic, xvda};
 use super::world::listed;
 use super::{Settings, or_missing, show_log};
 use crate::disk::Sample;
@@ -113,28 +113,9 @@ fn cmdline(network: Option<(&str, &str)>) -> String {
 
 /// A guest under `bh` with a disk and a NIC.
 fn domain_file(name: &str, image: &Image, disk: &Path) -> String {
-    format!(
-        r#"name = "{name}"
-type = "qemu"
-accel = "tcg"
-whole_memory = true
-kernel = "{}"
-ramdisk = "{}"
-cmdline = "{}"
-memory = {MEMORY}
-
-[[disk]]
-vdev = "xvda"
-path = "{}"
-
-[[vif]]
-backend = "{NETBACK}"
-"#,
-        image.kernel.display(),
-        image.initrd.display(),
-        cmdline(Some(("10.77.0.2", ADDRESS))),
-        disk.display(),
-    )
+    let network = cmdline(Some(("10.77.0.2", ADDRESS)));
+    let more = format!("accel = \"tcg\"\nwhole_memory = true\n{}{}", xvda(disk), nic());
+    image.domain_file(name, "qemu", &network, MEMORY, &more)
 }
 
 /// A machine as qemu-bridge's, without devices.

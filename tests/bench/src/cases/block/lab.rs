@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::speed::{IN_LAB, Workload};
 use crate::cases::boot::start::{BOOT, USERSPACE, console};
 use crate::cases::boot::terminal::Terminal;
-use crate::cases::boot::{Image, hardware, in_lab};
+use crate::cases::boot::{Image, hardware, in_lab, xvda};
 use crate::cases::{Settings, or_missing, show_log};
 use crate::disk::Sample;
 use crate::report::{Goal, Line};
@@ -184,22 +184,8 @@ fn pace() -> f64 {
 }
 
 fn pvh(system: &System, image: &Image, disk: &Path) -> Result<Guest> {
-    system.create(&format!(
-        r#"name = "disk"
-type = "pvh"
-kernel = "{}"
-ramdisk = "{}"
-cmdline = "console=hvc0 quiet panic=-1 bh.work=none bh.shell"
-memory = {MEMORY}
-
-[[disk]]
-vdev = "xvda"
-path = "{}"
-"#,
-        image.kernel.display(),
-        image.initrd.display(),
-        disk.display(),
-    ))?;
+    let cmdline = "console=hvc0 quiet panic=-1 bh.work=none bh.shell";
+    system.create(&image.domain_file("disk", "pvh", cmdline, MEMORY, &xvda(disk)))?;
     Guest { terminal: RefCell::new(console(system, "disk", USERSPACE)?), device: "/dev/xvda" }.up()
 }
 

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::outside::{ADDRESS, Outside, PREFIX};
-use bulkhead_tests::system::{Config, NETBACK, System};
+use bulkhead_tests::system::{Config, System};
 
-use super::Image;
 use super::start::{BOOT, USERSPACE, console, microvm_command};
 use super::terminal::Terminal;
+use super::{Image, nic, xvda};
 use crate::cases::{Settings, or_missing};
 use crate::report::{Goal, Line};
 use crate::rounds::{Contestant, take_turns};
@@ -103,25 +103,9 @@ fn contest(
 }
 
 fn debian(system: &System, image: &Image, disk: &Path) -> Result<Guest> {
-    system.create(&format!(
-        r#"name = "io"
-type = "pvh"
-kernel = "{}"
-ramdisk = "{}"
-cmdline = "console=hvc0 quiet panic=-1 bh.work=none bh.shell bh.ip=10.77.0.2/{PREFIX} bh.gw={ADDRESS}"
-memory = 256
-
-[[disk]]
-vdev = "xvda"
-path = "{}"
-
-[[vif]]
-backend = "{NETBACK}"
-"#,
-        image.kernel.display(),
-        image.initrd.display(),
-        disk.display(),
-    ))?;
+    let cmdline =
+        format!("console=hvc0 quiet panic=-1 bh.work=none bh.shell bh.ip=10.77.0.2/{PREFIX} bh.gw={ADDRESS}");
+    system.create(&image.domain_file("io", "pvh", &cmdline, 256, &(xvda(disk) + &nic())))?;
     let terminal = console(system, "io", USERSPACE)?;
     Guest { terminal: RefCell::new(terminal), disk: "/dev/xvda", peer: ADDRESS }.up()
 }

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use bulkhead_tests::system::NETBACK;
 use serde_json::Value;
 
 use super::{Settings, or_missing};
@@ -37,6 +38,27 @@ pub struct Image {
     pub fio: Option<std::path::PathBuf>,
     /// The program that starts the lab.
     pub xtask: Option<std::path::PathBuf>,
+}
+
+impl Image {
+    /// The domain file of a guest with it, RAM in MiB. `more`: what else is in it, and its devices at the end.
+    pub fn domain_file(&self, name: &str, kind: &str, cmdline: &str, memory: u32, more: &str) -> String {
+        let (kernel, initrd) = (self.kernel.display(), self.initrd.display());
+        format!(
+            "name = \"{name}\"\ntype = \"{kind}\"\nkernel = \"{kernel}\"\nramdisk = \"{initrd}\"\n\
+             cmdline = \"{cmdline}\"\nmemory = {memory}\n{more}"
+        )
+    }
+}
+
+/// The disk xvda of a domain file.
+pub fn xvda(file: &std::path::Path) -> String {
+    format!("[[disk]]\nvdev = \"xvda\"\npath = \"{}\"\n", file.display())
+}
+
+/// A NIC at [`NETBACK`].
+pub fn nic() -> String {
+    format!("[[vif]]\nbackend = \"{NETBACK}\"\n")
 }
 
 /// All lines of the case.

@@ -81,18 +81,7 @@ fn ours(
     resident: &RefCell<Series>,
     times: &RefCell<Timeline>,
 ) -> Result<f64> {
-    let domain_file = format!(
-        r#"name = "boot"
-type = "pvh"
-kernel = "{}"
-ramdisk = "{}"
-cmdline = "{}"
-memory = {MEMORY}
-"#,
-        image.kernel.display(),
-        image.initrd.display(),
-        cmdline("hvc0"),
-    );
+    let domain_file = image.domain_file("boot", "pvh", &cmdline("hvc0"), MEMORY, "");
     let began = time_of_day();
     let start = Instant::now();
     system.create(&domain_file)?;
