@@ -154,10 +154,11 @@ impl Manager {
         let (_, guest) = state.find(guest).ok_or_else(|| crate::ops::no_guest(guest))?;
         let devices = self.device_views(guest);
         let vifs = guest.config.vif.iter().enumerate().map(|(index, vif)| {
-            let id = guest.vif_id(index);
-            let device = devices.iter().find(|d| d.r#type == "vif" && d.id == id);
+            let devid = guest.vif_device(index);
+            let device = devices.iter().find(|d| d.r#type == "vif" && d.id == devid);
             Vif {
-                id,
+                id: guest.vif_id(index),
+                devid,
                 backend: vif.backend.to_string(),
                 mac: guest.mac(index).to_string(),
                 ip: vif.ip.iter().map(ToString::to_string).collect(),
@@ -187,7 +188,7 @@ impl Manager {
                 frontend_state: read(format!("{}/state", d.front)),
                 backend_state: read(format!("{}/state", d.back)),
                 mac: guest
-                    .vif_index(d.id)
+                    .vif_index_of_device(d.id)
                     .filter(|_| d.kind == "vif")
                     .map(|index| guest.mac(index).to_string())
                     .unwrap_or_default(),

@@ -62,12 +62,20 @@ fn a_tcp_connection_outlives_a_move() {
         })
         .collect();
     go_on(&system, &guests);
+    let number = || system.bh_json(&["network-list", "net0"]).unwrap()["vifs"][0]["devid"].clone();
     let to = |backend: &str| {
+        let former = number();
         system
             .bh_ok(&["network-move", "net0", "0", "--backend", backend])
             .unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(40)));
         assert_eq!(backend_of(&system, "net0"), [(0, backend.to_owned())]);
+        // A guest that has not looked at the removal yet would not see a new device in the same place.
+        assert_ne!(number(), former);
         go_on(&system, &guests);
+        // Whoever asks the backend by the vif's own number gets that vif.
+        let file = system.dir().join("captured");
+        let file = file.to_str().unwrap();
+        system.bh_ok(&["capture", "net0", "0", "-w", file, "-n", "3", "--seconds", "10"]).unwrap();
     };
     // The rules of its address are at the new one before it is, and at the old one no more.
     let rules = || system.bh_json(&["network-rules", "net0"]).unwrap()["sets"][0].clone();

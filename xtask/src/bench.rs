@@ -25,7 +25,8 @@ pub struct BenchArgs {
     #[arg(long)]
     pub ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; qemu: disk, nic, boot).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; net: outside,
+    /// segments, small, bulk, pause, lab; qemu: disk, nic, boot).
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
     /// Leaves out what needs the lab.
@@ -82,9 +83,12 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }
     let lab = args.only.as_ref().is_none_or(|only| "lab".contains(only.as_str()) || only.starts_with("lab-"));
     // QEMU guests need no lab, only the image.
-    if has("qemu") || ((has("boot") || (has("block") && lab)) && !args.no_lab) {
+    if has("qemu") || ((has("boot") || ((has("block") || has("net")) && lab)) && !args.no_lab) {
         let image = tools::image(Guest::Debian13)?;
         bench.arg("--fio").arg(image.initrd.with_file_name("initrd-fio.img"));
+        if has("net") {
+            bench.arg("--tools").arg(debian::guest_tools()?);
+        }
         bench.arg("--kernel").arg(image.vmlinuz).arg("--initrd").arg(image.initrd);
         bench.arg("--xtask").arg(std::env::current_exe().context("where is xtask")?);
     }

@@ -21,12 +21,16 @@ const NETBACK: &str = "netback";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Api {
-    /// The netback of a device, and the guest's domid.
-    async fn netback(&self, guest: &str, id: u32) -> Result<(NetworkBackendClient<Channel>, u32), Status> {
+    /// The netback of a device, the guest's domid and the device's number in the store.
+    async fn netback(
+        &self,
+        guest: &str,
+        id: u32,
+    ) -> Result<(NetworkBackendClient<Channel>, u32, u32), Status> {
         let guest = guest.to_owned();
-        let (domid, path) = self.blocking(move |m| m.vif_socket(&guest, id)).await?;
+        let (domid, devid, path) = self.blocking(move |m| m.vif_socket(&guest, id)).await?;
         let client = NetworkBackendClient::new(channel(path)).max_decoding_message_size(MAX_CAPTURED);
-        Ok((client, domid.into()))
+        Ok((client, domid.into(), devid))
     }
 
     pub(super) async fn relay_capture(
@@ -34,8 +38,8 @@ impl Api {
         request: CaptureVifRequest,
     ) -> Result<Streamed<CapturedPackets>, Status> {
         let CaptureVifRequest { guest, id, snap_length, .. } = request;
-        let (mut client, domid) = self.netback(&guest, id).await?;
-        let to_netback = CaptureVifRequest { guest: String::new(), id, domid, snap_length };
+        let (mut client, domid, devid) = self.netback(&guest, id).await?;
+        let to_netback = CaptureVifRequest { guest: String::new(), id: devid, domid, snap_length };
         let stream = answered(NETBACK, PATIENCE, client.capture(to_netback))
             .await
             .map_err(|e| at(&guest, id, e))?
@@ -47,7 +51,7 @@ impl Api {
         &self,
         request: CheckVifRulesRequest,
     ) -> Result<CheckVifRulesReply, Status> {
-        let (mut client, _) = self.netback(&request.guest, request.id).await?;
+        let (mut client, ..) = self.netback(&request.guest, request.id).await?;
         answered(NETBACK, PATIENCE, client.check_rules(request)).await.map(Response::into_inner)
     }
 }

@@ -64,7 +64,12 @@ impl Manager {
             }
             self.store.apply(&changes)?;
         }
-        Ok(of_guest(|guest| guest.domain = None))
+        Ok(of_guest(|guest| {
+            guest.domain = None;
+            // The next one knows nothing of what was moved.
+            guest.vif_devices.clear();
+            guest.vif_gone = None;
+        }))
     }
 
     /// Ends the guest's own driver domains.

@@ -1,8 +1,8 @@
 //! Network devices of a running guest: attach, detach, and a move to another driver domain.
 //!
-//! A move unplugs the device and plugs it in again, with the same number and Ethernet address, at another backend. The guest's
-//! connections outlive that as they outlive a pulled cable, as soon as the guest gives the device its addresses again. It works
-//! also when the old driver domain is gone for good, and leaves other guests alone.
+//! A move unplugs the device and plugs it in again, with the same Ethernet address and another number in the store, at another backend.
+//! The guest's connections outlive that as they outlive a pulled cable, as soon as the guest gives the device its addresses again. It
+//! works also when the old driver domain is gone for good, and leaves other guests alone. For users the vif keeps its number.
 
 use super::create::{conflicts, no_guest};
 use super::{Change, Step, nothing, of_guest};
@@ -65,6 +65,7 @@ impl Manager {
                 if let Some(guest) = state.guests.get_mut(&name) {
                     guest.config.vif.push(entry);
                     guest.vif_backends.push(None);
+                    guest.renumber_vif(number, Some(number));
                 }
                 state.begin_vif(&name, SagaKind::AttachVif, change)
             })?;
@@ -125,11 +126,11 @@ impl Manager {
         Ok(())
     }
 
-    /// The guest's domid, and the socket of the driver domain that serves a network device of it.
+    /// The guest's domid, the number in the store of a network device of it, and the socket of the driver domain that serves that.
     ///
     /// # Errors
     /// One line each.
-    pub fn vif_socket(&self, guest: &str, id: u32) -> Result<(u16, String), OpError> {
+    pub fn vif_socket(&self, guest: &str, id: u32) -> Result<(u16, u32, String), OpError> {
         let (name, record) = {
             let state = self.state();
             let (name, record) = state.find(guest).ok_or_else(|| no_guest(guest))?;
@@ -144,7 +145,7 @@ impl Manager {
         let device = device_of(&record, id).ok_or_else(away)?;
         let found = self.hv.list()?.into_iter().find(|d| d.domid == u32::from(device.backend_domid));
         let found = found.filter(|d| d.host_pid != 0).ok_or_else(away)?;
-        Ok((domain.domid, found.control_socket))
+        Ok((domain.domid, device.id, found.control_socket))
     }
 
     fn change_vif(
@@ -180,7 +181,7 @@ impl Manager {
                     && self.store.read(&format!("{}/frontend-id", device.back))?.is_none()
                 {
                     self.open_vhost(guest, &device)?;
-                    let nodes = xs_layout::nodes_of_one(guest, domain.domid, "vif", change.id);
+                    let nodes = xs_layout::nodes_of_one(guest, domain.domid, "vif", device.id);
                     self.store.apply(&nodes)?;
                 }
                 Ok(nothing())
@@ -225,9 +226,12 @@ impl Manager {
                     Err(_) if saga.phase == Phase::Undo => None,
                     Err(e) => return Err(e),
                 };
+                let id = change.id;
                 Ok(of_guest(move |guest| {
                     guest.config.vif[index].backend = to;
                     guest.vif_backends[index] = backend;
+                    guest.vif_gone = Some(guest.vif_device(index));
+                    guest.renumber_vif(id, None);
                 }))
             }
             Step::VifForget => {
@@ -238,6 +242,8 @@ impl Manager {
                         guest.config.vif[index].devid = Some(guest.vif_id(index));
                     }
                     if let Some(index) = guest.vif_index(id) {
+                        guest.vif_gone = Some(guest.vif_device(index));
+                        guest.vif_devices.remove(&id);
                         guest.config.vif.remove(index);
                         if index < guest.vif_backends.len() {
                             guest.vif_backends.remove(index);
@@ -276,5 +282,6 @@ impl Manager {
 }
 
 fn device_of(guest: &Guest, id: u32) -> Option<DevicePaths> {
-    xs_layout::device_paths(guest).into_iter().find(|device| device.kind == "vif" && device.id == id)
+    let number = guest.vif_device(guest.vif_index(id)?);
+    xs_layout::device_paths(guest).into_iter().find(|device| device.kind == "vif" && device.id == number)
 }

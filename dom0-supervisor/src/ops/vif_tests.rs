@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use proto::hvcore::DomainState;
+
 use super::kill_tests::{Bench, bench, failed_in_one_line, kill_everywhere, settle, with_guest};
 use crate::config::VifEntry;
 use crate::manager::{Manager, OpError};
@@ -28,14 +30,16 @@ fn check(world: &Inner, state: &State, at: Option<&str>) {
     assert_eq!(guest.config.vif.len(), 1 + usize::from(at.is_some()));
     assert_eq!(guest.vif_backends.len(), guest.config.vif.len());
     let domid = guest.domain.unwrap().domid;
-    let front = format!("/local/domain/{domid}/device/vif/1/state");
-    let back = format!("/backend/vif/{domid}/1/state");
-    let backs: Vec<_> = world.nodes.keys().filter(|k| k.ends_with(&back)).collect();
-    assert_eq!(
-        (world.nodes.contains_key(&front), backs.len()),
-        (at.is_some(), usize::from(at.is_some())),
-        "{backs:?}"
-    );
+    let numbers = |dir: &str| -> Vec<u32> {
+        let number = |k: &String| k.split_once(dir)?.1.strip_suffix("/state")?.parse().ok();
+        world.nodes.keys().filter_map(number).collect()
+    };
+    let devids: Vec<u32> = (0..guest.config.vif.len()).map(|index| guest.vif_device(index)).collect();
+    for dir in [format!("/local/domain/{domid}/device/vif/"), format!("/backend/vif/{domid}/")] {
+        let mut found = numbers(&dir);
+        found.sort_unstable();
+        assert_eq!(found, devids, "{dir}");
+    }
     let devices = device_paths(guest);
     assert_eq!(devices.len(), 3 + usize::from(at.is_some()));
     for device in &devices {
@@ -44,7 +48,7 @@ fn check(world: &Inner, state: &State, at: Option<&str>) {
         assert_eq!(world.nodes[&format!("{}/backend", device.front)].0, device.back);
     }
     if let Some(at) = at {
-        let device = devices.iter().find(|d| d.kind == "vif" && d.id == 1).unwrap();
+        let device = devices.iter().find(|d| d.kind == "vif" && d.name == "1").unwrap();
         assert_eq!(device.backend, at);
         let domain = world.domains.iter().find(|d| d.name == at).unwrap();
         assert_eq!(u32::from(device.backend_domid), domain.domid);
@@ -105,6 +109,8 @@ fn a_move_is_finished_or_never_began() {
         |world, state, killed| {
             let at = place(state).unwrap();
             assert!(at == "wan" || (killed && at == "lan"), "{at}");
+            // A guest that has not looked at the removal must not take the new one for the old one.
+            assert_eq!(state.guests["g"].vif_device(1), if at == "wan" { 2 } else { 1 });
             check(&world.lock(), state, Some(at));
         },
     );
@@ -127,7 +133,8 @@ fn a_move_that_fails_goes_back() {
             let mut inner = world.lock();
             // The old one is as deaf in this world.
             for (path, node) in &mut inner.nodes {
-                if path.contains("/backend/vif/") && path.ends_with("/1/state") {
+                let number = state.guests["g"].vif_device(1);
+                if path.contains("/backend/vif/") && path.ends_with(&format!("/{number}/state")) {
                     assert!(matches!(node.0.as_str(), "1" | "2" | "4"), "{path} {node:?}");
                     node.0 = "2".into();
                 }
@@ -143,7 +150,7 @@ fn a_pulled_cable_stays_pulled() {
     let link = |world: &World, manager: &Arc<Manager>| {
         let state = manager.state();
         let device =
-            device_paths(&state.guests["g"]).into_iter().find(|d| d.kind == "vif" && d.id == 1).unwrap();
+            device_paths(&state.guests["g"]).into_iter().find(|d| d.kind == "vif" && d.name == "1").unwrap();
         let inner = world.lock();
         let node = |dir: &str| inner.nodes.get(&format!("{dir}/disconnect")).map(|n| n.0.clone());
         assert_eq!(node(&device.back), node(&device.front));
@@ -163,4 +170,38 @@ fn a_pulled_cable_stays_pulled() {
     assert_eq!(link(&world, &manager), (true, Some("0".into())));
     let error = manager.link_vif("g", 7, true).unwrap_err();
     assert!(error.to_string().contains("no vif 7"), "{error}");
+}
+
+/// The numbers in the store: a moved or new device never has that of the last one that went, and no two have the same. For users a
+/// vif keeps its number, and in the guest's next domain it has that in the store too.
+#[test]
+fn numbers_in_the_store() {
+    let numbers = |manager: &Arc<Manager>| -> Vec<(u32, u32)> {
+        let guest = &manager.state().guests["g"];
+        (0..guest.config.vif.len()).map(|index| (guest.vif_id(index), guest.vif_device(index))).collect()
+    };
+    let bench = bench();
+    let (world, manager) = with_vif(&bench);
+    let to = |id, backend: &str| manager.move_vif("g", id, backend.parse().unwrap()).unwrap();
+    assert_eq!(numbers(&manager), [(0, 0), (1, 1)]);
+    to(1, "wan");
+    assert_eq!(numbers(&manager), [(0, 0), (1, 2)]);
+    to(0, "wan");
+    assert_eq!(numbers(&manager), [(0, 1), (1, 2)]);
+    to(0, "lan");
+    assert_eq!(numbers(&manager), [(0, 0), (1, 2)]);
+    // One more, whose number another one has.
+    let entry = |devid| VifEntry { devid, ..VifEntry::of("lan".parse().unwrap()) };
+    assert_eq!(manager.attach_vif("g", entry(Some(2))).unwrap(), 2);
+    assert_eq!(numbers(&manager), [(0, 0), (1, 2), (2, 3)]);
+    manager.detach_vif("g", 2, false).unwrap();
+    assert_eq!(manager.attach_vif("g", entry(Some(3))).unwrap(), 3);
+    assert_eq!(numbers(&manager), [(0, 0), (1, 2), (3, 1)]);
+    manager.detach_vif("g", 3, false).unwrap();
+    check(&world.lock(), &manager.state(), Some("wan"));
+    // Another domain.
+    world.set_state("g", DomainState::Shutdown, 1);
+    settle(&world, &manager);
+    assert_eq!(numbers(&manager), [(0, 0), (1, 1)]);
+    check(&world.lock(), &manager.state(), Some("wan"));
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::config::{DiskEntry, DiskSource, DomainFile, Mac, Name, UsbEntry};
+use crate::config::{DiskEntry, DiskSource, DomainFile, GuestType, Mac, Name, UsbEntry};
 
 /// Everything that must outlive dom0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +51,12 @@ pub struct Guest {
     /// The driver domain of each vif, in the order of `config.vif`.
     #[serde(default)]
     pub vif_backends: Vec<Option<u16>>,
+    /// Numbers in the store of the vifs whose domain of now knows them by another than their own, by that.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub vif_devices: BTreeMap<u32, u32>,
+    /// The number in the store of the vif that its domain of now lost last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vif_gone: Option<u32>,
     /// Unix time, milliseconds.
     pub created_unix_ms: u64,
     /// How often it was started.
@@ -286,6 +292,8 @@ impl Guest {
             domain: None,
             disk_backends: vec![None; config.disk.len()],
             vif_backends: vec![None; config.vif.len()],
+            vif_devices: BTreeMap::new(),
+            vif_gone: None,
             created_unix_ms: unix_ms,
             boots: 0,
             started_unix_ms: 0,
@@ -330,6 +338,37 @@ impl Guest {
     /// Where the vif of this number is in the list.
     pub fn vif_index(&self, id: u32) -> Option<usize> {
         (0..self.config.vif.len()).find(|&index| self.vif_id(index) == id)
+    }
+
+    /// Number in the store of vif `index`: its own, unless it was moved, or came when another one had that.
+    pub fn vif_device(&self, index: usize) -> u32 {
+        let id = self.vif_id(index);
+        self.vif_devices.get(&id).copied().unwrap_or(id)
+    }
+
+    /// Where the vif with this number in the store is in the list.
+    pub fn vif_index_of_device(&self, device: u32) -> Option<usize> {
+        (0..self.config.vif.len()).find(|&index| self.vif_device(index) == device)
+    }
+
+    /// Gives the vif of this number a new number in the store: `wanted`, or else the lowest, that no vif has and the last one that went
+    /// did not have. A guest may not have looked at the removal yet, and nothing in xenbus says when it has: it would take a new device
+    /// of the same number for the old one. qemu-bridge, whose numbers are QEMU's too, keeps them.
+    pub fn renumber_vif(&mut self, id: u32, wanted: Option<u32>) {
+        if self.config.guest_type == GuestType::Qemu {
+            return;
+        }
+        let others: Vec<u32> = (0..self.config.vif.len())
+            .filter(|&index| self.vif_id(index) != id)
+            .map(|index| self.vif_device(index))
+            .collect();
+        let free = |number: &u32| !others.contains(number) && self.vif_gone != Some(*number);
+        let Some(device) = wanted.into_iter().chain(0..).find(free) else { return };
+        if device == id {
+            self.vif_devices.remove(&id);
+        } else {
+            self.vif_devices.insert(id, device);
+        }
     }
 }
 

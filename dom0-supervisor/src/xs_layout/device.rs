@@ -63,7 +63,7 @@ impl XenbusState {
 pub struct DevicePaths {
     /// "vbd" or "vif".
     pub kind: &'static str,
-    /// For people: "xvda", "0".
+    /// For people: "xvda", "0" (the vif's own number).
     pub name: String,
     /// Number in the store.
     pub id: u32,
@@ -104,8 +104,8 @@ pub fn device_paths_of(guest: &Guest, domid: u16) -> Vec<DevicePaths> {
     }
     for (index, (vif, backend)) in guest.config.vif.iter().zip(&guest.vif_backends).enumerate() {
         if let Some(backend) = backend {
-            let id = guest.vif_id(index);
-            add("vif", id.to_string(), id, vif.backend.to_string(), *backend);
+            let name = guest.vif_id(index).to_string();
+            add("vif", name, guest.vif_device(index), vif.backend.to_string(), *backend);
         }
     }
     out
@@ -205,7 +205,7 @@ fn nodes_of(guest: &Guest, domid: u16, wanted: impl Fn(&DevicePaths) -> bool) ->
                 front.put(format!("{}/device-type", device.front), devtype.word());
             }
             _ => {
-                let Some(index) = guest.vif_index(device.id) else { continue };
+                let Some(index) = guest.vif_index_of_device(device.id) else { continue };
                 let mac = guest.mac(index).to_string();
                 back.put(format!("{}/handle", device.back), device.id.to_string());
                 back.put(format!("{}/mac", device.back), &mac);

@@ -29,7 +29,8 @@ struct Cli {
     #[arg(long)]
     ours: bool,
     /// Only groups of lines whose names contain this (store: one-client, in-flight, …; block: depth-1, depth-32, sequential, mixed,
-    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; qemu: disk, nic, boot).
+    /// pause, many, lab, and parts of that: lab-depth-1, lab-sequential, …; net: outside,
+    /// segments, small, bulk, pause, lab; qemu: disk, nic, boot).
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Tree with Debian's xenstored daemons.
@@ -47,6 +48,9 @@ struct Cli {
     /// The same with fio in it.
     #[arg(long, hide = true)]
     fio: Option<PathBuf>,
+    /// Tree with Debian 13's iperf3.
+    #[arg(long, hide = true)]
+    tools: Option<PathBuf>,
     /// The program that starts the lab; none: no lab.
     #[arg(long, hide = true)]
     xtask: Option<PathBuf>,
@@ -148,6 +152,7 @@ fn run(cli: &Cli) -> Result<bool> {
             kernel,
             initrd,
             fio: cli.fio.clone(),
+            tools: cli.tools.clone(),
             xtask: cli.xtask.clone(),
         }),
     };
@@ -172,7 +177,10 @@ fn run(cli: &Cli) -> Result<bool> {
                 .as_ref()
                 .map_or_else(Vec::new, |image| cases::block::lab::here(&settings, image)),
             Case::Block => cases::block::run(&settings, || up(&mut world, &settings)),
-            Case::Net => cases::net::run(&settings, up(&mut world, &settings)),
+            Case::Net if cli.inside => {
+                settings.image.as_ref().map_or_else(Vec::new, |image| cases::net::lab::here(&settings, image))
+            }
+            Case::Net => cases::net::run(&settings, || up(&mut world, &settings)),
             Case::Restart => cases::restart::run(&settings, up(&mut world, &settings)),
             Case::Boot if cli.inside => {
                 settings.image.as_ref().map_or_else(Vec::new, |image| cases::boot::here(&settings, image))

@@ -47,15 +47,17 @@ pub async fn list(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure>
             .iter()
             .map(|v| {
                 json!({ "vif": v.id, "backend": v.backend, "mac": v.mac, "ip": v.ip,
-                    "frontend_state": v.frontend_state, "backend_state": v.backend_state, "link": v.link })
+                    "devid": v.devid, "frontend_state": v.frontend_state, "backend_state": v.backend_state, "link": v.link })
             })
             .collect();
         return print_json(&json!({ "vifs": vifs }));
     }
-    let mut table = Table::new(&[">VIF", "BACKEND", "MAC", "FRONTEND", "BACKEND STATE", "LINK", "IP"]);
+    let mut table =
+        Table::new(&[">VIF", ">DEVID", "BACKEND", "MAC", "FRONTEND", "BACKEND STATE", "LINK", "IP"]);
     for v in &vifs {
         table.row(vec![
             v.id.to_string(),
+            v.devid.to_string(),
             v.backend.clone(),
             v.mac.clone(),
             v.frontend_state.clone(),

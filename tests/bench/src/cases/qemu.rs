@@ -149,11 +149,12 @@ fn tap_nic(command: &mut Command) {
         .args(["-device", "virtio-net-pci,netdev=n,romfile="]);
 }
 
-fn make_tap(outside: &Outside) -> Result<()> {
-    outside.run(|| -> Result<()> {
-        ip(&["tuntap", "add", TAP, "mode", "tap"])?;
-        ip(&["addr", "add", &format!("{TAP_PEER}/{PREFIX}"), "dev", TAP])?;
-        ip(&["link", "set", TAP, "up"])
+/// A TAP of this name in the outside, with an address there.
+pub(crate) fn make_tap(outside: &Outside, tap: &'static str, address: &'static str) -> Result<()> {
+    outside.run(move || -> Result<()> {
+        ip(&["tuntap", "add", tap, "mode", "tap"])?;
+        ip(&["addr", "add", &format!("{address}/{PREFIX}"), "dev", tap])?;
+        ip(&["link", "set", tap, "up"])
     })?
 }
 
@@ -164,10 +165,11 @@ fn ip(args: &[&str]) -> Result<()> {
 }
 
 /// A booted guest with a shell on its console.
-struct Guest(RefCell<Terminal>);
+pub(crate) struct Guest(RefCell<Terminal>);
 
 impl Guest {
-    fn up(mut terminal: Terminal) -> Result<Guest> {
+    /// Of a console on which its first process was heard.
+    pub(crate) fn up(mut terminal: Terminal) -> Result<Guest> {
         terminal.type_line("")?;
         terminal.expect("guest#", BOOT)?;
         // No echo between us.
@@ -175,13 +177,15 @@ impl Guest {
         Ok(Guest(RefCell::new(terminal)))
     }
 
-    fn of(outside: &Outside, command: Command) -> Result<Guest> {
+    /// Of an emulator that runs in the outside.
+    pub(crate) fn of(outside: &Outside, command: Command) -> Result<Guest> {
         let mut terminal = outside.run(move || Terminal::start(command))??;
         terminal.expect(USERSPACE, BOOT)?;
         Guest::up(terminal)
     }
 
-    fn run(&self, command: &str) -> Result<String> {
+    /// Runs a command in its shell and gives what it prints.
+    pub(crate) fn run(&self, command: &str) -> Result<String> {
         self.0.borrow_mut().run(&format!("{command} 2>&1"), TURN)
     }
 
@@ -200,14 +204,14 @@ impl Guest {
     }
 
     /// Mb/s over one TCP stream.
-    fn stream(&self, peer: &str, inward: bool) -> Result<f64> {
+    pub(crate) fn stream(&self, peer: &str, inward: bool) -> Result<f64> {
         let way = if inward { " -R" } else { "" };
         let said = self.run(&format!("{IPERF} -c {peer} -t {STREAM_S} -f m{way}"))?;
         received(&said).with_context(|| format!("iperf3 said: {said}"))
     }
 
     /// Mean round trip, milliseconds.
-    fn ping(&self, peer: &str) -> Result<f64> {
+    pub(crate) fn ping(&self, peer: &str) -> Result<f64> {
         let said = self.run(&format!("ping -c {PINGS} -i 0.02 {peer}"))?;
         ensure!(said.contains(&format!("{PINGS} packets received")), "pings were lost: {said}");
         mean(&said).with_context(|| format!("ping said: {said}"))
@@ -301,13 +305,23 @@ fn resident(system: &System, guest: &str) -> Result<Line> {
 }
 
 /// iperf3's server, ended when dropped.
-struct Server(Child);
+pub(crate) struct Server(Child);
 
 impl Server {
     fn start(outside: &Outside, address: &str) -> Result<Server> {
+        Server::of(outside, address, None)
+    }
+
+    /// The machine's own iperf3, or that of a tree of packages.
+    pub(crate) fn of(outside: &Outside, address: &str, tree: Option<&Path>) -> Result<Server> {
         let address: Ipv4Addr = address.parse()?;
+        let mut command = Command::new(IPERF);
+        if let Some((program, libraries)) = tree.map(super::net::lab::iperf_in) {
+            command = Command::new(program);
+            command.env("LD_LIBRARY_PATH", libraries);
+        }
         let child = outside.run(move || {
-            Command::new(IPERF)
+            command
                 .args(["-s", "-B", &address.to_string()])
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
@@ -331,7 +345,7 @@ fn nics(settings: &Settings) -> Result<Vec<Line>> {
     let dir = tempfile::Builder::new().prefix("bh-bench-").tempdir()?;
     let system = start(settings)?;
     let ours = ours(&system, &image, &filled(dir.path(), "ours")?).inspect_err(|_| show_log(&system))?;
-    make_tap(&system.outside)?;
+    make_tap(&system.outside, TAP, TAP_PEER)?;
     let mut command = bare(&image, &cmdline(Some(("10.78.0.2", TAP_PEER))));
     tap_nic(&mut command);
     let tap = Guest::of(&system.outside, command).context(ON_TAP)?;
@@ -366,7 +380,7 @@ fn boots(settings: &Settings) -> Result<Vec<Line>> {
     let image = image(settings)?;
     let dir = tempfile::Builder::new().prefix("bh-bench-").tempdir()?;
     let system = start(settings)?;
-    make_tap(&system.outside)?;
+    make_tap(&system.outside, TAP, TAP_PEER)?;
     let (disk, bare_disk) = (filled(dir.path(), "ours")?, filled(dir.path(), "bare")?);
     let series = take_turns(
         settings.rounds.min(ROUNDS),

@@ -33,6 +33,8 @@ const JOB_MS: u64 = 1000;
 const TURN: Duration = Duration::from_secs(60);
 /// Version of Xen that QEMU plays: 4.17.
 const XEN_VERSION: &str = "0x40011";
+/// QEMU's accelerator otherwise.
+pub(crate) const VIRTIO_ACCEL: &str = "kvm";
 
 const NAMES: &[(&str, &str, &str)] = &[("block in the lab", "IOPS", ">= 1.00 x both peers")];
 
@@ -191,27 +193,38 @@ fn pvh(system: &System, image: &Image, disk: &Path) -> Result<Guest> {
 
 /// On a PC as the Xen emulation's: QEMU 10's microvm said nothing at all in two minutes of the lab.
 fn virtio(image: &Image, disk: &Path) -> Result<Guest> {
-    Guest::of(pc(image, disk, "kvm", "virtio-blk-pci,drive=d"), "/dev/vda")
+    Guest::of(with_disk(image, disk, VIRTIO_ACCEL, "virtio-blk-pci,drive=d"), "/dev/vda")
 }
 
 /// A PC, for there is no Xen emulation on the microvm.
 fn xen(image: &Image, disk: &Path) -> Result<Guest> {
-    let accel = format!("kvm,xen-version={XEN_VERSION},kernel-irqchip=split");
-    Guest::of(pc(image, disk, &accel, "xen-disk,drive=d,vdev=xvda"), "/dev/xvda")
+    Guest::of(with_disk(image, disk, &xen_accel(), "xen-disk,drive=d,vdev=xvda"), "/dev/xvda")
 }
 
-fn pc(image: &Image, disk: &Path, accel: &str, device: &str) -> Command {
+/// QEMU's accelerator when it plays Xen.
+pub(crate) fn xen_accel() -> String {
+    format!("kvm,xen-version={XEN_VERSION},kernel-irqchip=split")
+}
+
+fn with_disk(image: &Image, disk: &Path, accel: &str, device: &str) -> Command {
+    let mut command = pc(image, accel, MEMORY, "console=ttyS0 quiet panic=-1 bh.work=none bh.shell");
+    command
+        .args(["-drive", &format!("id=d,if=none,format=raw,cache=none,file={}", disk.display())])
+        .args(["-device", device]);
+    command
+}
+
+/// A PC of QEMU's with a serial console alone; `memory` in MiB.
+pub(crate) fn pc(image: &Image, accel: &str, memory: u32, words: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-accel", accel, "-M", "q35"])
-        .args(["-cpu", "host", "-m", &format!("{MEMORY}M"), "-smp", "1", "-nodefaults", "-no-user-config"])
+        .args(["-cpu", "host", "-m", &format!("{memory}M"), "-smp", "1", "-nodefaults", "-no-user-config"])
         .args(["-no-reboot", "-display", "none", "-serial", "stdio", "-kernel"])
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&image.initrd)
-        .args(["-append", "console=ttyS0 quiet panic=-1 bh.work=none bh.shell"])
-        .args(["-drive", &format!("id=d,if=none,format=raw,cache=none,file={}", disk.display())])
-        .args(["-device", device]);
+        .args(["-append", words]);
     command
 }
 

@@ -36,6 +36,8 @@ pub struct Image {
     pub initrd: std::path::PathBuf,
     /// The same with fio.
     pub fio: Option<std::path::PathBuf>,
+    /// Debian 13's packages of the guest's tools, unpacked: iperf3 for where it is not installed.
+    pub tools: Option<std::path::PathBuf>,
     /// The program that starts the lab.
     pub xtask: Option<std::path::PathBuf>,
 }

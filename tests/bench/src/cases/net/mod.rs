@@ -1,5 +1,7 @@
 //! A process guest's TCP and ICMP through netfront, ring, journal and netback, beside the same endpoint on a veth pair.
 
+pub mod lab;
+
 use std::cell::RefCell;
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -36,26 +38,36 @@ const KILLS: usize = 100;
 const PAUSE_LIMIT: f64 = 20.0;
 const PAUSE: Names = &[("pause after kill -9 of netback, 100 kills", "ms", "p99 < 20 ms")];
 
+const LAB: Names = &[("net in the lab", "Mb/s", ">= 1.00 x both peers")];
+
 const NAMES: Names = &[
     ("net TCP out of the guest", "MiB/s", ""),
     ("net TCP into the guest", "MiB/s", ""),
     ("net ping", "us", ""),
 ];
 
-/// All lines of the case.
-pub fn run(settings: &Settings, world: &mut Result<World>) -> Vec<Line> {
+/// All lines of the case. `world` starts the system with its guest, if a group needs it.
+pub fn run<'a>(settings: &Settings, world: impl FnOnce() -> &'a mut Result<World>) -> Vec<Line> {
     let wanted = |name: &str| settings.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+    type Measure = fn(&Settings, &mut World) -> Result<Vec<Line>>;
+    let groups: [(&str, Names, Measure); 5] = [
+        ("outside", NAMES, lines),
+        ("segments", packets::LARGE_NAMES, packets::large),
+        ("small", packets::SMALL_NAMES, packets::small),
+        ("bulk", BULK, bulk),
+        ("pause", PAUSE, pause),
+    ];
     let mut all = Vec::new();
-    let mut group = |name, lines: Names, measure: fn(&Settings, &mut World) -> Result<Vec<Line>>| {
-        if wanted(name) {
-            all.extend(or_missing(lines, super::borrowed(world).and_then(|world| measure(settings, world))));
+    if groups.iter().any(|(name, ..)| wanted(name)) {
+        let world = world();
+        for (_, names, measure) in groups.iter().filter(|(name, ..)| wanted(name)) {
+            let lines = super::borrowed(world).and_then(|world| measure(settings, world));
+            all.extend(or_missing(names, lines));
         }
-    };
-    group("outside", NAMES, lines);
-    group("segments", packets::LARGE_NAMES, packets::large);
-    group("small", packets::SMALL_NAMES, packets::small);
-    group("bulk", BULK, bulk);
-    group("pause", PAUSE, pause);
+    }
+    if wanted("lab") {
+        all.extend(or_missing(LAB, lab::lines(settings)));
+    }
     all
 }
 
