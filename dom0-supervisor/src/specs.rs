@@ -276,6 +276,7 @@ pub fn guest(host: &HostFile, guest: &Guest) -> CreateDomainRequest {
             request.restart = Some(restart_policy(host.restart));
             request.limits = None;
             request.resources.extend(config.usbdev.iter().filter_map(crate::ops::usb_resource));
+            request.resources.extend(crate::specs_qemu::variables(config));
         }
     }
     request

@@ -183,6 +183,12 @@ pub fn restored(guest: &Guest) -> Option<Resource> {
     Some(Resource { name: "restore".into(), kind: Kind::FileRo.into(), path, mode: 0 })
 }
 
+/// The file of its variables, whose length the guest's own domain looks at.
+pub fn variables(config: &DomainFile) -> Option<Resource> {
+    let path = uefi_vars(config)?.display().to_string();
+    Some(Resource { name: "nvram".into(), kind: Kind::FileRo.into(), path, mode: 0 })
+}
+
 /// The name by which a device's backend knows the way to its frontend: also the value of its node.
 pub fn vhost_resource(guest: &Uuid, kind: &str, id: u32) -> String {
     resource_of("vhost", &format!("{guest}/{kind}/{id}"))
@@ -230,6 +236,9 @@ mod tests {
     fn uefi_has_its_variables_to_itself() {
         let host = HostFile::parse("", "h").unwrap();
         let request = emulator(&host, &guest("firmware = \"uefi\"\nnvram = \"/v\""), false);
+        let own = variables(&guest("firmware = \"uefi\"\nnvram = \"/v\"").config).unwrap();
+        assert_eq!((own.name.as_str(), own.path.as_str(), own.kind()), ("nvram", "/v", Kind::FileRo));
+        assert_eq!(variables(&guest("").config), None);
         let bind = |target: &str| request.binds.iter().find(|b| b.target == target).cloned();
         assert!(
             bind(UEFI_CODE).is_some_and(|b| b.read_only && b.source == "/usr/share/OVMF/OVMF_CODE_4M.fd")

@@ -3,7 +3,7 @@
 use proto::hvcore::{Domain, DomainState, Role};
 use proto::toolstack::{Device, Disk, Failure, Guest as GuestView, InfoReply, ServiceInfo, Vif};
 
-use crate::config::GuestType;
+use crate::config::{GuestType, UsbKind};
 use crate::manager::{Manager, OpError};
 use crate::specs;
 use crate::state::{Guest, Phase, SagaKind, State, private_backend_name, private_backend_uuid};
@@ -101,6 +101,7 @@ impl Manager {
     /// # Errors
     /// `NotFound`; hv-core's.
     pub fn disks(&self, guest: &str) -> Result<Vec<Disk>, OpError> {
+        let served_by_qemu = self.usb(guest)?.into_iter().filter(|(entry, _)| entry.kind == UsbKind::Qdisk);
         let state = self.state();
         let (name, guest) = state.find(guest).ok_or_else(|| crate::ops::no_guest(guest))?;
         let devices = self.device_views(guest);
@@ -119,7 +120,19 @@ impl Manager {
                 note: self.disk_note(guest, disk.vdev.number(), length.err()),
             }
         });
-        Ok(disks.collect())
+        let by_qemu = served_by_qemu.map(|(entry, said)| Disk {
+            vdev: entry.id.clone(),
+            backend: "qemu".into(),
+            files: entry
+                .disk()
+                .map(|path| format!("{}:{}", entry.format.word(), path.display()))
+                .into_iter()
+                .collect(),
+            mode: entry.mode.word().into(),
+            note: said,
+            ..Disk::default()
+        });
+        Ok(disks.chain(by_qemu).collect())
     }
 
     /// What is wrong with a disk, as its backend's error node, the guest's, or the backend itself says.

@@ -20,7 +20,7 @@ use domain_kit::xs::{WatchSet, XsClient, XsError, XsOps};
 use serde_json::{Value, json};
 
 use crate::machine::Machine;
-use crate::qmp::{PATIENCE, QmpError};
+use crate::qmp::{PATIENCE, Qmp, QmpError};
 use crate::resize::Resize;
 use crate::save::{self, Restore};
 use crate::usb::{LookError, Usb};
@@ -361,39 +361,12 @@ impl Devices {
         };
         if let Some(place) = self.restore.as_ref().and_then(|r| r.place(&key.name())) {
             device["addr"] = place.into();
-        } else if let Some(port) = self.free_port()? {
+        } else if let Some(port) = free_port(qmp)? {
             device["bus"] = port.into();
         }
         qmp.call_with("device_add", device, None, PLUG)?;
         tracing::info!(device = key.name(), "plugged in");
         Ok(())
-    }
-
-    /// A port of a PCI Express machine that has no device; `None` if the machine is none.
-    fn free_port(&self) -> Result<Option<String>, QmpError> {
-        let qmp = self.machine.qmp();
-        let list = qmp.call("qom-list", json!({ "path": "/machine/peripheral" }))?;
-        let mut ports: BTreeSet<u32> = names(&list, "name").filter_map(port).collect();
-        let count = ports.len();
-        if count == 0 {
-            return Ok(None);
-        }
-        // (query-pci does not know what is behind a port before the guest's firmware has numbered the buses.)
-        for key in names(&list, "name").filter_map(Key::of) {
-            let at =
-                json!({ "path": format!("/machine/peripheral/{}", key.name()), "property": "parent_bus" });
-            let bus = qmp.call("qom-get", at)?;
-            if let Some(taken) = bus.as_str().and_then(|bus| bus.split('/').find_map(port)) {
-                ports.remove(&taken);
-            }
-        }
-        match ports.first() {
-            Some(free) => Ok(Some(format!("{PORT}{free}"))),
-            None => Err(QmpError::Refused {
-                command: "device_add".into(),
-                text: format!("all {count} ports of the machine are taken"),
-            }),
-        }
     }
 
     /// Asks the guest to let go; QEMU removes the device when it has.
@@ -419,6 +392,36 @@ impl Devices {
             tracing::info!(device = key.name(), "taken away");
         }
         Ok(())
+    }
+}
+
+/// A port of a PCI Express machine that has no device; `None` if the machine is none.
+pub(crate) fn free_port(qmp: &Qmp) -> Result<Option<String>, QmpError> {
+    let list = qmp.call("qom-list", json!({ "path": "/machine/peripheral" }))?;
+    let mut ports: BTreeSet<u32> = names(&list, "name").filter_map(port).collect();
+    let count = ports.len();
+    if count == 0 {
+        return Ok(None);
+    }
+    // (query-pci does not know what is behind a port before the guest's firmware has numbered the buses.)
+    for name in names(&list, "name").filter(|name| port(name).is_none()) {
+        let at = json!({ "path": format!("/machine/peripheral/{name}"), "property": "parent_bus" });
+        let bus = match qmp.call("qom-get", at) {
+            Ok(bus) => bus,
+            // Gone meanwhile, or on no bus.
+            Err(QmpError::Refused { .. }) => continue,
+            Err(e) => return Err(e),
+        };
+        if let Some(taken) = bus.as_str().and_then(|bus| bus.split('/').find_map(port)) {
+            ports.remove(&taken);
+        }
+    }
+    match ports.first() {
+        Some(free) => Ok(Some(format!("{PORT}{free}"))),
+        None => Err(QmpError::Refused {
+            command: "device_add".into(),
+            text: format!("all {count} ports of the machine are taken"),
+        }),
     }
 }
 

@@ -17,7 +17,7 @@
 //! | [`machine`] | the guest as QEMU has it: states, ends |
 //! | [`devices`] | xenbus frontends whose data path is vhost-user: plugged and unplugged as xenstore says |
 //! | [`save`] | the guest into a file, and on from one |
-//! | [`usb`] | USB devices, plugged and unplugged as xenstore says |
+//! | [`usb`] | USB devices and disks that QEMU serves itself, plugged and unplugged as xenstore says |
 //! | [`resize`] | memory and processors, the same way |
 //! | [`serial`] | the guest's serial line on the domain's console |
 //! | [`display`] | VNC sessions and screenshots |

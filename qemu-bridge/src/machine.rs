@@ -9,13 +9,15 @@
 //!                  power-off: shutdown ◄─┘ └─► guest-panicked, internal-error        ──► the domain ends
 //! ```
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use domain_kit::{Domain, Hypercall};
+use domain_kit::{Domain, HvError, Hypercall};
+use nix::errno::Errno;
 use serde_json::{Value, json};
 use xen_abi::sched::{SHUTDOWN_CRASH, SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT};
 
@@ -57,6 +59,35 @@ fn end_of(state: &str) -> Option<End> {
         "guest-panicked" => Some(End::Crash("the guest's kernel panicked".into())),
         "internal-error" => Some(End::Crash("QEMU: internal error of its accelerator".into())),
         _ => None,
+    }
+}
+
+/// The resource that is the file of a UEFI guest's variables.
+pub const NVRAM_RESOURCE: &str = "nvram";
+/// Most bytes of that file: QEMU's PC has room for no more flash (`max-fw-size`).
+const MOST_NVRAM: u64 = 8 << 20;
+
+/// Bounds the one file of the host that a QEMU can write. (A limit of its process would be one of its memory and of its disks' images, too.)
+#[derive(Debug)]
+pub struct Nvram(Option<File>);
+
+impl Nvram {
+    /// The approved file, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open(hv: &Hypercall) -> Result<Nvram, HvError> {
+        match hv.resource_open(NVRAM_RESOURCE) {
+            Ok((_, fd)) => Ok(Nvram(Some(fd.into()))),
+            Err(e) if e.is(Errno::ENOENT) => Ok(Nvram(None)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What is wrong with it.
+    pub fn broken(&self) -> Option<String> {
+        let bytes = self.0.as_ref()?.metadata().ok()?.len();
+        (bytes > MOST_NVRAM).then(|| format!("nvram has {bytes} bytes, more than a machine has room for"))
     }
 }
 
@@ -131,17 +162,17 @@ impl Machine {
     /// # Errors
     /// [`QmpError`].
     pub fn look(&self) -> Result<String, QmpError> {
-        let answer = self.qmp.call("query-status", json!({}));
-        let state = match &answer {
-            Ok(value) => value["status"].as_str().unwrap_or("unknown").to_owned(),
-            Err(_) => "silent".to_owned(),
-        };
+        let answer = self.qmp.call("query-status", json!({})).and_then(|value| {
+            let state = value["status"].as_str().map(str::to_owned);
+            state.ok_or(QmpError::Garbage("a state that is none"))
+        });
+        let state = answer.clone().unwrap_or_else(|_| "silent".into());
         let mut now = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if *now != state {
             tracing::info!(from = *now, to = state, "the guest");
         }
-        now.clone_from(&state);
-        answer.map(|_| state)
+        *now = state;
+        answer
     }
 
     /// Lets the processors run.
@@ -188,10 +219,18 @@ impl Machine {
         }
     }
 
-    /// Follows the machine until it ends. `silent` is told when QEMU stops or begins to answer.
-    pub fn follow(&self, events: &Receiver<Event>, silent: impl Fn(bool)) -> End {
+    /// Follows the machine until it ends. `silent` is told when QEMU stops or begins to answer; `broken` says what else ends it.
+    pub fn follow(
+        &self,
+        events: &Receiver<Event>,
+        silent: impl Fn(bool),
+        broken: impl Fn() -> Option<String>,
+    ) -> End {
         let mut was_silent = false;
         loop {
+            if let Some(why) = broken() {
+                return End::Crash(why);
+            }
             match events.recv_timeout(LOOK) {
                 Ok(event) => self.happened(&event),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -252,6 +291,17 @@ pub fn end(domain: &Domain, machine: &Machine, end: &End) -> anyhow::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_of_variables_that_grows_is_told() {
+        let file = tempfile::tempfile().unwrap();
+        let nvram = Nvram(Some(file.try_clone().unwrap()));
+        file.set_len(MOST_NVRAM).unwrap();
+        assert_eq!(nvram.broken(), None);
+        file.set_len(MOST_NVRAM + 1).unwrap();
+        assert!(nvram.broken().unwrap().contains("8388609 bytes"));
+        assert_eq!(Nvram(None).broken(), None);
+    }
 
     #[test]
     fn states_that_end_a_guest() {

@@ -10,7 +10,7 @@ use domain_kit::xenbus::connect_store;
 use domain_kit::{Domain, control};
 use qemu_bridge::control::{Counters, routes};
 use qemu_bridge::devices::Devices;
-use qemu_bridge::machine::{self, End, Machine};
+use qemu_bridge::machine::{self, End, Machine, Nvram};
 use qemu_bridge::serial;
 
 /// One QEMU guest's domain. Started by hv-core.
@@ -61,7 +61,8 @@ fn main() -> anyhow::Result<()> {
             }
         })?;
     }
-    let mut end = machine.follow(&events, |silent| health.set_serving(!silent));
+    let nvram = Nvram::open(&domain.hv).context("the guest's nvram")?;
+    let mut end = machine.follow(&events, |silent| health.set_serving(!silent), || nvram.broken());
     // If the conversation was ended by the devices' thread, it knows why.
     if let (End::Crash(why), Ok(better)) = (&mut end, failure.try_recv()) {
         *why = better;

@@ -125,9 +125,9 @@ pub fn save(machine: &Machine, mut file: File, guest: &str) -> Result<Done, Save
 /// What keeps a guest with this device from being saved: nobody plugs it in again, in the same place, for the one that goes on.
 fn not_saved(device: &str) -> Option<&'static str> {
     match device {
-        _ if device.starts_with("usb-") => {
-            Some("a guest with USB devices cannot be saved: bh usb-detach first")
-        }
+        _ if device.starts_with("usb-") => Some(
+            "a guest with USB devices or disks of QEMU's own cannot be saved: bh usb-detach or block-detach first",
+        ),
         _ if device.starts_with("port") => Some("a guest on a q35 machine cannot be saved"),
         "mem0" => Some("a guest with maxmem cannot be saved"),
         _ if device.starts_with("cpu-") => Some("a guest that was given processors cannot be saved"),

@@ -1,7 +1,8 @@
-//! USB devices that QEMU emulates: plugged and unplugged as the toolstack's nodes have them.
+//! USB devices that QEMU emulates, and virtio disks that it serves itself: plugged and unplugged as the toolstack's nodes have them.
 //!
 //! ```text
-//!   usb/ID = "tablet", "keyboard", "disk FORMAT MODE RESOURCE"     the toolstack's
+//!   usb/ID = "tablet", "keyboard", "mouse",                        the toolstack's
+//!            "disk FORMAT MODE RESOURCE", "qdisk …" (no USB: virtio)
 //!   data/usb/ID = "plugged", or why not                            ours; gone when the device is
 //! ```
 //! What is plugged is asked of QEMU, never remembered. A disk's file is opened by hv-core, locked here (the lock is that of the open file, which
@@ -16,6 +17,7 @@ use domain_kit::xs::{XsClient, XsError, XsOps};
 use domain_kit::{HvError, Hypercall};
 use serde_json::{Value, json};
 
+use crate::devices::free_port;
 use crate::qmp::{Qmp, QmpError};
 
 /// QEMU's name of the controller, as its command line has it.
@@ -28,6 +30,11 @@ const SAID: &str = "data/usb";
 const PREFIX: &str = "usb-";
 /// Behind it, for the block layer's node.
 const NODE: &str = "-b";
+
+/// The toolstack's word for a disk that is on the PCI bus.
+const QDISK: &str = "qdisk";
+/// Formats of images, as QEMU and the toolstack call them.
+const FORMATS: [&str; 6] = ["raw", "qcow2", "vdi", "vhdx", "vmdk", "vpc"];
 
 /// Why a device is not there.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +51,8 @@ enum Wanted {
     /// A device without anything behind it, by QEMU's name.
     Plain(&'static str),
     Disk {
+        /// QEMU's name of the device.
+        driver: &'static str,
         format: &'static str,
         read_only: bool,
         resource: String,
@@ -57,18 +66,15 @@ impl Wanted {
             ["tablet"] => Wanted::Plain("usb-tablet"),
             ["keyboard"] => Wanted::Plain("usb-kbd"),
             ["mouse"] => Wanted::Plain("usb-mouse"),
-            ["disk", format, mode, resource] => {
-                let format = match format {
-                    "raw" => "raw",
-                    "qcow2" => "qcow2",
-                    _ => return None,
-                };
+            [kind @ ("disk" | QDISK), format, mode, resource] => {
+                let driver = if kind == QDISK { "virtio-blk-pci" } else { "usb-storage" };
+                let format = *FORMATS.iter().find(|known| **known == format)?;
                 let read_only = match mode {
                     "ro" => true,
                     "rw" => false,
                     _ => return None,
                 };
-                Wanted::Disk { format, read_only, resource: resource.into() }
+                Wanted::Disk { driver, format, read_only, resource: resource.into() }
             }
             _ => return None,
         })
@@ -197,12 +203,16 @@ fn plug(hv: &Hypercall, xs: &XsClient, qmp: &Qmp, id: &str) -> Result<(), UsbErr
         Wanted::Plain(driver) => {
             qmp.call("device_add", json!({ "driver": driver, "id": label(id), "bus": bus }))?;
         }
-        Wanted::Disk { format, read_only, resource } => {
+        Wanted::Disk { driver, format, read_only, resource } => {
+            let bus = if driver == "usb-storage" { Some(bus) } else { free_port(qmp)? };
             let (_, fd) = hv.resource_open(&resource).map_err(unopened)?;
             let file = File::from(fd);
             lock(&file, read_only)?;
             add_node(qmp, id, &file, format, read_only)?;
-            let device = json!({ "driver": "usb-storage", "id": label(id), "bus": bus, "drive": node(id) });
+            let mut device = json!({ "driver": driver, "id": label(id), "drive": node(id) });
+            if let Some(bus) = bus {
+                device["bus"] = bus.into();
+            }
             if let Err(error) = qmp.call("device_add", device) {
                 let _tried_again_later = take_away(qmp, id);
                 return Err(error.into());
@@ -241,7 +251,7 @@ fn add_node(qmp: &Qmp, id: &str, file: &File, format: &str, read_only: bool) -> 
     });
     let mut wanted =
         json!({ "driver": format, "node-name": node(id), "read-only": read_only, "file": below });
-    if format == "qcow2" {
+    if matches!(format, "qcow2" | "vmdk") {
         // Whatever its header names is not in QEMU's sandbox.
         wanted["backing"] = Value::Null;
     }
@@ -259,9 +269,20 @@ mod tests {
     #[test]
     fn nodes_are_read_strictly() {
         assert_eq!(Wanted::parse("tablet"), Some(Wanted::Plain("usb-tablet")));
-        let disk = Wanted::Disk { format: "raw", read_only: true, resource: "usb-a".into() };
-        assert_eq!(Wanted::parse("disk raw ro usb-a"), Some(disk));
-        for odd in ["", "host", "disk", "disk raw ro", "disk vmdk ro x", "disk raw w x", "disk raw ro x y"] {
+        let disk =
+            |driver, format| Some(Wanted::Disk { driver, format, read_only: true, resource: "usb-a".into() });
+        assert_eq!(Wanted::parse("disk raw ro usb-a"), disk("usb-storage", "raw"));
+        assert_eq!(Wanted::parse("qdisk vdi ro usb-a"), disk("virtio-blk-pci", "vdi"));
+        for odd in [
+            "",
+            "host",
+            "disk",
+            "disk raw ro",
+            "disk nbd ro x",
+            "vdisk raw ro x",
+            "disk raw w x",
+            "disk raw ro x y",
+        ] {
             assert_eq!(Wanted::parse(odd), None, "{odd}");
         }
     }

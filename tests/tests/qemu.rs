@@ -138,3 +138,34 @@ fn qemu_guest_hot_plug() {
     bh(&system, &["destroy", "linux"]);
     until(&system, "gone", || guest(&system, "linux").is_none());
 }
+
+/// Something else in QEMU's place, which says what no monitor says: always the end of that one guest, at once and in one line.
+#[test]
+#[ignore = "needs no image; a QEMU guest all the same"]
+fn qemu_guest_whose_monitor_says_garbage() {
+    let mut config = Config::of_this_build().unwrap();
+    config.host_file_more = format!("[qemu]\nprogram = {:?}\n", program("false-qemu"));
+    let system = start_with(config);
+    let file = |name: &str| {
+        format!(
+            "name = {name:?}\ntype = \"qemu\"\naccel = \"tcg\"\nkernel = {:?}\nmemory = 64\n",
+            program("bh")
+        )
+    };
+    let of = |name: &str| guest(&system, name).and_then(|g| g["state"].as_str().map(str::to_owned));
+    for name in ["noise", "flood", "short", "liar"] {
+        let began = Instant::now();
+        let why = format!("{:#}", system.create(&file(name)).unwrap_err());
+        println!("{name}: {} ms: {why}", began.elapsed().as_millis());
+        assert!(why.contains(&format!("guest {name}")) && began.elapsed() < Duration::from_secs(10), "{why}");
+        assert_eq!(of(name), None, "it was undone");
+    }
+    // One that runs, and another beside it that is well at first.
+    create(&system, &file("well"));
+    create(&system, &file("rotten"));
+    assert_eq!(of("rotten").as_deref(), Some("running"));
+    until(&system, "its end", || of("rotten").is_none());
+    assert_eq!(of("well").as_deref(), Some("running"));
+    let services = system.services().unwrap();
+    assert!(services.values().all(|s| s.state == "running"), "{services:?}");
+}

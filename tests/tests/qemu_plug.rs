@@ -9,6 +9,7 @@ mod machine;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::system::{System, bridge_name};
@@ -96,44 +97,151 @@ fn qemu_guest_usb() {
     bh(&system, &["destroy", "linux"]);
 }
 
-/// Memory and processors come and go as the guest's system sees them; what it does not follow is taken back.
-/// By hand: it was not yet seen to pass (see qemu-bridge/README.md, "Not there yet").
+/// Disks that QEMU itself serves, of formats that blkback does not know, written and read by the guest and taken from it, while bridge
+/// and dom0 are killed; what is damaged leaves nothing.
 #[test]
-#[ignore = "needs the guest image: cargo xtask guest-image debian13-full; not yet seen to pass"]
-fn a_guest_grows_and_shrinks() {
+#[ignore = "needs the guest image: cargo xtask guest-image"]
+fn qemu_guest_disks_of_qemus_own() {
+    let system = start();
+    let path = |name: &str| system.dir().join(name).to_str().unwrap().to_owned();
+    let vdi = path("disk.vdi");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "vdi", &vdi, "8M"]).status().unwrap();
+    assert!(made.success(), "qemu-img");
+    let scripts = [
+        format!(
+            "{}; cat /sys/block/vdb/size; echo -n by-the-guest | dd of=/dev/vdb bs=512 seek=9 conv=sync,fsync 2>/dev/null",
+            until_word("grep -q 16384 /sys/block/vdb/size 2>/dev/null")
+        ),
+        until_word("[ ! -e /sys/block/vdb ]"),
+        format!(
+            "{}; cat /sys/block/vdb/ro; dd if=/dev/vdb bs=512 skip=9 count=1 2>/dev/null | head -c 12; echo",
+            until_word("[ -e /sys/block/vdb ]")
+        ),
+    ];
+    let words: Vec<String> = scripts.iter().map(|text| script(text)).collect();
+    let (progress, _console) = boot(&system, &machine::file(&system, &words.join(" "), ""));
+    let disk = |path: &str, more: &str| format!("{path},{more},backendtype=qdisk");
+    let disks = || system.bh_json(&["block-list", "linux"]).unwrap()["disks"].as_array().cloned().unwrap();
+
+    std::fs::write(path("damaged"), [7; 8192]).unwrap();
+    refused_as(
+        &system,
+        &["block-attach", "linux", &disk(&path("damaged"), "qcow2,vdb,rw")],
+        "QEMU refuses blockdev-add",
+    );
+    refused_as(&system, &["block-attach", "linux", &disk("/nonexistent/disk", "raw,vdb,rw")], "such file");
+    refused_as(
+        &system,
+        &["block-attach", "linux", &disk(&path("qemu.img"), "raw,vdb,rw")],
+        "in use by guest linux",
+    );
+    assert_eq!(disks().len(), 1, "what failed left nothing");
+
+    // Either it is there or it never was, whoever is killed meanwhile.
+    let small = image(&system, "small.img", 1 << 20);
+    let small = disk(small.to_str().unwrap(), "raw,vdb,rw");
+    for (victim, after_ms) in
+        [(bridge_name("linux"), 5), ("dom0-supervisor".into(), 5), (bridge_name("linux"), 25)]
+    {
+        let mut child = system.bh_command(&["block-attach", "linux", &small]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(after_ms));
+        let killed = system.kill(&[victim]).unwrap();
+        system.wait_restarted(&killed, SOON).unwrap();
+        let attached = child.wait().unwrap().success();
+        // What was answered holds; without an answer it is one of the two.
+        let mut there = disks().len() == 2;
+        until(&system, "the operation's end", || {
+            let out = system.bh(&["block-detach", "linux", "vdb"]).unwrap();
+            let why = String::from_utf8_lossy(&out.stderr).into_owned();
+            there |= out.status.success();
+            out.status.success() || why.contains("no disk")
+        });
+        assert!(there || !attached, "attached, and not there");
+        assert_eq!(disks().len(), 1);
+    }
+    bh(&system, &["block-attach", "linux", &disk(&vdi, "vdi,vdb,rw")]);
+    assert_eq!(disks()[1]["backend"], "qemu");
+    assert_eq!(said(&system, &progress, 0, PATIENCE), ["16384"]);
+    let killed = system.kill(&["dom0-supervisor".into(), bridge_name("linux")]).unwrap();
+    system.wait_restarted(&killed, SOON).unwrap();
+    bh(&system, &["block-detach", "linux", "vdb"]);
+    said(&system, &progress, 1, PATIENCE);
+    bh(&system, &["block-attach", "linux", &disk(&vdi, "vdi,vdb,ro")]);
+    assert_eq!(said(&system, &progress, 2, PATIENCE), ["1", "by-the-guest"]);
+    bh(&system, &["destroy", "linux"]);
+}
+
+/// `bh shutdown` presses the power button; a guest that powers off is gone, and `bh info` has told of it as of any guest.
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image debian13-full"]
+fn qemu_guest_powers_off_when_asked() {
+    let system = start();
+    let press = "for e in /sys/class/input/event*; do grep -q Power $e/device/name && n=${e##*/}; done; \
+                 echo $n; head -c 24 /dev/input/$n > /dev/null; /sbin/poweroff";
+    let (progress, _console) = boot(&system, &file_of(&system, "debian13-full", &script(press), ""));
+    wait(&system, &progress, "the button", |seen| seen.lines.iter().any(|l| l.1["ev"] == "run"));
+    let info = system.bh_json(&["info"]).unwrap();
+    assert_eq!(info["guests"], 1, "{info}");
+    bh(&system, &["shutdown", "linux", "--wait", "--timeout", "20"]);
+    until(&system, "it is gone", || guest(&system, "linux").is_none());
+    assert!(machine::emulators(&system).is_empty());
+}
+
+/// Memory comes and goes as the guest's system sees it, over a kill of the bridge; what its file does not allow is refused.
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image debian13-full"]
+fn qemu_guest_memory_grows_and_shrinks() {
     let system = start();
     // The first block at 4 GiB, where the machine has what was not there at its start.
     let block = "/sys/devices/system/memory/memory32";
+    let total = "set -- $(grep MemTotal /proc/meminfo); echo $2";
+    let scripts = [
+        total.to_owned(),
+        // A block is there a moment before its pages count.
+        format!("{}; sleep 1; {total}", until_word(&format!("[ -e {block} ]"))),
+        format!("{}; {total}", until_word(&format!("[ ! -e {block} ]"))),
+    ];
+    let mut words: Vec<String> = scripts.iter().map(|text| script(text)).collect();
+    words.push("memhp_default_state=online_movable".into());
+    let file = file_of(&system, "debian13-full", &words.join(" "), "maxmem = 512");
+    let (progress, _console) = boot(&system, &file);
+    let kib = |script| -> u64 { said(&system, &progress, script, PATIENCE).last().unwrap().parse().unwrap() };
+    let first = kib(0);
+    assert!(first < 262_144, "{first} KiB at first");
+    for args in [["mem-set", "linux", "1g"], ["mem-set", "linux", "128"]] {
+        refused_as(&system, &args, "in its domain file");
+    }
+    bh(&system, &["mem-set", "linux", "384"]);
+    assert_eq!(kib(1), first + (128 << 10));
+    assert!(bh(&system, &["list"]).contains("384 MiB"));
+    let killed = system.kill(&[bridge_name("linux")]).unwrap();
+    system.wait_restarted(&killed, SOON).unwrap();
+    bh(&system, &["mem-set", "linux", "256m"]);
+    assert_eq!(kib(2), first);
+    bh(&system, &["destroy", "linux"]);
+}
+
+/// Processors come and go. (Debian 12's kernel: newer ones take no processor later where they do not know the hypervisor, as under TCG.)
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image debian12"]
+fn qemu_guest_processors_come_and_go() {
+    let system = start();
     let cpu = "/sys/devices/system/cpu/cpu1";
     let scripts = [
-        "set -- $(grep MemTotal /proc/meminfo); echo $2".to_owned(),
-        until_word(&format!("[ -e {block} ]")),
         format!(
             "{}; echo 1 > {cpu}/online; cat /sys/devices/system/cpu/online",
             until_word(&format!("[ -e {cpu} ]"))
         ),
         until_word(&format!("[ ! -e {cpu} ]")),
-        until_word(&format!("[ ! -e {block} ]")),
     ];
-    let mut words: Vec<String> = scripts.iter().map(|text| script(text)).collect();
-    words.push("memhp_default_state=online_movable".into());
-    let more = "maxmem = 512\nmaxvcpus = 2";
-    let (progress, _console) = boot(&system, &file_of(&system, "debian13-full", &words.join(" "), more));
-    let kib: u64 = said(&system, &progress, 0, PATIENCE)[0].parse().unwrap();
-    assert!(kib < 262_144, "{kib} KiB at first");
-    for args in [["mem-set", "linux", "1g"], ["mem-set", "linux", "128"], ["vcpu-set", "linux", "3"]] {
-        refused_as(&system, &args, "in its domain file");
-    }
-    bh(&system, &["mem-set", "linux", "384"]);
-    said(&system, &progress, 1, PATIENCE);
-    assert!(bh(&system, &["list"]).contains("384 MiB"));
+    let words: Vec<String> = scripts.iter().map(|text| script(text)).collect();
+    let (progress, _console) = boot(&system, &file_of(&system, "debian12", &words.join(" "), "maxvcpus = 2"));
+    refused_as(&system, &["vcpu-set", "linux", "3"], "in its domain file");
+    bh(&system, &["vcpu-set", "linux", "2"]);
+    assert_eq!(said(&system, &progress, 0, PATIENCE), ["0-1"]);
     let killed = system.kill(&[bridge_name("linux")]).unwrap();
     system.wait_restarted(&killed, SOON).unwrap();
-    bh(&system, &["vcpu-set", "linux", "2"]);
-    assert_eq!(said(&system, &progress, 2, PATIENCE), ["0-1"]);
     bh(&system, &["vcpu-set", "linux", "1"]);
-    said(&system, &progress, 3, PATIENCE);
-    bh(&system, &["mem-set", "linux", "256m"]);
-    said(&system, &progress, 4, PATIENCE);
+    said(&system, &progress, 1, PATIENCE);
     bh(&system, &["destroy", "linux"]);
 }

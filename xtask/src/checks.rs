@@ -93,6 +93,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
 fn qemu_guests() -> Result<()> {
     setup::packages(setup::QEMU)?;
     setup::packages(setup::QEMU_TESTS)?;
+    guest::image(guest::Guest::Debian12)?;
     guest::image(guest::Guest::Debian13)?;
     guest::image(guest::Guest::Debian13Full)?;
     let mut failed = Vec::new();

@@ -18,8 +18,9 @@ const XEN: &[&str] = &["xen_blkfront", "xen_netfront"];
 /// What it loads elsewhere: the same image under QEMU, as tests and benches compare it.
 const VIRTIO: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net"];
 
-/// What it loads besides where its kernel has it: devices that QEMU emulates, memory that comes and goes.
-const EMULATED: &[&str] = &["virtio_mem", "xhci_pci", "usb_storage", "sd_mod", "usbhid", "hid_generic"];
+/// What it loads besides where its kernel has it: devices that QEMU emulates, memory that comes and goes, the power button.
+const EMULATED: &[&str] =
+    &["virtio_mem", "xhci_pci", "usb_storage", "sd_mod", "usbhid", "hid_generic", "button", "evdev"];
 
 /// Names under which the agent and busybox are called by kernel and users.
 const AGENT_LINKS: &[&str] = &["poweroff", "reboot", "halt"];

@@ -21,6 +21,8 @@ pub const QEMU_TESTS: &[(&str, &str)] = &[
     ("ovmf", "/usr/share/OVMF/OVMF_CODE_4M.fd"),
     ("mtools", "/usr/bin/mcopy"),
     ("systemd-boot-efi", "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"),
+    ("sbsigntool", "/usr/bin/sbsign"),
+    ("openssl", "/usr/bin/openssl"),
     ("binutils", "/usr/bin/objcopy"),
     ("qemu-utils", "/usr/bin/qemu-img"),
 ];

@@ -19,6 +19,7 @@ use proto::toolstack::*;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::config::{UsbEntry, UsbKind};
 use crate::manager::{Manager, OpError, one_line};
 
 /// The service.
@@ -184,6 +185,9 @@ impl Toolstack for Api {
     async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Answer<AttachDiskReply> {
         let AttachDiskRequest { guest, disk } = request.into_inner();
         self.blocking(move |m| {
+            if let Some(entry) = UsbEntry::qdisk(&disk).map_err(|e| OpError::Invalid(e.0))? {
+                return m.attach_usb(&guest, entry);
+            }
             let entry = crate::config::DiskEntry::parse(&disk).map_err(|e| OpError::Invalid(e.0))?;
             m.attach_disk(&guest, entry)
         })
@@ -309,20 +313,21 @@ impl Toolstack for Api {
     async fn list_usb(&self, request: Request<GuestRef>) -> Answer<ListUsbReply> {
         let guest = request.into_inner().guest;
         let devices = self.blocking(move |m| m.usb(&guest)).await?;
-        let device = |(entry, state): (crate::config::UsbEntry, String)| UsbDevice {
+        let device = |(entry, state): (UsbEntry, String)| UsbDevice {
             kind: entry.kind.word().into(),
             path: entry.disk().map(|p| p.display().to_string()).unwrap_or_default(),
             read_only: entry.mode == crate::config::AccessMode::ReadOnly,
             id: entry.id,
             state,
         };
-        Ok(Response::new(ListUsbReply { devices: devices.into_iter().map(device).collect() }))
+        let usb = devices.into_iter().filter(|(entry, _)| entry.kind != UsbKind::Qdisk);
+        Ok(Response::new(ListUsbReply { devices: usb.map(device).collect() }))
     }
 
     async fn attach_usb(&self, request: Request<AttachUsbRequest>) -> Answer<AttachUsbReply> {
         let AttachUsbRequest { guest, usbdev } = request.into_inner();
         self.blocking(move |m| {
-            let entry = crate::config::UsbEntry::parse(&usbdev).map_err(|e| OpError::Invalid(e.0))?;
+            let entry = UsbEntry::parse(&usbdev).map_err(|e| OpError::Invalid(e.0))?;
             m.attach_usb(&guest, entry)
         })
         .await?;

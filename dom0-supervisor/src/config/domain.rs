@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{ConfigError, DiskEntry, LimitsEntry, MOST_USB, Mac, Name, UsbEntry, text};
+use super::{ConfigError, DiskEntry, LimitsEntry, MOST_USB, Mac, Name, UsbEntry, UsbKind, text};
 
 /// A domain file, checked. Serialised, it is also how the state file keeps a guest's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -440,7 +440,7 @@ impl DomainFile {
         if self.maxvcpus.is_some_and(|most| most < self.vcpus() || most > MAX_VCPUS) {
             return Err(format!("maxvcpus must be {} (vcpus) to {MAX_VCPUS}", self.vcpus()));
         }
-        if !self.usbdev.is_empty() && !self.usb {
+        if self.usbdev.iter().any(|e| e.kind != UsbKind::Qdisk) && !self.usb {
             return Err("usbdev needs usb = true".into());
         }
         if self.usbdev.len() > MOST_USB {

@@ -19,7 +19,7 @@ pub use host::{
     BlkbackEntry, ConsoleEntry, HostFile, LimitsEntry, NetbackEntry, NetbackMode, RestartEntry,
     XenstoredEntry,
 };
-pub use usb::{MOST_USB, UsbEntry, UsbKind};
+pub use usb::{ImageFormat, MOST_USB, UsbEntry, UsbKind};
 pub use values::{AccessMode, DevType, DiskCache, DiskLimits, DiskOptions, Mac, Name, NoSpace, Vdev};
 
 /// Why a file was refused: one line that says where, what, and what to do.

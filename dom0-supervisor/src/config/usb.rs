@@ -1,10 +1,11 @@
-//! `[[usbdev]]`: USB devices that QEMU emulates for a guest.
+//! `[[usbdev]]`: USB devices that QEMU emulates for a guest, and disks that it serves itself (xl's `backendtype=qdisk`).
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{AccessMode, ConfigError, Format};
+use super::disk::xl_values;
+use super::{AccessMode, ConfigError};
 
 /// Most USB devices of a guest: the ports of QEMU's controller.
 pub const MOST_USB: usize = 8;
@@ -23,6 +24,8 @@ pub enum UsbKind {
     Mouse,
     /// A storage device whose bytes are in a file or block device.
     Disk,
+    /// The same on the PCI bus, as a virtio disk; it needs no USB controller.
+    Qdisk,
 }
 
 impl UsbKind {
@@ -33,6 +36,55 @@ impl UsbKind {
             UsbKind::Keyboard => "keyboard",
             UsbKind::Mouse => "mouse",
             UsbKind::Disk => "disk",
+            UsbKind::Qdisk => "qdisk",
+        }
+    }
+
+    /// Bytes are behind it.
+    pub fn is_disk(self) -> bool {
+        matches!(self, UsbKind::Disk | UsbKind::Qdisk)
+    }
+}
+
+/// How an image holds a disk's bytes: what QEMU's own block layer reads and writes. Never probed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// As they are.
+    #[default]
+    Raw,
+    /// QEMU's.
+    Qcow2,
+    /// VirtualBox's.
+    Vdi,
+    /// Hyper-V's.
+    Vhdx,
+    /// VMware's, in one file.
+    Vmdk,
+    /// Virtual PC's and Azure's (`.vhd`).
+    Vpc,
+}
+
+impl ImageFormat {
+    /// Each.
+    pub const ALL: [ImageFormat; 6] = [
+        ImageFormat::Raw,
+        ImageFormat::Qcow2,
+        ImageFormat::Vdi,
+        ImageFormat::Vhdx,
+        ImageFormat::Vmdk,
+        ImageFormat::Vpc,
+    ];
+
+    /// As in files and on command lines, and as QEMU calls it.
+    pub fn word(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+            ImageFormat::Vdi => "vdi",
+            ImageFormat::Vhdx => "vhdx",
+            ImageFormat::Vmdk => "vmdk",
+            ImageFormat::Vpc => "vpc",
         }
     }
 }
@@ -53,7 +105,7 @@ pub struct UsbEntry {
     pub mode: AccessMode,
     /// How its image is made; QEMU itself reads it.
     #[serde(default)]
-    pub format: Format,
+    pub format: ImageFormat,
 }
 
 impl UsbEntry {
@@ -71,6 +123,41 @@ impl UsbEntry {
         Ok(file.usbdev)
     }
 
+    /// A disk in xl's syntax, if it is one that QEMU is to serve itself (`backendtype=qdisk`). The guest's name for it is only a name here.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn qdisk(text: &str) -> Result<Option<UsbEntry>, ConfigError> {
+        if text.trim_start().starts_with('{') {
+            return Ok(None);
+        }
+        let bad = |what: String| ConfigError::new(format!("disk {text:?}: {what}"));
+        let values = xl_values(text)?;
+        let get = |key: &str| values.get(key).copied().filter(|value| !value.is_empty());
+        if get("backendtype") != Some("qdisk") {
+            return Ok(None);
+        }
+        if get("backend").is_some() || get("devtype").is_some_and(|kind| kind != "disk") {
+            return Err(bad("with backendtype=qdisk there is no backend, and it is a disk".into()));
+        }
+        let word = get("format").unwrap_or("raw");
+        let format = ImageFormat::ALL.into_iter().find(|format| format.word() == word);
+        let format = format.ok_or_else(|| {
+            let all: Vec<&str> = ImageFormat::ALL.iter().map(|format| format.word()).collect();
+            bad(format!("format {word:?} must be one of {}", all.join(", ")))
+        })?;
+        let mode = match get("access") {
+            None | Some("rw" | "w") => AccessMode::ReadWrite,
+            Some("ro" | "r") => AccessMode::ReadOnly,
+            Some(other) => return Err(bad(format!("access {other:?} must be ro, r, rw or w"))),
+        };
+        let id = get("vdev").ok_or_else(|| bad("vdev is missing".into()))?.to_owned();
+        let entry =
+            UsbEntry { id, kind: UsbKind::Qdisk, path: get("target").map(PathBuf::from), mode, format };
+        entry.check().map_err(ConfigError::new)?;
+        Ok(Some(entry))
+    }
+
     /// As [`UsbEntry::parse`] reads it.
     ///
     /// # Errors
@@ -86,22 +173,22 @@ impl UsbEntry {
             return Err(format!("usbdev {id:?}: id must be 1 to {MAX_ID} of a-z A-Z 0-9 _ -"));
         }
         match (self.kind, &self.path) {
-            (UsbKind::Disk, None) => Err(format!("usbdev {id}: a disk needs path")),
-            (UsbKind::Disk, Some(path)) if !path.is_absolute() => {
+            (kind, None) if kind.is_disk() => Err(format!("usbdev {id}: a disk needs path")),
+            (kind, Some(path)) if kind.is_disk() && !path.is_absolute() => {
                 Err(format!("usbdev {id}: path {path:?} must be absolute"))
             }
-            (UsbKind::Disk, Some(_)) if self.mode == AccessMode::Shared => {
+            (kind, Some(_)) if kind.is_disk() && self.mode == AccessMode::Shared => {
                 Err(format!("usbdev {id}: mode must be \"rw\" or \"ro\""))
             }
-            (UsbKind::Disk, Some(_)) => Ok(()),
-            (_, Some(_)) => Err(format!("usbdev {id}: path is for kind \"disk\"")),
+            (kind, Some(_)) if kind.is_disk() => Ok(()),
+            (_, Some(_)) => Err(format!("usbdev {id}: path is for kind \"disk\" and \"qdisk\"")),
             (_, None) => Ok(()),
         }
     }
 
     /// The file of a disk.
     pub fn disk(&self) -> Option<&Path> {
-        self.path.as_deref().filter(|_| self.kind == UsbKind::Disk)
+        self.path.as_deref().filter(|_| self.kind.is_disk())
     }
 
     /// The name by which qemu-bridge opens a disk's file.
@@ -112,9 +199,9 @@ impl UsbEntry {
     /// What its node says.
     pub fn node(&self) -> String {
         match self.kind {
-            UsbKind::Disk => {
+            kind if kind.is_disk() => {
                 let mode = if self.mode == AccessMode::ReadOnly { "ro" } else { "rw" };
-                format!("disk {} {mode} {}", self.format.word(), self.resource())
+                format!("{} {} {mode} {}", kind.word(), self.format.word(), self.resource())
             }
             kind => kind.word().into(),
         }
@@ -124,6 +211,30 @@ impl UsbEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_that_qemu_serves_are_told_from_others() {
+        let disk = UsbEntry::qdisk("/a.vdi,vdi,vdb,ro,backendtype=qdisk").unwrap().unwrap();
+        assert_eq!((disk.node().as_str(), disk.id.as_str()), ("qdisk vdi ro usb-vdb", "vdb"));
+        assert_eq!(UsbEntry::parse(&disk.to_text().unwrap()).unwrap(), disk);
+        let named = UsbEntry::qdisk("vdev=vdb,backendtype=qdisk,target=/a,b").unwrap().unwrap();
+        assert_eq!(named.disk(), Some(Path::new("/a,b")));
+        for text in ["/a,raw,xvdb,rw", "/a,raw,xvdb,rw,backendtype=phy", "{vdev = \"xvdb\", path = \"/a\"}"] {
+            assert_eq!(UsbEntry::qdisk(text).unwrap(), None, "{text}");
+        }
+        for (text, want) in [
+            ("/a,qed,vdb,rw,backendtype=qdisk", "one of raw, qcow2"),
+            ("/a,raw,vdb,w!,backendtype=qdisk", "must be ro"),
+            ("/a,raw,,rw,backendtype=qdisk", "vdev is missing"),
+            ("a,raw,vdb,rw,backendtype=qdisk", "absolute"),
+            ("vdev=vdb,backendtype=qdisk", "needs path"),
+            ("/a,raw,vdb,rw,backendtype=qdisk,backend=x", "no backend"),
+            ("/a,raw,vdb,rw,cdrom,backendtype=qdisk", "it is a disk"),
+        ] {
+            let error = UsbEntry::qdisk(text).unwrap_err().0;
+            assert!(error.contains(want) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn entries_read_back_and_mistakes_are_told() {

@@ -1,9 +1,9 @@
 //! Beginning operations: what is refused at once, and the record that makes the rest survive a kill.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::usb;
-use crate::config::{AccessMode, DiskSource, DomainFile, GuestType, UsbEntry, check_guest_files};
+use super::in_use::{files, free};
+use crate::config::{AccessMode, DiskSource, DomainFile, GuestType, check_guest_files};
 use crate::events::unix_ms;
 use crate::manager::{Manager, OpError};
 use crate::state::{Guest, Phase, SagaKind, State};
@@ -223,55 +223,27 @@ pub(super) fn conflicts(state: &State, host: &crate::config::HostFile, new: &Gue
         for disk in &new.config.disk {
             for theirs in &guest.config.disk {
                 let vdev = disk.vdev.name();
-                match (disk.source(), theirs.source()) {
-                    (Some(DiskSource::Service(a)), Some(DiskSource::Service(b)))
-                        if a == b && !shareable(disk.mode, theirs.mode) =>
-                    {
-                        return Err(OpError::Exists(format!(
-                            "disk {vdev}: {a} is in use by guest {other}; several guests share a disk that all read, or by mode \"w!\" at all of them"
-                        )));
-                    }
-                    (Some(DiskSource::Path(a)), Some(DiskSource::Path(b)))
-                        if same_file(a, b) && (disk.writes_path() || theirs.writes_path()) =>
-                    {
-                        return Err(OpError::Exists(format!(
-                            "disk {vdev}: {} is in use by guest {other}; destroy that guest or use another disk",
-                            a.display()
-                        )));
-                    }
-                    _ => {}
+                if let (Some(DiskSource::Service(a)), Some(DiskSource::Service(b))) =
+                    (disk.source(), theirs.source())
+                    && a == b
+                    && !shareable(disk.mode, theirs.mode)
+                {
+                    return Err(OpError::Exists(format!(
+                        "disk {vdev}: {a} is in use by guest {other}; several guests share a disk that all read, or by mode \"w!\" at all of them"
+                    )));
                 }
-            }
-            let Some(DiskSource::Path(path)) = disk.source() else { continue };
-            let theirs =
-                guest.config.usbdev.iter().filter(|e| e.mode != AccessMode::ReadOnly || disk.writes_path());
-            if theirs.filter_map(UsbEntry::disk).any(|file| same_file(file, path)) {
-                return Err(OpError::Exists(format!(
-                    "disk {}: {} is in use by guest {other} as a USB device; bh usb-detach it or use another disk",
-                    disk.vdev.name(),
-                    path.display()
-                )));
             }
         }
     }
-    for entry in &new.config.usbdev {
-        usb::in_use(state, entry).map_err(|e| e.at(&format!("usbdev {}", entry.id)))?;
-    }
     for disk in &new.config.disk {
-        let Some(DiskSource::Path(path)) = disk.source() else { continue };
-        let service = host.blkback.iter().find(|b| {
-            let theirs = b.as_disk();
-            let same = b.disk.as_deref().is_some_and(|file| same_file(file, path));
-            same && (theirs.writes_path() || disk.writes_path())
-        });
-        if let Some(service) = service {
-            return Err(OpError::Exists(format!(
-                "disk {}: {} is that of [[blkback]] {}; write backend = \"{}\"",
-                disk.vdev.name(),
-                path.display(),
-                service.name,
-                service.name
-            )));
+        for (file, written) in files(disk) {
+            free(state, host, file, written).map_err(|e| e.at(&format!("disk {}", disk.vdev.name())))?;
+        }
+    }
+    for entry in &new.config.usbdev {
+        if let Some(file) = entry.disk() {
+            let written = entry.mode != AccessMode::ReadOnly;
+            free(state, host, file, written).map_err(|e| e.at(&format!("usbdev {}", entry.id)))?;
         }
     }
     Ok(())
@@ -284,16 +256,4 @@ fn shareable(a: AccessMode, b: AccessMode) -> bool {
 
 fn writes(a: AccessMode, b: AccessMode) -> bool {
     a != AccessMode::ReadOnly || b != AccessMode::ReadOnly
-}
-
-/// Two names of one file. (blkback's lock is what really keeps two writers apart; this gives the better message.)
-pub(super) fn same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    if a == b {
-        return true;
-    }
-    match (std::fs::metadata(a), std::fs::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
 }

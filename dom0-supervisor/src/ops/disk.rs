@@ -12,7 +12,7 @@ use proto::hvcore::{Domain, DomainState};
 
 use super::create::{conflicts, no_guest};
 use super::{Change, Step, nothing, of_guest};
-use crate::config::{DiskEntry, DiskLimits, DomainFile, check_disk, check_guest_files};
+use crate::config::{DiskEntry, DiskLimits, DomainFile, UsbKind, check_disk, check_guest_files};
 use crate::hv::{HvError, find_by_uuid, find_instance};
 use crate::manager::{Manager, OpError};
 use crate::specs;
@@ -30,6 +30,11 @@ fn index_of(guest: &Guest, entry: &DiskEntry) -> Option<usize> {
     guest.config.disk.iter().position(|disk| disk.vdev.number() == entry.vdev.number())
 }
 
+/// Whether QEMU itself serves this disk.
+fn is_qdisk(guest: &Guest, vdev: &str) -> bool {
+    guest.config.usbdev.iter().any(|e| e.kind == UsbKind::Qdisk && e.id == vdev)
+}
+
 impl Manager {
     /// Gives a running guest a disk.
     ///
@@ -44,7 +49,7 @@ impl Manager {
             let (name, mut probe) = (name.clone(), record.clone());
             let at = format!("guest {name}");
             self.may_change_devices(&inner.state, &name, &probe).map_err(|e| e.at(&at))?;
-            if index_of(&probe, &entry).is_some() {
+            if index_of(&probe, &entry).is_some() || is_qdisk(&probe, entry.vdev.name()) {
                 return Err(OpError::Exists(format!("{at}: it has a disk {} already", entry.vdev.name())));
             }
             if probe.config.disk.len() >= 64 {
@@ -80,6 +85,15 @@ impl Manager {
     /// # Errors
     /// One line each.
     pub fn detach_disk(&self, guest: &str, vdev: &str, force: bool) -> Result<(), OpError> {
+        if self.state().find(guest).is_some_and(|(_, record)| is_qdisk(record, vdev)) {
+            if force {
+                let why = format!(
+                    "guest {guest}: disk {vdev}: QEMU lets go of its own disks only with the guest; leave --force out"
+                );
+                return Err(OpError::Invalid(why));
+            }
+            return self.detach_usb(guest, vdev);
+        }
         self.change_disk(guest, vdev, SagaKind::DetachDisk, |entry| {
             Ok(DiskChange { entry: entry.clone(), next: None, force })
         })

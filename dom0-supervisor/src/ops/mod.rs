@@ -13,6 +13,7 @@
 
 mod create;
 mod disk;
+mod in_use;
 mod qemu;
 mod resize;
 pub(crate) use create::no_guest;

@@ -6,12 +6,13 @@ use std::time::Instant;
 use proto::hvcore::resource::Kind;
 use proto::hvcore::{DomainState, Resource};
 
-use super::create::{no_guest, same_file};
+use super::create::no_guest;
+use super::in_use::free;
 use super::{Change, Step, nothing, of_guest};
-use crate::config::{AccessMode, DomainFile, GuestType, MOST_USB, UsbEntry};
+use crate::config::{AccessMode, DomainFile, GuestType, MOST_USB, UsbEntry, UsbKind};
 use crate::hv::{HvError, find_instance};
 use crate::manager::{Manager, OpError, one_line};
-use crate::state::{Guest, Phase, Saga, SagaKind, State};
+use crate::state::{Guest, Phase, Saga, SagaKind};
 use crate::store::Change as StoreChange;
 use crate::xs_layout;
 
@@ -25,21 +26,9 @@ pub fn resource(entry: &UsbEntry) -> Option<Resource> {
     Some(Resource { name: entry.resource(), kind: kind.into(), path, mode: 0 })
 }
 
-/// A file that is written is one device's. (Locks are what really keeps two writers apart; this gives the better message.)
-pub(super) fn in_use(state: &State, entry: &UsbEntry) -> Result<(), OpError> {
-    let Some(path) = entry.disk() else { return Ok(()) };
-    for (other, guest) in &state.guests {
-        let writes = |mode: AccessMode| mode != AccessMode::ReadOnly || entry.mode != AccessMode::ReadOnly;
-        let usb = guest.config.usbdev.iter().filter(|e| writes(e.mode)).filter_map(UsbEntry::disk);
-        let disks = guest.config.disk.iter().filter(|d| writes(d.mode)).filter_map(|d| match d.source() {
-            Some(crate::config::DiskSource::Path(path)) => Some(path.as_path()),
-            _ => None,
-        });
-        if usb.chain(disks).any(|theirs| same_file(theirs, path)) {
-            return Err(OpError::Exists(format!("{} is in use by guest {other}", path.display())));
-        }
-    }
-    Ok(())
+fn label(entry: &UsbEntry) -> String {
+    let what = if entry.kind == UsbKind::Qdisk { "disk" } else { "usbdev" };
+    format!("{what} {}", entry.id)
 }
 
 impl Manager {
@@ -49,18 +38,21 @@ impl Manager {
     /// One line each; what was begun was undone.
     pub fn attach_usb(&self, guest: &str, entry: UsbEntry) -> Result<(), OpError> {
         if let Some(path) = entry.disk().filter(|_| self.sees_host) {
-            let what = format!("usbdev {}", entry.id);
-            crate::config::check_disk(&what, path, entry.mode != AccessMode::ReadOnly)
+            crate::config::check_disk(&label(&entry), path, entry.mode != AccessMode::ReadOnly)
                 .map_err(|e| OpError::Invalid(e.0))?;
         }
         let (saga, at) = {
+            let host = self.host();
             let mut inner = self.inner();
             let (name, record) = inner.state.find(guest).ok_or_else(|| no_guest(guest))?;
-            let at = format!("guest {name}: usbdev {}", entry.id);
+            let at = format!("guest {name}: {}", label(&entry));
             let say = |e: OpError| e.at(&at);
-            may_have_usb(record).map_err(say)?;
+            may_have(record, &entry).map_err(say)?;
             self.may_change_devices(&inner.state, name, record).map_err(say)?;
-            if record.config.usbdev.iter().any(|e| e.id == entry.id) {
+            let disks = record.config.disk.iter().filter(|_| entry.kind == UsbKind::Qdisk);
+            if record.config.usbdev.iter().any(|e| e.id == entry.id)
+                || disks.map(|disk| disk.vdev.name()).any(|vdev| vdev == entry.id)
+            {
                 return Err(OpError::Exists(format!("{at} is there already; give another id")));
             }
             if record.config.usbdev.len() >= MOST_USB {
@@ -68,7 +60,9 @@ impl Manager {
                     "guest {name} has {MOST_USB} USB devices, which is the most"
                 )));
             }
-            in_use(&inner.state, &entry).map_err(say)?;
+            if let Some(path) = entry.disk() {
+                free(&inner.state, &host, path, entry.mode != AccessMode::ReadOnly).map_err(say)?;
+            }
             let name = name.clone();
             let saga = inner.change(|state| {
                 if let Some(guest) = state.guests.get_mut(&name) {
@@ -216,13 +210,18 @@ impl Manager {
     }
 }
 
-/// A QEMU guest with a controller.
-fn may_have_usb(guest: &Guest) -> Result<(), OpError> {
+/// A QEMU guest, and with a controller if the device needs that.
+fn may_have(guest: &Guest, entry: &UsbEntry) -> Result<(), OpError> {
     let DomainFile { guest_type, usb, .. } = &guest.config;
-    if *guest_type != GuestType::Qemu || !usb {
-        return Err(OpError::Failed(
-            "it has no USB; say usb = true in the domain file of a QEMU guest".into(),
-        ));
-    }
-    Ok(())
+    let why = match entry.kind {
+        UsbKind::Qdisk if *guest_type != GuestType::Qemu => {
+            "only guests of type \"qemu\" can have it; leave backendtype=qdisk out"
+        }
+        UsbKind::Qdisk => return Ok(()),
+        _ if *guest_type != GuestType::Qemu || !usb => {
+            "it has no USB; say usb = true in the domain file of a QEMU guest"
+        }
+        _ => return Ok(()),
+    };
+    Err(OpError::Failed(why.into()))
 }

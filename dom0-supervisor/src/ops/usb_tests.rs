@@ -92,6 +92,55 @@ fn detach_is_finished() {
     assert!(points > 6, "{points} kill points");
 }
 
+/// A disk that QEMU itself serves: the same way, without a controller.
+#[test]
+fn a_disk_of_qemus_is_attached_and_detached_or_not() {
+    let disk = |bench: &Bench| {
+        UsbEntry::qdisk(&format!("{},qcow2,vdb,rw,backendtype=qdisk", file(bench))).unwrap().unwrap()
+    };
+    let without_controller = |bench: &Bench| {
+        let world = World::default();
+        let manager = world.boot(&bench.host());
+        manager.reconcile().unwrap();
+        let text = format!("name = \"g\"\ntype = \"qemu\"\nkernel = {:?}\nmemory = 64\n", file(bench));
+        manager.create(&text, "t").unwrap();
+        (world, manager)
+    };
+    let with_disk = |bench: &Bench| {
+        let (world, manager) = without_controller(bench);
+        manager.attach_usb("g", disk(bench)).unwrap();
+        (world, manager)
+    };
+    kill_everywhere(
+        without_controller,
+        |manager, bench| manager.attach_usb("g", disk(bench)),
+        |world, state, killed| {
+            let there = has(state, "vdb");
+            assert!(there || killed);
+            check(&world.lock(), state, "vdb", there);
+        },
+    );
+    kill_everywhere(
+        with_disk,
+        |manager, _| manager.detach_disk("g", "vdb", false),
+        |world, state, killed| {
+            let there = has(state, "vdb");
+            assert!(!there || killed);
+            check(&world.lock(), state, "vdb", there);
+        },
+    );
+    let bench = bench();
+    let (_world, manager) = with_disk(&bench);
+    let shown = manager.disks("g").unwrap();
+    assert_eq!((shown[0].backend.as_str(), shown[0].note.as_str()), ("qemu", "plugged"));
+    assert!(manager.detach_disk("g", "vdb", true).unwrap_err().to_string().contains("--force"));
+    let other = bench.dir.path().join("other.img");
+    std::fs::write(&other, [0; 4096]).unwrap();
+    let twice = format!("{},raw,vdb,rw,backendtype=qdisk", other.display());
+    let twice = manager.attach_usb("g", UsbEntry::qdisk(&twice).unwrap().unwrap()).unwrap_err();
+    assert!(twice.to_string().contains("already"), "{twice}");
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     let bench = bench();
@@ -104,6 +153,22 @@ fn what_cannot_be_is_refused() {
     refused(manager.attach_usb("g", entry(&bench, "other")), "in use by guest g");
     let same = format!("vdev=xvdb,target={}", file(&bench));
     refused(manager.attach_disk("g", same.parse().unwrap()), "in use by guest g as a USB device");
+    // One rule for all: a service's file, an image that somebody's image is on top of.
+    let of = |path: &std::path::Path, more: &str| {
+        let text = format!("id = \"x\"\nkind = \"disk\"\npath = {path:?}\n{more}");
+        manager.attach_usb("g", UsbEntry::parse(&text).unwrap())
+    };
+    let shared = bench.dir.path().join("shared.img");
+    refused(of(&shared, ""), "is that of [[blkback]] shared");
+    let [image, base] = ["image", "base"].map(|name| bench.dir.path().join(name));
+    [&image, &base].into_iter().for_each(|path| std::fs::write(path, [0; 4096]).unwrap());
+    let backing = format!(
+        "{{vdev = \"xvdc\", path = {image:?}, format = \"qcow2\", backing = [{{path = {base:?}, format = \"raw\"}}]}}"
+    );
+    manager.attach_disk("g", crate::config::DiskEntry::parse(&backing).unwrap()).unwrap();
+    refused(of(&base, ""), "in use by guest g");
+    of(&base, "mode = \"ro\"").unwrap();
+    manager.detach_usb("g", "x").unwrap();
     refused(manager.attach_usb("nobody", entry(&bench, "x")), "no guest");
     refused(manager.detach_usb("g", "other"), "no USB device");
     for index in 1..crate::config::MOST_USB {

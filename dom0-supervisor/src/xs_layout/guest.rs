@@ -54,7 +54,7 @@ pub fn guest_nodes(guest: &Guest, domid: u16) -> Vec<Change> {
         }
         ro.out.extend(size_nodes(guest, domid));
     }
-    if guest.config.usb {
+    if guest.config.guest_type == GuestType::Qemu {
         ro.put(format!("{home}/usb"), "");
         ro.out.extend(usb_nodes(domid, &guest.config.usbdev));
     }

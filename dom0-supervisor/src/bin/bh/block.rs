@@ -5,7 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use dom0_supervisor::config::DiskEntry;
+use dom0_supervisor::config::{DiskEntry, UsbEntry};
 use proto::toolstack::*;
 use serde_json::json;
 
@@ -51,10 +51,12 @@ pub async fn list(dom0: &Dom0, guest: String, json: bool) -> Result<(), Failure>
 }
 
 pub async fn attach(dom0: &Dom0, guest: String, disk: String, json: bool) -> Result<(), Failure> {
-    let entry = DiskEntry::parse(&disk).map_err(|e| Failure::Input(e.0))?;
+    let vdev = match UsbEntry::qdisk(&disk).map_err(|e| Failure::Input(e.0))? {
+        Some(entry) => entry.id,
+        None => DiskEntry::parse(&disk).map_err(|e| Failure::Input(e.0))?.vdev.name().to_owned(),
+    };
     let request = AttachDiskRequest { guest: guest.clone(), disk };
     dom0.once(WITHIN, |mut c| async move { c.attach_disk(request).await }).await?;
-    let vdev = entry.vdev.name();
     say(
         json,
         &format!("guest {guest} has disk {vdev}"),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use dom0_supervisor::config::{AccessMode, Format, UsbEntry, UsbKind};
+use dom0_supervisor::config::{AccessMode, ImageFormat, UsbEntry, UsbKind};
 use proto::toolstack::*;
 use serde_json::json;
 
@@ -52,7 +52,7 @@ impl Wanted {
         };
         let path = (kind == UsbKind::Disk).then(|| PathBuf::from(&device));
         let mode = if ro { AccessMode::ReadOnly } else { AccessMode::ReadWrite };
-        let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
+        let format = if qcow2 { ImageFormat::Qcow2 } else { ImageFormat::Raw };
         let id = id.unwrap_or_else(|| kind.word().into());
         Ok(UsbEntry { id, kind, path, mode, format })
     }
