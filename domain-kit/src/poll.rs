@@ -1,9 +1,10 @@
 //! How long a thread looks for work before it sleeps.
 //!
 //! As KVM polls for halted processors: looking is worth while when work comes soon, for a sleep and a wake-up across processors cost
-//! tens of microseconds in a virtual machine. The window grows when a sleep turned out to be shorter than the longest window, and
-//! closes when one was longer: what is idle costs no processor time. It also closes for a while when the thread lost its
-//! processor while it looked: somebody else has work to do there.
+//! tens of microseconds in a virtual machine. The window grows when a sleep turned out to be shorter than the longest window,
+//! shrinks to a half when one was longer, so that one slow answer among many does not put the others to sleep, and closes when one was
+//! much longer: what is idle costs no processor time. It also closes for a while when the thread lost its processor while it looked:
+//! somebody else has work to do there.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,10 @@ const FIRST: Duration = Duration::from_micros(5);
 const TAKEN_AWAY: Duration = Duration::from_micros(200);
 /// For so long it is left to others then.
 const LEFT: Duration = Duration::from_millis(5);
+/// What a sleep takes longer than the work took to come, about: the wake-up of another, halted processor.
+const WAKE_UP: Duration = Duration::from_micros(30);
+/// A sleep of so many times the longest window is that of somebody idle.
+const IDLE: u32 = 8;
 /// Glances for each look at the clock.
 const GLANCES: u32 = 8;
 
@@ -75,9 +80,15 @@ impl Window {
 
     /// Work came after `idle`, looking and sleeping together.
     pub fn learn(&mut self, idle: Duration) {
-        if idle > self.longest {
+        if idle <= self.now {
+            return;
+        }
+        if idle > self.longest * IDLE {
             self.now = Duration::ZERO;
-        } else if idle > self.now {
+        } else if idle.saturating_sub(WAKE_UP) > self.longest {
+            let half = self.now / 2;
+            self.now = if half < FIRST { Duration::ZERO } else { half };
+        } else {
             if let Some(until) = self.left_until {
                 if Instant::now() < until {
                     return;
@@ -108,6 +119,21 @@ mod tests {
         window.learn(Duration::from_micros(3));
         assert_eq!(window.get(), LONGEST);
         window.learn(Duration::from_millis(1));
+        assert!(!window.is_open());
+    }
+
+    #[test]
+    fn one_slow_answer_does_not_close_it_and_several_do() {
+        let slow = LONGEST + WAKE_UP + Duration::from_micros(10);
+        let mut window = Window::on(2, LONGEST);
+        // A sleep seems longer than it needed to be.
+        (0..3).for_each(|_| window.learn(LONGEST + WAKE_UP));
+        assert_eq!(window.get(), LONGEST);
+        window.learn(slow);
+        assert_eq!(window.get(), LONGEST / 2);
+        window.learn(LONGEST);
+        assert_eq!(window.get(), LONGEST);
+        (0..3).for_each(|_| window.learn(slow));
         assert!(!window.is_open());
     }
 

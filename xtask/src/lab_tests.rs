@@ -130,19 +130,20 @@ fn ignored_tests() -> Result<()> {
         println!("no test is named lab_…");
         return Ok(());
     }
-    in_one_l1(&tests, &[])
+    in_one_l1(&tests, false)
 }
 
-/// Runs tests in one L1, one at a time, with this environment; their guests' images are there.
+/// Runs tests in one L1, one at a time; their guests' images are there. `soak`: with their full counts, and what they print is shown.
 ///
 /// # Errors
 /// One failed, or L1.
-pub fn in_one_l1(tests: &[Ignored], env: &[&str]) -> Result<()> {
+pub fn in_one_l1(tests: &[Ignored], soak: bool) -> Result<()> {
+    let shown = if soak { "--nocapture" } else { "" };
     // Each by itself, so that the one that fails is named and the others still run.
     let mut script = String::from("failed=\n");
     for test in tests {
         script.push_str(&format!(
-            "cd '{}' && '{}' --ignored --exact --test-threads=1 '{}' || failed=\"$failed {}\"\n",
+            "cd '{}' && '{}' --ignored --exact --test-threads=1 {shown} '{}' || failed=\"$failed {}\"\n",
             test.dir.display(),
             test.exe.display(),
             test.name,
@@ -153,6 +154,6 @@ pub fn in_one_l1(tests: &[Ignored], env: &[&str]) -> Result<()> {
     let mut args = LabArgs::new(["sh", "-c", &script]);
     args.timeout = 900;
     args.env.push(format!("BH_BIN_DIR={}", lab::programs()?.display()));
-    args.env.extend(env.iter().map(|&word| word.to_owned()));
+    args.env.extend(soak.then(|| "BH_SOAK=1".to_owned()));
     expect(&args, 0)
 }

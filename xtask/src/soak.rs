@@ -79,7 +79,7 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
 
 fn one(test: &Ignored) -> Result<()> {
     if is_lab(test) {
-        return lab_tests::in_one_l1(std::slice::from_ref(test), &["BH_SOAK=1"]);
+        return lab_tests::in_one_l1(std::slice::from_ref(test), true);
     }
     let status = Command::new(&test.exe)
         .args(["--ignored", "--exact", "--nocapture", &test.name])
