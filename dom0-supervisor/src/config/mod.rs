@@ -10,6 +10,7 @@ mod host;
 mod text;
 mod usb;
 mod values;
+mod xl;
 
 pub use check::{check_disk, check_disk_files, check_file, check_guest_files};
 pub use disk::{Backing, DiskEntry, DiskFile, DiskSource, Format, Nbd, Place};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::disk::xl_values;
+use super::xl::xl_values;
 use super::{AccessMode, ConfigError};
 
 /// Most USB devices of a guest: the ports of QEMU's controller.
