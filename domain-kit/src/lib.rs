@@ -8,6 +8,7 @@
 //! | [`evtchn`] | event-channel ports |
 //! | [`grants`] | regions, grant maps, grant copies |
 //! | [`fdstore`] | memory that outlives an incarnation |
+//! | [`kept`] | a small document in such memory |
 //! | [`ring`] | Xen's shared rings, both ends |
 //! | [`journal`] | the ring journal: rings that survive SIGKILL |
 //! | [`poll`] | how long to look for work before sleeping |
@@ -29,6 +30,7 @@ pub mod grants;
 pub mod guest;
 pub mod hypercall;
 pub mod journal;
+pub mod kept;
 pub mod mem;
 pub mod model;
 pub mod os;

@@ -10,14 +10,28 @@
 )]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use hv_abi::PAGE_SIZE;
 use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// Bytes of a `struct mmsghdr`.
+pub const MMSGHDR: usize = size_of::<libc::mmsghdr>();
+/// Where its count is.
+pub const MSG_LEN: usize = std::mem::offset_of!(libc::mmsghdr, msg_len);
+
+/// One descriptor as a control message.
+#[repr(C)]
+struct Rights {
+    head: libc::cmsghdr,
+    fd: libc::c_int,
+}
 
 /// A shared mapping.
 #[derive(Debug)]
@@ -50,7 +64,7 @@ impl SharedMem {
     /// That of mmap(2); `EINVAL` if `len` is 0.
     pub fn map(fd: impl AsFd, len: usize) -> io::Result<Self> {
         if len == 0 {
-            return Err(io::Error::from_raw_os_error(nix::libc::EINVAL));
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let map = MmapOptions::new().len(len).map_raw(fd.as_fd().as_raw_fd())?;
         Ok(SharedMem { map, len })
@@ -155,6 +169,70 @@ impl SharedMem {
         // SAFETY: a range of this mapping; its bytes change to zero, as shared bytes may at any time.
         unsafe { nix::sys::mman::madvise(start, len, nix::sys::mman::MmapAdvise::MADV_REMOVE) }?;
         Ok(())
+    }
+
+    /// sendmmsg(2) of one message whose head is in this memory, at `head`: the count lands there inside the call, so that a kill
+    /// cannot part it from the bytes. Waits for room.
+    ///
+    /// # Errors
+    /// That of the call; the count is untouched then.
+    pub fn send_counted(
+        &self,
+        socket: BorrowedFd<'_>,
+        head: usize,
+        bytes: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Errno> {
+        let mut rights = fd.map(|fd| Rights {
+            head: libc::cmsghdr {
+                cmsg_len: size_of::<libc::cmsghdr>() + size_of::<libc::c_int>(),
+                cmsg_level: libc::SOL_SOCKET,
+                cmsg_type: libc::SCM_RIGHTS,
+            },
+            fd: fd.as_raw_fd(),
+        });
+        let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        self.counted(head, &mut iov, rights.as_mut(), |message| {
+            // SAFETY: `message` is one mmsghdr in this mapping whose pointers are good for this call; sendmmsg only reads through them.
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), message, 1, libc::MSG_NOSIGNAL) }
+        })
+    }
+
+    /// recvmmsg(2) of one message in the same way. Descriptors that come with it are closed. Never waits.
+    ///
+    /// # Errors
+    /// That of the call; the count is untouched then.
+    pub fn recv_counted(&self, socket: BorrowedFd<'_>, head: usize, into: &mut [u8]) -> Result<(), Errno> {
+        let mut iov = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        self.counted(head, &mut iov, None, |message| {
+            let (fd, flags) = (socket.as_raw_fd(), libc::MSG_DONTWAIT);
+            // SAFETY: `message` is one mmsghdr in this mapping, its iovec is `into`; a null timeout is allowed.
+            unsafe { libc::recvmmsg(fd, message, 1, flags, std::ptr::null_mut()) }
+        })
+    }
+
+    fn counted(
+        &self,
+        head: usize,
+        iov: &mut libc::iovec,
+        rights: Option<&mut Rights>,
+        call: impl FnOnce(*mut libc::mmsghdr) -> libc::c_int,
+    ) -> Result<(), Errno> {
+        self.check(head, MMSGHDR, align_of::<libc::mmsghdr>());
+        // SAFETY: inside the mapping and aligned (checked). All-zero is a valid msghdr, and no reference to it exists.
+        let at: *mut libc::mmsghdr = unsafe { self.map.as_mut_ptr().add(head) }.cast();
+        // SAFETY: as before; the count beside it is left as it is.
+        unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = iov;
+            message.msg_iovlen = 1;
+            if let Some(rights) = rights {
+                message.msg_control = (&raw mut *rights).cast();
+                message.msg_controllen = size_of::<Rights>();
+            }
+            (&raw mut (*at).msg_hdr).write(message);
+        }
+        if call(at) < 0 { Err(Errno::last()) } else { Ok(()) }
     }
 
     /// Sets bytes to zero.

@@ -373,11 +373,12 @@ impl BackendDriver for NetDriver {
                 self.bus.failed(*key, format!("starting a thread: {error}"));
             }
         }
+        let mut all: Vec<_> = vifs.into_iter().map(|(key, vif)| (key, Device::Rings(vif))).collect();
+        all.extend(self.resume_vhost());
+        // The last: what came from outside meanwhile waits in the TAP.
         if let Err(error) = self.uplink() {
             tracing::error!(%error, "no uplink yet");
         }
-        let mut all: Vec<_> = vifs.into_iter().map(|(key, vif)| (key, Device::Rings(vif))).collect();
-        all.extend(self.resume_vhost());
         all
     }
 

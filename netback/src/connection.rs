@@ -21,7 +21,6 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::hash::HashConfig;
-use crate::kept;
 use crate::queue::ctrl::{self, CtrlQueue};
 use crate::queue::rx::{self, RxQueue, RxTarget};
 use crate::queue::tx::{self, TxQueue};
@@ -32,6 +31,7 @@ use crate::switch::settings::Settings;
 use crate::switch::{Lane, Switch};
 use crate::tap::Offloads;
 use crate::worker::{CtrlWork, Ports, Rest, Work};
+use domain_kit::kept;
 use domain_kit::ring::Span;
 
 /// Names a vif: the frontend's domid and the device's number.

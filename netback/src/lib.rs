@@ -13,7 +13,7 @@
 //! | [`headers`], [`offload`], [`segment`], [`hash`] | packets' headers; checksums and segmentation against Linux's virtio_net_hdr; queues by hash |
 //! | [`queue`] | the rings with their journals, and nothing else |
 //! | [`switch`] | forwarding, filters, what the domain answers itself |
-//! | [`spool`], [`kept`] | packets and settings in memory that outlives the incarnation |
+//! | [`spool`] | packets in memory that outlives the incarnation |
 //! | [`worker`], [`uplink`] | the threads: one for each queue, one for the uplink |
 //! | [`connection`] | what a connected vif holds, and how a new incarnation takes it over |
 //! | [`backend`], [`nodes`] | the driver behind `domain_kit::xenbus`; the nodes of a vif |
@@ -31,7 +31,6 @@ pub mod fault;
 pub mod forward;
 pub mod hash;
 pub mod headers;
-pub mod kept;
 pub mod names;
 pub mod netlink;
 pub mod nft;

@@ -9,6 +9,7 @@ mod machine;
 
 use std::time::{Duration, Instant};
 
+use bulkhead_tests::kills::Rng;
 use bulkhead_tests::load_run::{Guest, Quiet, Run, run};
 use bulkhead_tests::outcome::totals;
 use bulkhead_tests::progress::Seen;
@@ -28,6 +29,8 @@ fn under_kills(kills: usize, seed: u64) {
     let problems = outcome.problems();
     assert!(problems.is_empty(), "{}\n{}", problems.join("\n"), outcome.evidence);
     assert_eq!(outcome.rows.iter().map(|(_, s)| s.count).sum::<usize>(), kills);
+    // QEMU never hears of a backend's death, so it throws nothing away.
+    assert_eq!(totals(&outcome.totals).lost, 0, "pings lost");
 }
 
 #[test]
@@ -41,6 +44,48 @@ fn qemu_guest_under_kills() {
 #[ignore = "cargo xtask soak"]
 fn soak_qemu() {
     under_kills(500, 6);
+}
+
+/// blkback killed while firmware, boot loader and driver start and stop its queues, which each of them does anew.
+fn killed_while_the_disk_starts(resets: u32, seed: u64) {
+    let mut rng = Rng::new(seed);
+    let system = start();
+    let (progress, _console) = boot(&system, &file(&system, "bh.work=disk", ""));
+    let blkback = "blkback-linux-xvda".to_owned();
+    for round in 0..resets {
+        let boots = progress.lock().boots;
+        bh(&system, &["reset", "linux"]);
+        // The firmware is at the disk at once, the kernel's driver some seconds later.
+        for _ in 0..4 {
+            std::thread::sleep(rng.between(Duration::ZERO, Duration::from_millis(40)));
+            let victims = system.kill(std::slice::from_ref(&blkback)).unwrap();
+            system.wait_restarted(&victims, Duration::from_secs(10)).unwrap();
+        }
+        while progress.lock().boots == boots {
+            let victims = system.kill(std::slice::from_ref(&blkback)).unwrap();
+            system.wait_restarted(&victims, Duration::from_secs(10)).unwrap();
+            if progress.wait(rng.between(Duration::ZERO, Duration::from_millis(900)), |s| s.boots > boots) {
+                break;
+            }
+        }
+        let up = progress.lock().lines.len();
+        let what = format!("the disk after reset {round}");
+        wait(&system, &progress, &what, |seen| seen.lines.len() > up + 1 && verified(seen) > 0);
+        assert_eq!(progress.lock().last["disk"]["errors"], 0);
+    }
+}
+
+#[test]
+#[ignore = "needs the guest image: cargo xtask guest-image"]
+fn qemu_disk_starts_under_kills() {
+    killed_while_the_disk_starts(2, 7);
+}
+
+/// Many times; `cargo xtask soak qemu`.
+#[test]
+#[ignore = "cargo xtask soak"]
+fn soak_qemu_disk_starts() {
+    killed_while_the_disk_starts(25, 8);
 }
 
 fn verified(seen: &Seen) -> u64 {

@@ -1,16 +1,16 @@
 //! A disk for a guest that speaks virtio: vhost-user-blk beside Xen's rings, on the same disk attachment.
 //!
 //! The device is found in xenstore as any other. Its frontend (qemu-bridge) says `protocol` = `vhost-user`; the toolstack says in the
-//! backend's own directory, as `vhost-user`, which approved resource leads to the socket on which QEMU listens. This end dials in, also
-//! after its own restart, and whenever QEMU hung up.
+//! backend's own directory, as `vhost-user`, which approved resource leads to the socket on which QEMU listens. This end dials in, and again
+//! whenever QEMU hung up.
 //!
 //! ```text
 //!   session thread: dial ──► messages ──► start, stop ──┐      one thread a queue: take, track, disk, answer
 //!        ▲                                   hang-up    │◄──────────────────────────────┘
 //!        └──────────────────────────────────────────────┘
 //! ```
-//! What outlives SIGKILL: the requests under way lie in memory that QEMU keeps for us ([`domain_kit::vhost::inflight`]); which devices are
-//! served in a small note in the fd store, so that neither xenstore nor dom0 is needed to go on.
+//! What outlives SIGKILL: the conversation ([`domain_kit::vhost::conversation`]), so QEMU does not notice; the requests under way, in memory
+//! shared with QEMU ([`domain_kit::vhost::inflight`]); which devices are served, in a small note in the fd store, so that neither xenstore nor dom0 is needed to go on.
 
 mod request;
 mod ring;
@@ -24,6 +24,7 @@ use domain_kit::hypercall::Hypercall;
 use domain_kit::mem::SharedMem;
 use domain_kit::vhost::line::Line;
 use domain_kit::vhost::session;
+use domain_kit::vhost::wire::Place;
 use domain_kit::vhost::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use domain_kit::xenbus::DeviceKey;
 use domain_kit::{Domain, fdstore};
@@ -53,6 +54,10 @@ const NOTE_RESOURCE: usize = 72;
 
 fn note_name(key: DeviceKey) -> String {
     format!("vhost-vbd-{key}")
+}
+
+fn talk_name(key: DeviceKey) -> String {
+    format!("vbd-{key}")
 }
 
 fn key_of(name: &str) -> Option<DeviceKey> {
@@ -130,6 +135,7 @@ pub fn kept(hv: &Hypercall) -> Result<Vec<(Wanted, Limits)>, AttachError> {
 /// # Errors
 /// The hypercall's.
 pub fn forget(hv: &Hypercall, key: DeviceKey) -> Result<(), AttachError> {
+    Place { hv, device: &talk_name(key), instance: 0 }.forget();
     match hv.fd_delete(&note_name(key)) {
         Err(e) if !e.is(Errno::ENOENT) => Err(e.into()),
         _ => Ok(()),
@@ -171,11 +177,11 @@ impl VhostDevice {
         let hv = hv.new_channel()?;
         let crashed = domain.predecessor_crashed();
         let thread = {
-            let (rings, resource, key) = (rings.clone(), wanted.resource.clone(), wanted.key);
+            let (rings, wanted) = (rings.clone(), wanted.clone());
             std::thread::Builder::new()
-                .name(note_name(key))
+                .name(note_name(wanted.key))
                 .stack_size(256 << 10)
-                .spawn(move || talk(&hv, &resource, key, &rings, &common, crashed))
+                .spawn(move || talk(&hv, &wanted, &rings, &common, crashed))
                 .map_err(|e| AttachError::Os("thread", e))?
         };
         Ok(VhostDevice { wanted, limiter, rings, note, thread: Some(thread) })
@@ -220,11 +226,13 @@ impl VhostDevice {
 }
 
 /// The session's thread.
-fn talk(hv: &Hypercall, resource: &str, key: DeviceKey, rings: &Rings, common: &Common, crashed: bool) {
-    let mut crashed = crashed;
-    rings.line.keep(hv, resource, key, |stream| {
+fn talk(hv: &Hypercall, wanted: &Wanted, rings: &Rings, common: &Common, crashed: bool) {
+    let key = wanted.key;
+    let mut own_fault = crashed;
+    let place = Place { hv, device: &talk_name(key), instance: wanted.instance.into() };
+    rings.line.keep(place, &wanted.resource, crashed, |talk| {
         let mut device = Served { key, rings, common, threads: Vec::new() };
-        session::serve(stream, &mut device, std::mem::take(&mut crashed))
+        session::serve(talk, &mut device, std::mem::take(&mut own_fault), || rings.line.settle())
     });
     tracing::info!(device = %key, "no longer served");
 }

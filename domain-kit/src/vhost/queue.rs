@@ -291,6 +291,11 @@ impl Queue {
         self.memory.log().wrote(self.used.gpa + offset as u64, len);
     }
 
+    /// Notes that all of the used ring was written: a predecessor may have been killed before it noted its last entry.
+    pub fn log_used(&self) {
+        self.wrote_used(0, (HEAD + 8 * usize::from(self.size) + 2) as u64);
+    }
+
     /// Writes entries of several buffers without showing them; [`Queue::show`] does. For requests that span buffers.
     pub fn stage(&self, nth: u16, head: u16, written: u32) {
         let slot = self.used.offset + HEAD + 8 * usize::from(self.next_used.wrapping_add(nth) % self.size);

@@ -8,21 +8,28 @@
 //! ```
 
 use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::cmsg_space;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{BackendReqHandler, Error, Result as VhostResult, VhostUserBackendReqHandlerMut};
 
+use super::conversation::{Conversation, Wire};
 use super::inflight::{Inflight, region_bytes};
 use super::log::DirtyLog;
 use super::memory::{GuestMemory, RegionInfo, must_not_shrink};
 use super::queue::{Queue, QueueAddresses};
+use super::record::{HEAD, MAX_BODY, Message};
+use super::wire::fds_of;
 use super::{F_LOG_ALL, F_PROTOCOL_FEATURES, MAX_QUEUE_SIZE};
 use crate::mem::{SharedMem, sealed_memfd};
+use crate::ring::RingMem;
 
 /// Most queues of a device.
 pub const MAX_QUEUES: usize = 64;
@@ -112,6 +119,8 @@ struct Tracked {
 struct Handler<'a, D> {
     device: &'a mut D,
     crashed: bool,
+    /// What is carried out now was said to a predecessor: rings go on where it stopped.
+    taking_up: bool,
     features: u64,
     memory: Option<Arc<GuestMemory>>,
     log: Arc<DirtyLog>,
@@ -121,16 +130,27 @@ struct Handler<'a, D> {
     broken: Option<String>,
 }
 
-/// Talks to the frontend at the other end until it hangs up or breaks the protocol. All rings are stopped then. `crashed`: the
-/// predecessor ended by its own fault.
+/// Carries out what the frontend says until it hangs up or breaks the protocol. All rings are stopped then. What a predecessor was told
+/// is carried out first, without an answer; `ready` is called when that is done. `crashed`: the predecessor ended by its own fault.
 ///
 /// # Errors
 /// What was wrong, in one line; hanging up is none.
-pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Result<(), String> {
+pub fn serve<W, M, D>(
+    talk: &mut Conversation<W, M>,
+    device: &mut D,
+    crashed: bool,
+    ready: impl FnOnce(),
+) -> Result<(), String>
+where
+    W: Wire<Fd = OwnedFd>,
+    M: RingMem,
+    D: Device,
+{
     let count = usize::from(device.queues()).min(MAX_QUEUES);
     let handler = Handler {
         device,
         crashed,
+        taking_up: true,
         features: 0,
         memory: None,
         log: Arc::default(),
@@ -139,28 +159,7 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
         broken: None,
     };
     let handler = Arc::new(Mutex::new(handler));
-    let peeked = stream.try_clone().map_err(|e| format!("the connection: {e}"))?;
-    let mut messages = BackendReqHandler::from_stream(stream, handler.clone());
-    let result = loop {
-        let enable = peek_enable(&peeked);
-        match messages.handle_request() {
-            Ok(()) => {}
-            // QEMU's virtio-net enables its queues before it says which features it takes. The crate has taken the message and refuses it.
-            Err(Error::InactiveFeature(_)) => {
-                let Some((index, enable)) = enable else { break Err("a message out of turn".into()) };
-                let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Err(error) = handler.set_vring_enable(index, enable) {
-                    break Err(handler.broken.take().unwrap_or_else(|| error.to_string()));
-                }
-            }
-            Err(Error::Disconnected | Error::SocketBroken(_)) => break Ok(()),
-            Err(error) => break Err(error.to_string()),
-        }
-        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(why) = handler.broken.take() {
-            break Err(why);
-        }
-    };
+    let result = relay(talk, &handler, ready);
     let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
     for index in 0..count {
         let _told_if_it_hangs = handler.stop(index);
@@ -168,19 +167,94 @@ pub fn serve<D: Device>(stream: UnixStream, device: &mut D, crashed: bool) -> Re
     result
 }
 
-/// The queue and the wish, if the next message is SET_VRING_ENABLE. Waits for it as whoever reads it would.
-fn peek_enable(stream: &UnixStream) -> Option<(u32, bool)> {
-    /// Request, flags, length; queue, wish.
-    const LEN: usize = 12 + 8;
-    let mut message = [0; LEN];
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
-    let word = |m: &[u8; LEN], at: usize| u32::from_ne_bytes([m[at], m[at + 1], m[at + 2], m[at + 3]]);
-    recv(stream.as_raw_fd(), &mut message[..12], flags).ok().filter(|n| *n == 12)?;
-    if word(&message, 0) != FrontendReq::SET_VRING_ENABLE as u32 || word(&message, 8) != 8 {
-        return None;
+fn relay<W, M, D>(
+    talk: &mut Conversation<W, M>,
+    handler: &Arc<Mutex<Handler<'_, D>>>,
+    ready: impl FnOnce(),
+) -> Result<(), String>
+where
+    W: Wire<Fd = OwnedFd>,
+    M: RingMem,
+    D: Device,
+{
+    let mut messages = Messages::new(handler)?;
+    for message in talk.said()? {
+        messages.carry_out(&message)?;
     }
-    recv(stream.as_raw_fd(), &mut message, flags).ok().filter(|n| *n == LEN)?;
-    Some((word(&message, 12), word(&message, 16) == 1))
+    {
+        let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+        handler.taking_up = false;
+        handler.crashed = false;
+    }
+    ready();
+    while let Some(message) = talk.next_message()? {
+        let reply = messages.carry_out(&message)?;
+        if !talk.answer(&message, reply.as_ref())? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The `vhost` crate's end of a socket pair: it reads messages from sockets alone.
+struct Messages<'a, 'd, D: Device> {
+    handler: &'a Arc<Mutex<Handler<'d, D>>>,
+    ours: UnixStream,
+    reader: BackendReqHandler<Mutex<Handler<'d, D>>>,
+}
+
+impl<'a, 'd, D: Device> Messages<'a, 'd, D> {
+    fn new(handler: &'a Arc<Mutex<Handler<'d, D>>>) -> Result<Self, String> {
+        let (ours, theirs) = UnixStream::pair().map_err(|e| format!("a pair of sockets: {e}"))?;
+        Ok(Messages { handler, ours, reader: BackendReqHandler::from_stream(theirs, handler.clone()) })
+    }
+
+    /// Carries a message out; the answer, if it has one.
+    fn carry_out(&mut self, message: &Message<OwnedFd>) -> Result<Option<Message<OwnedFd>>, String> {
+        let bytes = message.bytes();
+        let fds: Vec<_> = message.fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let parts = [IoSlice::new(&bytes)];
+        let sent = sendmsg::<()>(self.ours.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None);
+        if sent != Ok(bytes.len()) {
+            return Err("handing a message on".into());
+        }
+        let done = self.reader.handle_request();
+        let mut handler = self.handler.lock().unwrap_or_else(PoisonError::into_inner);
+        match (done, message.enable()) {
+            (Ok(()), _) => {}
+            // QEMU's virtio-net enables its queues before it says which features it takes. The crate has taken the message and refuses it.
+            (Err(Error::InactiveFeature(_)), Some((index, enable))) => {
+                if let Err(error) = handler.set_vring_enable(index, enable) {
+                    return Err(handler.broken.take().unwrap_or_else(|| error.to_string()));
+                }
+            }
+            (Err(error), _) => {
+                let why = handler.broken.take().unwrap_or_else(|| error.to_string());
+                return Err(format!("message {}: {why}", message.request));
+            }
+        }
+        match handler.broken.take() {
+            Some(why) => Err(why),
+            None => self.reply(),
+        }
+    }
+
+    fn reply(&self) -> Result<Option<Message<OwnedFd>>, String> {
+        let mut bytes = [0; HEAD + MAX_BODY];
+        let mut space = cmsg_space!([std::os::fd::RawFd; 1]);
+        let (len, fds) = {
+            let mut into = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+            match recvmsg::<UnixAddr>(self.ours.as_raw_fd(), &mut into, Some(&mut space), flags) {
+                Ok(received) => (received.bytes, fds_of(&received)?),
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(error) => return Err(format!("an answer: {error}")),
+            }
+        };
+        Message::new(&bytes[..len], fds).map(Some).ok_or_else(|| "an answer that is not whole".into())
+    }
 }
 
 impl<D: Device> Handler<'_, D> {
@@ -235,8 +309,19 @@ impl<D: Device> Handler<'_, D> {
                 queue.set_next_avail(left.next_avail);
                 Some((region, left.again))
             }
+            _ if self.taking_up && self.device.inflight() => {
+                return Err("the frontend does not keep which requests are under way".into());
+            }
+            _ if self.taking_up => {
+                // In order: what was taken and not handed back is taken again.
+                queue.set_next_avail(queue.used_idx());
+                None
+            }
             _ => None,
         };
+        if self.taking_up {
+            queue.log_used();
+        }
         let ring = Ring {
             index: index as u16,
             queue,
@@ -285,12 +370,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
 
     fn reset_owner(&mut self) -> VhostResult<()> {
         or_fail!(self, self.stop_all());
+        self.vrings.iter_mut().for_each(|vring| vring.kick = None);
         Ok(())
     }
 
     fn reset_device(&mut self) -> VhostResult<()> {
-        or_fail!(self, self.stop_all());
-        Ok(())
+        self.reset_owner()
     }
 
     fn get_features(&mut self) -> VhostResult<u64> {
@@ -505,110 +590,5 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<'_, D> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use rand::rngs::SmallRng;
-    use rand::{Rng, SeedableRng};
-
-    use super::*;
-
-    /// Says which rings it was told to serve and to end.
-    #[derive(Default)]
-    struct Seen {
-        started: usize,
-        stopped: usize,
-    }
-
-    impl Device for Seen {
-        fn features(&self) -> u64 {
-            super::super::F_VERSION_1
-        }
-        fn queues(&self) -> u16 {
-            2
-        }
-        fn config(&self) -> Option<Vec<u8>> {
-            Some(vec![7; 60])
-        }
-        fn inflight(&self) -> bool {
-            true
-        }
-        fn start(&mut self, _ring: Ring) -> Result<(), String> {
-            self.started += 1;
-            Ok(())
-        }
-        fn stop(&mut self, _index: u16) -> Option<u16> {
-            self.stopped += 1;
-            Some(0)
-        }
-    }
-
-    /// A frontend that says anything, in messages that look like such or not even that: the conversation ends, and no ring goes on.
-    #[test]
-    fn garbage_ends_the_conversation() {
-        let mut broken = 0;
-        for seed in 0..500 {
-            let mut rng = SmallRng::seed_from_u64(seed);
-            let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let mut bytes = Vec::new();
-            for _ in 0..rng.random_range(1..20) {
-                let size: u32 =
-                    *[0, 4, 8, 12, 40, rng.random_range(0..5000)].get(rng.random_range(0..6)).unwrap();
-                bytes.extend(rng.random_range(0u32..45).to_le_bytes());
-                // Version 1, now and then with NEED_REPLY, or anything.
-                let flags = [1, 9, rng.random()][rng.random_range(0..3)];
-                bytes.extend(u32::to_le_bytes(flags));
-                bytes.extend(size.to_le_bytes());
-                bytes.extend(
-                    (0..size).map(|_| if rng.random_range(0..3) > 0 { 0 } else { rng.random::<u8>() }),
-                );
-            }
-            theirs.write_all(&bytes).unwrap();
-            theirs.shutdown(std::net::Shutdown::Write).unwrap();
-            let mut device = Seen::default();
-            broken += usize::from(serve(ours, &mut device, false).is_err());
-            assert_eq!(device.started, device.stopped, "seed {seed}");
-        }
-        assert!(broken > 100, "{broken} of 500 were told to be wrong");
-    }
-
-    fn message(request: u32, body: &[u32]) -> Vec<u8> {
-        let words = [request, 1, 4 * body.len() as u32];
-        words.iter().chain(body).flat_map(|w| w.to_ne_bytes()).collect()
-    }
-
-    /// What the other end sends, then its end.
-    fn hear(messages: &[Vec<u8>]) -> Result<(), String> {
-        let (mut theirs, ours) = UnixStream::pair().unwrap();
-        messages.iter().for_each(|m| theirs.write_all(m).unwrap());
-        drop(theirs);
-        serve(ours, &mut Seen::default(), false)
-    }
-
-    const SET_FEATURES: u32 = 2;
-    const SET_OWNER: u32 = 3;
-    const ENABLE: u32 = 18;
-
-    #[test]
-    fn an_enable_is_seen_before_it_is_read() {
-        let (mut theirs, ours) = UnixStream::pair().unwrap();
-        theirs.write_all(&message(ENABLE, &[1, 1])).unwrap();
-        assert_eq!(peek_enable(&ours), Some((1, true)));
-        assert_eq!(peek_enable(&ours), Some((1, true)), "it is still there");
-        let (mut theirs, ours) = UnixStream::pair().unwrap();
-        theirs.write_all(&message(SET_OWNER, &[])).unwrap();
-        assert_eq!(peek_enable(&ours), None);
-        theirs.shutdown(std::net::Shutdown::Both).unwrap();
-        let (_, ours) = UnixStream::pair().unwrap();
-        assert_eq!(peek_enable(&ours), None, "nobody there");
-    }
-
-    #[test]
-    fn queues_are_enabled_before_features_are_taken() {
-        let agreed = message(SET_FEATURES, &[1 << 30, 1]);
-        let early = [message(SET_OWNER, &[]), message(ENABLE, &[0, 1]), message(ENABLE, &[1, 1]), agreed];
-        assert_eq!(hear(&early), Ok(()));
-        let none_such = hear(&[message(SET_OWNER, &[]), message(ENABLE, &[7, 1])]);
-        assert!(none_such.is_err(), "there is no queue 7");
-    }
-}
+#[path = "session_tests.rs"]
+mod tests;

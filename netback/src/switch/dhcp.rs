@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use smoltcp::wire::{DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr, EthernetAddress};
 
 use crate::headers::{ETHERTYPE_IPV4, Headers, Mac};
-use crate::{kept, offload};
+use crate::offload;
+use domain_kit::kept;
 
 /// Bytes of memory that the leases take.
 pub const BYTES: usize = kept::BYTES;

@@ -25,7 +25,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::Captures;
 use crate::headers::{Headers, Mac};
-use crate::kept;
 use crate::names::Names;
 use crate::offload::MAX_HEADERS;
 use crate::qubes::Sources;
@@ -34,6 +33,7 @@ use crate::queue::{Away, Copier, Fate, Frame};
 use crate::slots::PacketHash;
 use crate::stats::Stats;
 use crate::tap::Tap;
+use domain_kit::kept;
 use domain_kit::ring::Span;
 
 pub mod answer;

@@ -1,11 +1,11 @@
 //! A NIC for a guest that speaks virtio: vhost-user-net beside Xen's rings, into the same switch.
 //!
 //! The vif is found in xenstore as any other. Its frontend (qemu-bridge) says `protocol` = `vhost-user`; the toolstack says in the
-//! backend's own directory, as `vhost-user`, which approved resource leads to the socket on which QEMU listens. This end dials in, also after
-//! its own restart.
+//! backend's own directory, as `vhost-user`, which approved resource leads to the socket on which QEMU listens. This end dials in. The
+//! conversation outlives this process ([`domain_kit::vhost::conversation`]), so QEMU does not notice that it was killed.
 //!
 //! One pair of queues. A packet from the guest is handed back to it (used) just before anybody else can see the packet, in the queue's
-//! order: QEMU then knows how far a killed incarnation came, and none is sent twice. What waits for the guest's buffers is lost with
+//! order: the next incarnation then knows how far a killed one came, and none is sent twice. What waits for the guest's buffers is lost with
 //! the process, as what is under way to it.
 //!
 //! The guest's interrupt is only ever fired by the vif's own thread: the descriptor's other end is QEMU's, who could make it block.
@@ -18,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use domain_kit::Domain;
 use domain_kit::hypercall::Hypercall;
@@ -25,6 +26,7 @@ use domain_kit::mem::{SharedMem, sealed_memfd};
 use domain_kit::ring::Span;
 use domain_kit::vhost::line::Line;
 use domain_kit::vhost::session;
+use domain_kit::vhost::wire::Place;
 use domain_kit::vhost::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use hv_abi::fd_kind;
 use nix::errno::Errno;
@@ -32,7 +34,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::connection::{ConnectError, VifId, kept_memory, system};
 use crate::hash::HashConfig;
-use crate::kept;
 use crate::offload::VNET_HDR_LEN;
 use crate::queue::ARENA_BYTES;
 use crate::stats::Stats;
@@ -41,6 +42,7 @@ use crate::switch::settings::Settings;
 use crate::switch::{Lane, Switch};
 use crate::tap::Offloads;
 use crate::worker::Worker;
+use domain_kit::kept;
 
 pub use rx::VhostRx;
 use tx::TxWork;
@@ -69,6 +71,8 @@ const HDR: usize = VNET_HDR_LEN + 2;
 /// Queues: to the guest, from the guest.
 const RX: u16 = 0;
 const TX: u16 = 1;
+/// How long the uplink waits for a vif's queues after a restart.
+const SETTLE: Duration = Duration::from_secs(1);
 /// Mark of the note: Connected was told to the frontend.
 const SERVED: u64 = 1 << 32;
 
@@ -101,6 +105,7 @@ pub fn known(hv: &Hypercall) -> Result<Vec<VifId>, domain_kit::HvError> {
 
 /// Forgets what the fd store holds of a vif.
 pub fn forget(hv: &Hypercall, id: VifId) {
+    Place { hv, device: &id.to_string(), instance: 0 }.forget();
     match hv.fd_delete(&note_name(id)) {
         Err(error) if !error.is(Errno::ENOENT) => tracing::warn!(%id, %error, "fd store entry stays"),
         _ => {}
@@ -173,10 +178,10 @@ impl VhostVif {
         let arena = Arc::new(SharedMem::map(&arena_fd, ARENA_BYTES).map_err(system("mapping memory"))?);
         let mut lane = Lane::new(Span::new(arena, 0, ARENA_BYTES), buffer, lane_hv);
         lane.in_order = true;
-        let theirs = shared.clone();
+        let (theirs, crashed) = (shared.clone(), domain.predecessor_crashed());
         let thread = std::thread::Builder::new()
             .name(note_name(id))
-            .spawn(move || talk(&hv, &resource, &theirs, lane))
+            .spawn(move || talk(&hv, (instance, &resource), &theirs, lane, crashed))
             .map_err(system("starting a thread"))?;
         Ok(VhostVif { shared, record, note, thread: Some(thread) })
     }
@@ -200,6 +205,10 @@ impl VhostVif {
             Err(e) => return Err(e.into()),
         }
         let vif = Self::serve(domain, id, record.resource, record.settings, switch, draining)?;
+        // A packet to it would be lost before.
+        if !vif.shared.line.wait_settled(SETTLE) {
+            tracing::warn!(%id, "not served again yet");
+        }
         vif.keep(&domain.hv)?;
         Ok(Some(vif))
     }
@@ -280,12 +289,13 @@ impl Drain {
 }
 
 /// The session's thread.
-fn talk(hv: &Hypercall, resource: &str, shared: &Arc<Shared>, lane: Lane) {
+fn talk(hv: &Hypercall, (instance, resource): (u64, &str), shared: &Arc<Shared>, lane: Lane, crashed: bool) {
     let id = shared.id;
     let lane = Arc::new(Mutex::new(lane));
-    shared.line.keep(hv, resource, id, |stream| {
+    let place = Place { hv, device: &id.to_string(), instance };
+    shared.line.keep(place, resource, crashed, |talk| {
         let mut device = Served { shared: shared.clone(), lane: lane.clone() };
-        session::serve(stream, &mut device, false)
+        session::serve(talk, &mut device, crashed, || shared.line.settle())
     });
     let lane = lock(&lane);
     if let Err(error) = lane.hv.buffer_unregister(lane.buffer) {

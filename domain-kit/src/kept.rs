@@ -1,11 +1,12 @@
-//! A small document in memory that outlives the incarnation: settings of a vif, leases.
+//! A small document in memory that outlives the incarnation: settings of a vif, leases, what was said in a vhost-user conversation.
 //!
 //! Two places, written in turn, each with a sequence number and a checksum: a kill while one is written leaves the other.
 //! What is in it is JSON, so that another version can read what it knows.
 
-use domain_kit::ring::RingMem;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::ring::RingMem;
 
 /// Most bytes of a document.
 pub const MAX_DOCUMENT: usize = 128 << 10;
@@ -71,7 +72,7 @@ pub fn load<T: DeserializeOwned>(mem: &impl RingMem) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use domain_kit::ring::HeapMem;
+    use crate::ring::HeapMem;
 
     #[test]
     fn the_latest_whole_one_counts() {
