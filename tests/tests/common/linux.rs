@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::common::{create, guest};
+use super::common::{create, guest, guests};
 
 /// The kernel and RAM disk of the guest image of this name: `debian13`; `debian13/initrd-tools.img`: with that RAM disk.
 pub fn linux(image: &str) -> (PathBuf, PathBuf) {
@@ -55,20 +55,21 @@ pub fn wait(system: &System, progress: &Progress, what: &str, enough: impl FnMut
         died(&seen);
         let text: Vec<&str> = seen.text.iter().map(String::as_str).collect();
         let last = seen.lines.last().map(|l| l.1.to_string());
-        look_at_guest(system);
+        look_at_guests(system);
         panic!("{what}: not in 90 s\n{}\n{last:?}\n{}", text.join("\n"), system.log_tail(40));
     }
 }
 
-/// Has hv-vcpu log what the guest does, a few times, so that a hang tells more than that it hung.
-pub fn look_at_guest(system: &System) {
-    let pid = guest(system, "linux").and_then(|g| g["host_pid"].as_i64()).unwrap_or(0);
-    if pid > 1 {
-        for _ in 0..4 {
+/// Has hv-vcpu log what its guests do, a few times, so that a hang tells more than that it hung.
+pub fn look_at_guests(system: &System) {
+    let pvh = guests(system).into_iter().filter(|g| g["type"] == "pvh");
+    let pids: Vec<i32> = pvh.filter_map(|g| g["host_pid"].as_i64()).map(|pid| pid as i32).collect();
+    for _ in 0..4 {
+        for &pid in pids.iter().filter(|pid| **pid > 1) {
             // A guest that is gone needs no look.
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGUSR2);
-            std::thread::sleep(Duration::from_secs(2));
+            let _ = kill(Pid::from_raw(pid), Signal::SIGUSR2);
         }
+        std::thread::sleep(Duration::from_secs(2));
     }
 }
 
@@ -117,7 +118,7 @@ pub fn said(system: &System, progress: &Progress, number: u64, patience: Duratio
     progress.wait(patience, |seen| died(seen) || seen.lines.iter().any(|l| of(&l.1, "run_end")));
     let ended = progress.lock().lines.iter().any(|l| of(&l.1, "run_end"));
     if !ended && !died(&progress.lock()) {
-        look_at_guest(system);
+        look_at_guests(system);
     }
     let seen = progress.lock();
     let lines = || seen.lines.iter().map(|l| &l.1);

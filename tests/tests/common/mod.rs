@@ -117,11 +117,15 @@ pub fn create(system: &System, file: &str) {
     system.create(file).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
 }
 
+/// What `bh list --json` says of all guests.
+pub fn guests(system: &System) -> Vec<Value> {
+    let json = system.bh_json(&["list"]).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
+    json["guests"].as_array().or(json.as_array()).cloned().unwrap_or_default()
+}
+
 /// What `bh list --json` says of a guest.
 pub fn guest(system: &System, name: &str) -> Option<Value> {
-    let json = system.bh_json(&["list"]).unwrap_or_else(|e| panic!("{e:#}\n{}", system.log_tail(25)));
-    let list = json["guests"].as_array().or(json.as_array()).cloned().unwrap_or_default();
-    list.into_iter().find(|g| g["name"] == name)
+    guests(system).into_iter().find(|g| g["name"] == name)
 }
 
 /// A guest's domid.
