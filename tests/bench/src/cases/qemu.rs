@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_tests::outside::{ADDRESS, Outside, PREFIX};
 use bulkhead_tests::system::{Config, System};
 
-use super::block::lab::samples;
+use super::block::lab::{fio, samples};
 use super::block::speed::IN_LAB;
 use super::boot::memory::resident_kib;
 use super::boot::start::{BOOT, USERSPACE, console};
@@ -191,11 +191,8 @@ impl Guest {
 
     /// fio's jobs, one after the other.
     fn fio(&self) -> Result<Vec<Sample>> {
-        let mut command = format!(
-            "while ! [ -b /dev/vda ]; do sleep 0.1; done; /usr/bin/fio --output-format=json --filename=/dev/vda --direct=1 \
-             --ioengine=io_uring --time_based --runtime={JOB_MS}ms --size={DISK} --unified_rw_reporting=mixed \
-             --percentile_list=50:99:99.9 --eta=never --randrepeat=0"
-        );
+        let fio = fio("/dev/vda", JOB_MS, DISK);
+        let mut command = format!("while ! [ -b /dev/vda ]; do sleep 0.1; done; {fio}");
         for workload in &IN_LAB[..JOBS] {
             command += &format!(" {}", workload.fio());
         }
